@@ -1,0 +1,21 @@
+"""The errors this package raises on purpose; each is also the built-in that callers would expect."""
+
+
+class ConfigError(ValueError):
+    """A setting is out of range or unknown; the message names it, its value and what it may be."""
+
+
+class ArgumentError(ValueError):
+    """An argument of the op has the wrong shape, dtype or device; the message names it."""
+
+
+class PatchError(RuntimeError):
+    """A model cannot be patched, or a patched model was changed so that its prefix would not be used."""
+
+
+class AdapterError(ValueError):
+    """An adapter folder is missing, damaged, from a newer format, or made for a model of another shape."""
+
+
+class ImplementationError(RuntimeError):
+    """An implementation that was asked for by name cannot serve this call; the message says why."""

@@ -1,0 +1,1 @@
+"""The implementations of the op. They share `inputs` and `dropout` and never import one another."""

@@ -1,0 +1,138 @@
+"""The op's arguments after validation, as every implementation receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+# The inputs that may have a gradient, in the order in which `backward` returns them.
+DIFFERENTIABLE = (
+    "query",
+    "key",
+    "value",
+    "prefix_key",
+    "prefix_value",
+    "gate",
+    "layer_scale",
+    "sinks",
+    "bias",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Validated arguments in schema order. B rows, Hq query heads, Hkv key/value heads, T queries, S keys, M prefix.
+
+    ``gate`` holds logits, ``[B|1, T|1, M]``, or ``[G, M]`` when ``gate_index`` (int64 ``[B, T|1]``) picks the rows.
+    ``layer_scale`` is ``[1]``, ``sinks`` ``[Hq]``; ``bias`` and ``dense`` are 4-D and broadcast to ``[B, Hq, T, S]``.
+    ``query_offset`` (int64 ``[1]`` or ``[B]``), where given, replaces ``offset``. Windows: -1 is open.
+    ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor
+    prefix_value: Tensor
+    gate: Tensor | None
+    layer_scale: Tensor | None
+    sinks: Tensor | None
+    bias: Tensor | None
+    gate_index: Tensor | None
+    dense: Tensor | None
+    key_padding: Tensor | None
+    query_segments: Tensor | None
+    key_segments: Tensor | None
+    query_offset: Tensor | None
+    seed: Tensor | None
+    offset: int
+    causal: bool
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    dropout_p: float
+
+    def flat(self) -> tuple:
+        """The fields in schema order."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """``B, Hq, Hkv, T, S, M, D, Dv``."""
+        batch, heads, queries, head_dim = self.query.shape
+        return (
+            batch,
+            heads,
+            self.key.shape[1],
+            queries,
+            self.key.shape[2],
+            self.prefix_key.shape[1],
+            head_dim,
+            self.value.shape[3],
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of sums and of the log-sum-exp: float64 for float64 inputs, else float32."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether query positions matter: a causal or a windowed mask."""
+        return self.causal or self.window_left >= 0 or self.window_right >= 0
+
+    def gate_rows(self) -> Tensor | None:
+        """The gate's logits as ``[B|1, T|1, M]`` (indexed rows gathered); None without a gate."""
+        if self.gate is None or self.gate_index is None:
+            return self.gate
+        return self.gate[self.gate_index]
+
+    def weights(self) -> Tensor | None:
+        """``g = lambda * sigmoid(gate)``, ``[B|1, T|1, M]`` (``[1, 1, 1]`` when there is only a scale), or None."""
+        gate = self.gate_rows()
+        scale = None if self.layer_scale is None else self.layer_scale.to(self.compute_dtype).view(1, 1, 1)
+        if gate is None:
+            return scale
+        weights = torch.sigmoid(gate.to(self.compute_dtype))
+        return weights if scale is None else weights * scale
+
+    def positions(self) -> Tensor:
+        """Position of every query among the keys, int64 ``[B|1, T]``."""
+        row = torch.arange(self.query.shape[2], device=self.query.device)
+        if self.query_offset is None:
+            return (row + self.offset)[None]
+        return row[None] + self.query_offset[:, None]
+
+    def visible(self, first: int = 0, rows: int | None = None) -> Tensor | None:
+        """bool, broadcastable to ``[B, Hq, rows, S]``: which keys the queries ``first..`` see; None: all of them."""
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        rows = queries - first if rows is None else rows
+        here = slice(first, first + rows)
+        parts = []
+        if self.has_positions:
+            position = self.positions()[:, None, here, None]
+            key = torch.arange(keys, device=self.query.device)
+            if self.causal:
+                parts.append(key <= position)
+            if self.window_left >= 0:
+                parts.append(key >= position - self.window_left)
+            if self.window_right >= 0:
+                parts.append(key <= position + self.window_right)
+        if self.key_padding is not None:
+            parts.append(self.key_padding[:, None, None, :])
+        if self.query_segments is not None:
+            parts.append(self.query_segments[:, None, here, None] == self.key_segments[:, None, None, :])
+        if self.dense is not None:
+            parts.append(self.dense if self.dense.shape[2] == 1 else self.dense[:, :, here])
+        seen = None
+        for part in parts:
+            seen = part if seen is None else seen & part
+        return seen
+
+
+def heads_last_empty(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
+    """An uninitialised ``[B, H, T, D]`` stored as ``[B, T, H, D]``: the layout of every output and of dq, dk, dv."""
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)

@@ -1,0 +1,111 @@
+"""The specification: APT attention in eager PyTorch, any dtype to float64.
+
+    g_j = lambda * sigmoid(a_j)          P'_j = g_j * P_j (key and value)
+    out = softmax(scale * q [P'_k ; k]^T) [P'_v ; v]
+
+Source: Zhang et al., "Towards Adaptive Prefix Tuning for Parameter-Efficient Language Model Fine-tuning", ACL 2023.
+In half precision it rounds where eager PyTorch would: after each product, with the softmax in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dropout import keep_mask
+from .inputs import DIFFERENTIABLE, Inputs
+
+
+def available() -> str | None:
+    """Why this implementation cannot run on this machine; None: it can."""
+    return None
+
+
+def unsupported(x: Inputs) -> str | None:
+    """Why it cannot serve these inputs; None: it can."""
+    return None
+
+
+def strategy(x: Inputs) -> str:
+    """How it would compute these inputs."""
+    return "materialise"
+
+
+def attend(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output ``[B, Hq, T, Dv]`` and log-sum-exp ``[B, Hq, T]``, differentiable by autograd in every input."""
+    batch, heads, kv_heads, queries, keys, length, _, _ = x.sizes
+    group, wide, dtype = heads // kv_heads, x.compute_dtype, x.query.dtype
+
+    def expand(kv: Tensor) -> Tensor:
+        return kv.repeat_interleave(group, dim=-3)
+
+    prefix_logits, prefix_value = _prefix(x, expand)
+    logits = (x.query @ expand(x.key).transpose(-1, -2)) * x.scale
+    if x.softcap:
+        logits = x.softcap * torch.tanh(logits / x.softcap)
+        prefix_logits = x.softcap * torch.tanh(prefix_logits / x.softcap)
+    logits, prefix_logits = logits.to(wide), prefix_logits.to(wide)
+    if x.bias is not None:
+        logits = logits + x.bias.to(wide)
+    visible = x.visible()
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    columns = [prefix_logits, logits]
+    if x.sinks is not None:
+        columns.append(x.sinks.to(wide).view(1, heads, 1, 1).expand(batch, -1, queries, 1))
+    joined = torch.cat(columns, dim=-1)
+    logsumexp = torch.logsumexp(joined, dim=-1)
+    probabilities = torch.softmax(joined, dim=-1)[..., : length + keys]
+    if x.dropout_p:
+        keep = keep_mask(x.seed, x.dropout_p, batch, heads, 0, queries, 0, length + keys)
+        probabilities = probabilities * keep / (1 - x.dropout_p)
+    probabilities = probabilities.to(dtype)
+    out = _weigh_prefix(x, probabilities[..., :length], prefix_value) + probabilities[..., length:] @ expand(x.value)
+    return out, logsumexp
+
+
+def _prefix(x: Inputs, expand) -> tuple[Tensor, Tensor]:
+    """Prefix logits ``[B, Hq, T, M]`` before the soft-cap, and the value ``[., Hq, M, Dv]`` that weighs them."""
+    dtype, weights = x.query.dtype, x.weights()
+    if weights is None or weights.shape[1] == 1:
+        # One gate a row: the scaled prefix P' itself, as the usual implementation materialises it.
+        column = 1.0 if weights is None else weights.transpose(-1, -2)[:, None]
+        key = (expand(x.prefix_key)[None].to(x.compute_dtype) * column).to(dtype)
+        value = (expand(x.prefix_value)[None].to(x.compute_dtype) * column).to(dtype)
+        return (x.query @ key.transpose(-1, -2)) * x.scale, value
+    key, value = expand(x.prefix_key).to(dtype), expand(x.prefix_value).to(dtype)
+    return (x.query @ key.transpose(-1, -2)) * (x.scale * weights[:, None]).to(dtype), value
+
+
+def _weigh_prefix(x: Inputs, probabilities: Tensor, value: Tensor) -> Tensor:
+    weights = x.weights()
+    if weights is not None and weights.shape[1] != 1:
+        probabilities = (probabilities * weights[:, None]).to(value.dtype)
+    return probabilities @ value
+
+
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """The op's forward."""
+    with torch.no_grad():
+        out, logsumexp = attend(x)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), logsumexp
+
+
+def backward(
+    x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None, needs: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed, by autograd over `attend`."""
+    wanted = [name for name, need in zip(DIFFERENTIABLE, needs) if need]
+    values = dict(x.__dict__)
+    for name in DIFFERENTIABLE:
+        if values[name] is not None:
+            values[name] = values[name].detach().requires_grad_(name in wanted)
+    with torch.enable_grad():
+        out, logsumexp = attend(Inputs(**values))
+        outputs, seeds = [out], [grad_out]
+        if grad_logsumexp is not None:
+            outputs.append(logsumexp)
+            seeds.append(grad_logsumexp)
+        grads = torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)
+    found = dict(zip(wanted, grads))
+    return [found.get(name) for name in DIFFERENTIABLE]

@@ -1,0 +1,114 @@
+"""What each query may see, described in a few numbers instead of a 4-D tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which token keys each query may see. The parts combine by "and"; the prefix is always seen.
+
+    Args:
+        causal: key positions after the query's own are hidden.
+        window: ``(left, right)``, the farthest visible key before and after the query's position, in tokens, both
+            inclusive; ``None`` in either place leaves that side open.
+        query_offset: position of query 0 among the keys, for ``causal`` and ``window``: an int, or an integer tensor
+            of one element or of shape ``[B]``. Default ``S - T``.
+        key_padding: ``[B, S]`` bool, True where the key may be seen.
+        query_segments, key_segments: ``[B, T]`` and ``[B, S]`` integers; a query sees keys of its own segment only.
+        dense: bool, broadcastable to ``[B, Hq, T, S]``, True where the key may be seen.
+        bias: added to the scaled (and soft-capped) token logits, broadcastable to ``[B, Hq, T, S]``; it has a gradient
+            where it requires one, and is zero on prefix columns.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    query_offset: int | Tensor | None = None
+    key_padding: Tensor | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def window_sizes(self) -> tuple[int, int]:
+        """``(left, right)`` with -1 for an open side."""
+        left, right = self.window if self.window is not None else (None, None)
+        return (-1 if left is None else left), (-1 if right is None else right)
+
+    def to(self, *args, **kwargs) -> Mask:
+        """A copy whose tensors were moved by ``Tensor.to(*args, **kwargs)``; dtypes other than the bias's are kept."""
+
+        def move(name, value):
+            if not isinstance(value, Tensor):
+                return value
+            moved = value.to(*args, **kwargs)
+            return moved if name == "bias" else moved.to(value.dtype)
+
+        return Mask(**{f.name: move(f.name, getattr(self, f.name)) for f in fields(self)})
+
+    def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
+        """Raise `ArgumentError` unless every part fits ``[B, Hq, T, S]`` on ``device``."""
+        if self.window is not None:
+            if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
+                raise ArgumentError(f"mask.window is {self.window!r}; it needs a pair (left, right)")
+            for side in self.window:
+                if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+                    raise ArgumentError(f"mask.window is {self.window!r}; each side needs an int >= 0 or None")
+        if isinstance(self.query_offset, Tensor):
+            _check_integer("mask.query_offset", self.query_offset)
+            if tuple(self.query_offset.shape) not in ((), (1,), (batch,)):
+                raise ArgumentError(
+                    f"mask.query_offset has shape {list(self.query_offset.shape)}; it needs [], [1] or [B] = [{batch}]"
+                )
+            _check_device("mask.query_offset", self.query_offset, device)
+        for name, length in (("key_padding", keys), ("query_segments", queries), ("key_segments", keys)):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            if tuple(part.shape) != (batch, length):
+                raise ArgumentError(f"mask.{name} has shape {list(part.shape)}; it needs [{batch}, {length}]")
+            if name == "key_padding":
+                _check_bool("mask.key_padding", part)
+            else:
+                _check_integer(f"mask.{name}", part)
+            _check_device(f"mask.{name}", part, device)
+        if (self.query_segments is None) != (self.key_segments is None):
+            raise ArgumentError("mask.query_segments and mask.key_segments need each other: only one is given")
+        for name in ("dense", "bias"):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            _check_broadcast(f"mask.{name}", part, (batch, heads, queries, keys))
+            _check_device(f"mask.{name}", part, device)
+        if self.dense is not None:
+            _check_bool("mask.dense", self.dense)
+        if self.bias is not None and not self.bias.is_floating_point():
+            raise ArgumentError(f"mask.bias has dtype {self.bias.dtype}; it needs a floating-point dtype")
+
+
+def _check_integer(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs an integer dtype")
+
+
+def _check_bool(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.bool:
+        raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs torch.bool (True: may be seen)")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {device}")
+
+
+def _check_broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    sizes = (1,) * (len(shape) - tensor.ndim) + tuple(tensor.shape)
+    if tensor.ndim > len(shape) or any(have != 1 and have != need for have, need in zip(sizes, shape)):
+        raise ArgumentError(f"{name} has shape {list(tensor.shape)}; it needs one that broadcasts to {list(shape)}")

@@ -1,0 +1,401 @@
+"""The op: validate, choose an implementation, run it as one registered torch operator with its own backward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .errors import ArgumentError
+from .impl.inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+from .mask import Mask
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? gate, "
+    "Tensor? layer_scale, Tensor? sinks, Tensor? bias, Tensor? gate_index, Tensor? dense, Tensor? key_padding, "
+    "Tensor? query_segments, Tensor? key_segments, Tensor? query_offset, Tensor? seed, SymInt offset, bool causal, "
+    "int window_left, int window_right, float scale, float softcap, float dropout_p, str implementation"
+)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    gate: Tensor | None = None,
+    layer_scale: Tensor | float | None = None,
+    *,
+    mask: Mask | None = None,
+    gate_index: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_logsumexp: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a gated, scaled prefix and the keys: ``softmax(scale q [P'_k ; k]^T) [P'_v ; v]``.
+
+    ``P' = layer_scale * sigmoid(gate) * [prefix_key, prefix_value]`` (Adaptive Prefix Tuning, Zhang et al., ACL 2023).
+    Every query sees the whole prefix. Differentiable once in every floating-point tensor.
+
+    Args:
+        query: ``[B, Hq, T, D]``, float32, float64, bfloat16 or float16; any strides.
+        key, value: ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``, the query's dtype; ``Hq`` is a multiple of ``Hkv``.
+        prefix_key, prefix_value: ``[Hkv, M, D]`` and ``[Hkv, M, Dv]``, shared by the batch; float32 or query's dtype.
+        gate: logits: ``[M]``, ``[B, M]``, ``[B, T, M]``, or ``[G, M]`` with ``gate_index``; None: no gate.
+        layer_scale: lambda, a float or a tensor of one element; None: 1.
+        mask: a `Mask`; None: every query sees every key.
+        gate_index: integer ``[B]`` or ``[B, T]``, the row of ``gate`` for each batch row or query, in ``0..G-1``
+            (not checked on an accelerator, where that would wait for the device).
+        scale: softmax scale; default ``1 / sqrt(D)``.
+        softcap: logits become ``softcap * tanh(logits / softcap)``, prefix columns included; None or 0: off.
+        sinks: ``[Hq]``, the logit of one extra column per head that has no value (never soft-capped).
+        dropout_p: probability of dropping a column of the probabilities, in ``[0, 1)``.
+        seed: int or one-element int64 tensor that fixes the dropout; None: drawn from torch's generator.
+        return_logsumexp: return ``(out, logsumexp)``; the log-sum-exp ``[B, Hq, T]`` is over prefix, sink and token
+            columns, in float32 (float64 for float64), and differentiable.
+        implementation: ``"auto"`` or the name of one, which is then obeyed or raises; see `apt_kernels.info`. The
+            environment variable ``APT_KERNELS_IMPLEMENTATION`` does the same where the argument is ``"auto"``.
+
+    Returns:
+        ``[B, Hq, T, Dv]`` in the query's dtype, stored as ``[B, T, Hq, Dv]``.
+
+    Raises:
+        ArgumentError: an argument has a wrong shape, dtype or device.
+        ImplementationError: the implementation asked for by name cannot run here or on these inputs.
+    """
+    x = make_inputs(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        gate,
+        layer_scale,
+        mask=mask,
+        gate_index=gate_index,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    out, logsumexp = torch.ops.apt_kernels.attention(*x.flat(), dispatch.choose(x, implementation).name)
+    return (out, logsumexp) if return_logsumexp else out
+
+
+def make_inputs(
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    gate=None,
+    layer_scale=None,
+    *,
+    mask=None,
+    gate_index=None,
+    scale=None,
+    softcap=None,
+    sinks=None,
+    dropout_p=0.0,
+    seed=None,
+) -> Inputs:
+    """Validate `attention`'s arguments and bring them to the form that implementations take."""
+    named = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
+    query, key, value = _autocast(query, key, value)
+    _check_core(query, key, value, prefix_key, prefix_value)
+    batch, heads, queries, head_dim = query.shape
+    keys, length, device = key.shape[2], prefix_key.shape[1], query.device
+    mask = Mask() if mask is None else mask
+    if not isinstance(mask, Mask):
+        raise ArgumentError(f"mask is a {type(mask).__name__}; it needs an apt_kernels.Mask or None")
+    mask.check(batch, heads, queries, keys, device)
+    gate, gate_index = _gate(gate, gate_index, batch, queries, length, device)
+    if sinks is not None:
+        _check_float("sinks", sinks, (heads,), device)
+    offset, offset_tensor = _offset(mask, keys - queries)
+    window_left, window_right = mask.window_sizes
+    return Inputs(
+        query=query,
+        key=key,
+        value=value,
+        prefix_key=prefix_key,
+        prefix_value=prefix_value,
+        gate=gate,
+        layer_scale=_layer_scale(layer_scale, device),
+        sinks=sinks,
+        bias=_four_d(mask.bias),
+        gate_index=gate_index,
+        dense=_four_d(mask.dense),
+        key_padding=mask.key_padding,
+        query_segments=mask.query_segments,
+        key_segments=mask.key_segments,
+        query_offset=offset_tensor,
+        seed=_seed(dropout_p, seed, device),
+        offset=offset,
+        causal=bool(mask.causal),
+        window_left=window_left,
+        window_right=window_right,
+        scale=head_dim**-0.5 if scale is None else _finite("scale", scale),
+        softcap=_softcap(softcap),
+        dropout_p=float(dropout_p),
+    )
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, activations take its dtype, as in ``scaled_dot_product_attention``."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or any(t.dtype == torch.float64 for t in tensors):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) for t in tensors]
+
+
+def _check_core(query, key, value, prefix_key, prefix_value) -> None:
+    if query.ndim != 4:
+        raise ArgumentError(f"query has shape {list(query.shape)}; it needs [B, Hq, T, D]")
+    if query.dtype not in _DTYPES:
+        raise ArgumentError(f"query has dtype {query.dtype}; it needs float32, float64, bfloat16 or float16")
+    batch, heads, _, head_dim = query.shape
+    if key.ndim != 4 or key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ArgumentError(f"key has shape {list(key.shape)}; it needs [B, Hkv, S, D] = [{batch}, Hkv, S, {head_dim}]")
+    kv_heads, keys = key.shape[1], key.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ArgumentError(f"key has {kv_heads} heads; it needs a number that divides the query's {heads}")
+    if value.ndim != 4 or tuple(value.shape[:3]) != (batch, kv_heads, keys):
+        raise ArgumentError(
+            f"value has shape {list(value.shape)}; it needs [B, Hkv, S, Dv] = [{batch}, {kv_heads}, {keys}, Dv]"
+        )
+    if prefix_key.ndim != 3 or (prefix_key.shape[0], prefix_key.shape[2]) != (kv_heads, head_dim):
+        raise ArgumentError(
+            f"prefix_key has shape {list(prefix_key.shape)}; it needs [Hkv, M, D] = [{kv_heads}, M, {head_dim}]"
+        )
+    need = (kv_heads, prefix_key.shape[1], value.shape[3])
+    if tuple(prefix_value.shape) != need:
+        raise ArgumentError(
+            f"prefix_value has shape {list(prefix_value.shape)}; it needs [Hkv, M, Dv] = {list(need)}"
+        )
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key)):
+        if 0 in tensor.shape:
+            raise ArgumentError(f"{name} has shape {list(tensor.shape)}; every size needs to be at least 1")
+    if value.shape[3] == 0:
+        raise ArgumentError(f"value has shape {list(value.shape)}; every size needs to be at least 1")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs the query's, {query.dtype}")
+    for name, tensor in (("prefix_key", prefix_key), ("prefix_value", prefix_value)):
+        if tensor.dtype not in (query.dtype, torch.float32):
+            raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32 or the query's, {query.dtype}")
+    for name, tensor in (("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)):
+        if tensor.device != query.device:
+            raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {query.device}")
+
+
+def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor of shape {list(shape)}")
+    if tuple(tensor.shape) != shape:
+        raise ArgumentError(f"{name} has shape {list(tensor.shape)}; it needs {list(shape)}")
+    if tensor.dtype not in _DTYPES:
+        raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32, float64, bfloat16 or float16")
+    if tensor.device != device:
+        raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {device}")
+
+
+def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tuple[Tensor | None, Tensor | None]:
+    if gate is None:
+        if gate_index is not None:
+            raise ArgumentError("gate_index is given without gate; it needs gate [G, M]")
+        return None, None
+    if not isinstance(gate, Tensor):
+        raise ArgumentError(f"gate is a {type(gate).__name__}; it needs a torch.Tensor of logits")
+    if gate_index is not None:
+        if gate.ndim != 2 or gate.shape[1] != length or gate.shape[0] == 0:
+            raise ArgumentError(f"gate has shape {list(gate.shape)}; beside gate_index it needs [G, M] = [G, {length}]")
+        _check_float("gate", gate, tuple(gate.shape), device)
+        return gate, _gate_index(gate_index, gate.shape[0], batch, queries, device)
+    shapes = {1: (length,), 2: (batch, length), 3: (batch, queries, length)}
+    if tuple(gate.shape) != shapes.get(gate.ndim):
+        raise ArgumentError(
+            f"gate has shape {list(gate.shape)}; it needs [M] = [{length}], [B, M] = [{batch}, {length}], "
+            f"[B, T, M] = [{batch}, {queries}, {length}], or [G, {length}] with gate_index"
+        )
+    _check_float("gate", gate, tuple(gate.shape), device)
+    if gate.ndim == 3:
+        return gate, None
+    return (gate[None, None] if gate.ndim == 1 else gate[:, None]), None
+
+
+def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        has = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise ArgumentError(f"gate_index is {has}; it needs an integer tensor")
+    if tuple(index.shape) not in ((batch,), (batch, queries)):
+        raise ArgumentError(
+            f"gate_index has shape {list(index.shape)}; it needs [B] = [{batch}] or [B, T] = [{batch}, {queries}]"
+        )
+    if index.device != device:
+        raise ArgumentError(f"gate_index is on {index.device}; it needs the query's device, {device}")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and _is_real(index):
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= rows:
+            raise ArgumentError(f"gate_index has values {low}..{high}; it needs 0..{rows - 1} (gate has {rows} rows)")
+    index = index.to(torch.int64)
+    return index[:, None] if index.ndim == 1 else index
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _layer_scale(layer_scale, device) -> Tensor | None:
+    if layer_scale is None:
+        return None
+    if isinstance(layer_scale, (int, float)):
+        return torch.full((1,), _finite("layer_scale", layer_scale), device=device)
+    if not isinstance(layer_scale, Tensor) or layer_scale.numel() != 1:
+        has = f"has shape {list(layer_scale.shape)}" if isinstance(layer_scale, Tensor) else f"is {layer_scale!r}"
+        raise ArgumentError(f"layer_scale {has}; it needs a number or a tensor of one element")
+    _check_float("layer_scale", layer_scale, tuple(layer_scale.shape), device)
+    return layer_scale.reshape(1)
+
+
+def _four_d(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape)) if tensor.ndim < 4 else tensor
+
+
+def _offset(mask: Mask, default: int) -> tuple[int, Tensor | None]:
+    if mask.query_offset is None:
+        return default, None
+    if isinstance(mask.query_offset, Tensor):
+        return 0, mask.query_offset.reshape(-1).to(torch.int64)
+    return mask.query_offset, None
+
+
+def _seed(dropout_p, seed, device) -> Tensor | None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
+        raise ArgumentError(f"dropout_p is {dropout_p!r}; it needs a number in [0, 1)")
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ArgumentError(f"seed has shape {list(seed.shape)}, dtype {seed.dtype}; it needs one int64 element")
+        if seed.device != device:
+            raise ArgumentError(f"seed is on {seed.device}; it needs the query's device, {device}")
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed is {seed!r}; it needs a 64-bit int, a one-element int64 tensor, or None")
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _softcap(softcap) -> float:
+    if softcap is None:
+        return 0.0
+    softcap = _finite("softcap", softcap)
+    if softcap < 0:
+        raise ArgumentError(f"softcap is {softcap}; it needs a number >= 0 (0 or None: off)")
+    return softcap
+
+
+def _finite(name: str, number) -> float:
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+        raise ArgumentError(f"{name} is {number!r}; it needs a finite number")
+    return float(number)
+
+
+# Registration. One forward and one backward operator; the last argument names the implementation that runs.
+
+torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "apt_kernels::attention_backward",
+    "(Tensor grad_out, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, bool[] needs, "
+    f"{_ARGUMENTS}) -> Tensor[]",
+)
+
+
+@torch.library.impl("apt_kernels::attention", "default")
+def _forward(*arguments):
+    *flat, implementation = arguments
+    return dispatch.load(implementation).forward(Inputs(*flat))
+
+
+@torch.library.impl("apt_kernels::attention_backward", "default")
+def _backward(grad_out, grad_logsumexp, out, logsumexp, needs, *arguments):
+    *flat, implementation = arguments
+    x = Inputs(*flat)
+    grads = dispatch.load(implementation).backward(x, out, logsumexp, grad_out, grad_logsumexp, list(needs))
+    return [_as_promised(x, i, grad) for i, grad in enumerate(grads)]
+
+
+def _as_promised(x: Inputs, i: int, grad: Tensor | None) -> Tensor:
+    """The gradient in the shape, dtype and layout that `_fake_backward` promises; empty where there is none."""
+    like = getattr(x, DIFFERENTIABLE[i])
+    if grad is None:
+        return x.query.new_empty(0)
+    grad = grad.to(like.dtype)
+    return grad.transpose(1, 2).contiguous().transpose(1, 2) if i < 3 else grad.contiguous()
+
+
+@torch.library.register_fake("apt_kernels::attention")
+def _fake_forward(*arguments):
+    x = Inputs(*arguments[:-1])
+    batch, heads, _, queries, _, _, _, value_dim = x.sizes
+    out = heads_last_empty(x.query, batch, heads, queries, value_dim)
+    return out, x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
+
+
+@torch.library.register_fake("apt_kernels::attention_backward")
+def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, needs, *arguments):
+    x, grads = Inputs(*arguments[:-1]), []
+    for i, (name, need) in enumerate(zip(DIFFERENTIABLE, needs)):
+        like = getattr(x, name)
+        if not need:
+            grads.append(x.query.new_empty(0))
+        elif i < 3:
+            batch, heads, length, dim = like.shape
+            grads.append(heads_last_empty(like, batch, heads, length, dim))
+        else:
+            grads.append(like.new_empty(like.shape))
+    return grads
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *flat, ctx.implementation = inputs
+    ctx.rest = [None if isinstance(part, Tensor) else part for part in flat]
+    ctx.is_tensor = [isinstance(part, Tensor) for part in flat]
+    ctx.save_for_backward(*[part for part in flat if isinstance(part, Tensor)], *output)
+
+
+def _autograd(ctx, grad_out, grad_logsumexp):
+    *tensors, out, logsumexp = ctx.saved_tensors
+    tensors = iter(tensors)
+    flat = [next(tensors) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
+    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+    nothing = [None] * (len(flat) + 1 - len(DIFFERENTIABLE))
+    if grad_out is None and grad_logsumexp is None:
+        return (None,) * (len(flat) + 1)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.apt_kernels.attention_backward(
+        grad_out, grad_logsumexp, out, logsumexp, needs, *flat, ctx.implementation
+    )
+    return (*[grad if need else None for need, grad in zip(needs, grads)], *nothing)
+
+
+torch.library.register_autograd("apt_kernels::attention", _autograd, setup_context=_setup_context)
