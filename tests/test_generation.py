@@ -1,6 +1,7 @@
 """Cached generation equals recomputing every step without a cache, token for token."""
 
 import copy
+import pickle
 
 import models
 import pytest
@@ -82,6 +83,30 @@ def test_the_kept_gate_belongs_to_the_cache(change):
             expected, found = second, model(second, past_key_values=cache)
         expected = model(expected, use_cache=False).logits[:, -12:]
     torch.testing.assert_close(found.logits, expected)
+
+
+def test_the_kept_gate_follows_the_caches_rows():
+    model, first = tuned("llama", "first"), models.inputs("llama")["input_ids"]
+    following = models.inputs("llama", seed=1)["input_ids"]
+    rows, picked = torch.tensor([2, 0, 1]), torch.tensor([4, 1, 3])
+    with torch.no_grad():
+        cache = model(first, use_cache=True).past_key_values
+        cache.reorder_cache(rows)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(picked)
+        found = model(following, past_key_values=cache).logits
+        prompt = first[rows].repeat_interleave(2, dim=0)[picked]
+        expected = model(torch.cat([prompt, following], 1), use_cache=False).logits[:, -12:]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_cache_with_gates_can_be_pickled():
+    model, given = tuned("llama", "first"), models.inputs("llama")["input_ids"]
+    with torch.no_grad():
+        cache = model(given, use_cache=True).past_key_values
+        twin = pickle.loads(pickle.dumps(cache))
+        assert isinstance(twin, transformers.DynamicCache)
+        assert torch.equal(model(given, past_key_values=twin).logits, model(given, past_key_values=cache).logits)
 
 
 def test_a_filled_cache_without_a_gate_raises():
