@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpu_blocks, cpu_blocks_backward, cpu_concat, cpu_stock
+from . import cpu_blocks, cpu_blocks_backward, cpu_prefix, cpu_stock
 from .inputs import DIFFERENTIABLE, Inputs
+
+# Copying the keys pays up to this many key rows for each query row; see bench/NOTES.md.
+CONCAT_KEYS = 2
 
 
 def available() -> str | None:
@@ -20,39 +23,33 @@ def unsupported(x: Inputs) -> str | None:
 
 
 def strategy(x: Inputs) -> str:
-    """``"merge"``: stock kernel on the tokens, prefix and sinks folded in through the log-sum-exp; ``"concat"``:
-    stock kernel on the prefix put before the keys; ``"blockwise"``: our own blocks."""
+    """``"merge"``: the stock kernel on the tokens, and the prefix folded in through the log-sum-exp; ``"concat"``:
+    the stock kernel on the prefix put before the keys; ``"blockwise"``: our own blocks."""
     if cpu_stock.obstacle(x):
         return "blockwise"
-    gate_per_query = x.query.shape[2] > 1 and _gate_rows(x) > 1
-    return "merge" if x.causal or gate_per_query else "concat"
-
-
-def _gate_rows(x: Inputs) -> int:
-    if x.gate is None:
-        return 1
-    return x.gate.shape[1] if x.gate_index is None else x.gate_index.shape[1]
+    if x.gate_per_query or (x.causal and x.query.shape[2] > 1):
+        return "merge"
+    _, heads, kv_heads, queries, keys, _, _, _ = x.sizes
+    return "concat" if keys * kv_heads <= CONCAT_KEYS * queries * heads else "merge"
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The op's forward."""
     way = strategy(x)
-    if way == "concat":
-        return cpu_concat.forward(x)
-    return cpu_blocks.forward(x, cpu_stock.forward(x) if way == "merge" else None)
+    if way == "blockwise":
+        return cpu_blocks.forward(x)
+    return cpu_blocks.forward(x, cpu_stock.forward(x)) if x.gate_per_query else cpu_prefix.forward(x, way)
 
 
 def backward(
     x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed."""
-    need = dict(zip(DIFFERENTIABLE, needs))
-    way = strategy(x)
-    of_tokens = need["query"] or need["key"] or need["value"]
+    way, need = strategy(x), dict(zip(DIFFERENTIABLE, needs))
     # The stock backward has no place for a gradient of the log-sum-exp, nor one for a bias.
-    if way == "blockwise" or grad_logsumexp is not None or need["bias"] or not of_tokens:
+    if way == "blockwise" or grad_logsumexp is not None or need["bias"]:
         return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
-    if way == "concat":
-        return cpu_concat.backward(x, out, logsumexp, grad_out, needs)
-    found = cpu_stock.backward(x, out, logsumexp, grad_out)
-    return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, found)
+    if not x.gate_per_query:
+        return cpu_prefix.backward(x, way, out, logsumexp, grad_out, needs)
+    of_tokens = cpu_stock.backward(x, out, logsumexp, grad_out) if any(needs[:3]) else None
+    return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)

@@ -105,30 +105,53 @@ def _padding(x: Inputs) -> Tensor | None:
     return None if x.key_padding is None else x.key_padding[:, None, None]
 
 
+def call(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The stock kernel: output and log-sum-exp, the latter not contiguous."""
+    return _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def call_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stock backward; ``out`` and ``logsumexp`` may be those of a softmax over more columns."""
+    return _flash_backward(grad_out, query, key, value, out, logsumexp, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def merge_(out: Tensor, logsumexp: Tensor, part: Part, x: Inputs) -> None:
+    """Add the tokens of a part to an output and a log-sum-exp, in place."""
+    rows = slice(part.first, None)
+    tokens, tokens_logsumexp = call(*part.operands(x), part.mask, x.scale, part.causal)
+    out, logsumexp = out[:, :, rows], logsumexp[:, :, rows]
+    out.lerp_(tokens, torch.sigmoid(tokens_logsumexp - logsumexp)[..., None].to(out.dtype))
+    logsumexp.copy_(torch.logaddexp(logsumexp, tokens_logsumexp))
+
+
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Output, stored heads last, and log-sum-exp over the tokens alone; -inf or less than -1e29 where there are none.
+    """Output, stored heads last, and log-sum-exp over the tokens alone.
 
-    Where a row sees no token its output is finite.
+    Where a row sees no token the output is finite, and the log-sum-exp -inf or so low that it weighs nothing.
     """
-    queries, found = x.query.shape[2], None
-    for part in parts(x):
-        out, logsumexp = _flash(*part.operands(x), 0.0, part.causal, attn_mask=part.mask, scale=x.scale)
-        if found is None and part.first == 0:
-            found = heads_last(out), logsumexp
-            continue
-        if found is None:
-            found = _nothing(x)
-        whole, whole_logsumexp = (tensor[:, :, part.first : queries] for tensor in found)
-        share = torch.sigmoid(logsumexp - whole_logsumexp)[..., None]
-        whole.lerp_(out, share.to(out.dtype))
-        whole_logsumexp.copy_(torch.logaddexp(logsumexp, whole_logsumexp))
-    return _nothing(x) if found is None else found
-
-
-def _nothing(x: Inputs) -> tuple[Tensor, Tensor]:
-    batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    out = heads_last_empty(x.query, batch, heads, queries, value_dim).zero_()
-    return out, x.query.new_full((batch, heads, queries), -torch.inf, dtype=x.compute_dtype)
+    calls = parts(x)
+    if not calls or calls[0].first:
+        batch, heads, _, queries, _, _, _, value_dim = x.sizes
+        out = heads_last_empty(x.query, batch, heads, queries, value_dim).zero_()
+        logsumexp = x.query.new_full((batch, heads, queries), HIDDEN, dtype=x.compute_dtype)
+    else:
+        first = calls.pop(0)
+        out, logsumexp = call(*first.operands(x), first.mask, x.scale, first.causal)
+    for part in calls:
+        merge_(out, logsumexp, part, x)
+    return heads_last(out), logsumexp
 
 
 def backward(x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,17 +159,11 @@ def backward(x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tup
     calls, total = parts(x), None
     for part in calls:
         rows = slice(part.first, None)
-        grads = _flash_backward(
-            grad_out[:, :, rows],
-            *part.operands(x),
-            out[:, :, rows],
-            logsumexp[:, :, rows],
-            0.0,
-            part.causal,
-            attn_mask=part.mask,
-            scale=x.scale,
+        part_out, part_logsumexp = out[:, :, rows], logsumexp[:, :, rows]
+        grads = call_backward(
+            grad_out[:, :, rows], *part.operands(x), part.mask, part_out, part_logsumexp, x.scale, part.causal
         )
-        if len(calls) == 1 and grads[0].shape == x.query.shape and grads[1].shape == x.key.shape:
+        if grads[0].shape == x.query.shape and grads[1].shape == x.key.shape:
             return grads
         if total is None:
             total = [heads_last_empty(like, *like.shape).zero_() for like in (x.query, x.key, x.value)]

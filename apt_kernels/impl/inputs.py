@@ -86,6 +86,12 @@ class Inputs:
         """Whether query positions matter: a causal or a windowed mask."""
         return self.causal or self.window_left >= 0 or self.window_right >= 0
 
+    @property
+    def gate_per_query(self) -> bool:
+        """Whether the queries of one row have gates of their own."""
+        rows = self.gate if self.gate_index is None else self.gate_index
+        return rows is not None and rows.shape[1] > 1
+
     def gate_rows(self) -> Tensor | None:
         """The gate's logits as ``[B|1, T|1, M]`` (indexed rows gathered); None without a gate."""
         if self.gate is None or self.gate_index is None:
