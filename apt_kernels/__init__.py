@@ -1,7 +1,49 @@
 """Adaptive Prefix Tuning fused into attention: exact, complete, and fast. See README.md."""
 
-from .dispatch import info
-from .mask import Mask
-from .op import attention
+from importlib import import_module as _import_module
 
-__all__ = ["Mask", "attention", "info"]
+from .config import AptConfig
+from .dispatch import info
+from .errors import AdapterError, ArgumentError, ConfigError, ImplementationError, PatchError
+from .mask import Mask
+from .op import attention, selected
+from .prefix import AdaptivePrefix
+
+# These need transformers, which is imported with the first of them.
+_HUGGING_FACE = {
+    "patch": ".hf.patching",
+    "unpatch": ".hf.patching",
+    "prefixes": ".hf.patching",
+    "save": ".checkpoint",
+    "load": ".checkpoint",
+}
+
+__all__ = [
+    "AdapterError",
+    "AdaptivePrefix",
+    "AptConfig",
+    "ArgumentError",
+    "ConfigError",
+    "ImplementationError",
+    "Mask",
+    "PatchError",
+    "attention",
+    "info",
+    "load",
+    "patch",
+    "prefixes",
+    "save",
+    "selected",
+    "unpatch",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name in _HUGGING_FACE:
+        return getattr(_import_module(_HUGGING_FACE[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

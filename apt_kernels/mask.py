@@ -53,6 +53,19 @@ class Mask:
 
         return Mask(**{f.name: move(f.name, getattr(self, f.name)) for f in fields(self)})
 
+    def visible(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+        """The whole mask but its bias as a bool tensor ``[B, 1 or Hq, T, S]``, True where the key may be seen."""
+        offset = keys - queries if self.query_offset is None else self.query_offset
+        if isinstance(offset, Tensor):
+            offset = offset.reshape(-1, 1)
+        position = torch.arange(queries, device=device)[None] + offset
+        parts = (self.causal, *self.window_sizes, self.key_padding, self.query_segments, self.key_segments, self.dense)
+        seen = visible_keys(position, keys, *parts)
+        shape = (batch, 1, queries, keys)
+        return torch.ones(shape, dtype=torch.bool, device=device) if seen is None else seen.broadcast_to(
+            torch.broadcast_shapes(seen.shape, shape)
+        )
+
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
         """Raise `ArgumentError` unless every part fits ``[B, Hq, T, S]`` on ``device``."""
         if self.window is not None:
@@ -91,6 +104,38 @@ class Mask:
             _check_bool("mask.dense", self.dense)
         if self.bias is not None and not self.bias.is_floating_point():
             raise ArgumentError(f"mask.bias has dtype {self.bias.dtype}; it needs a floating-point dtype")
+
+
+def visible_keys(
+    position: Tensor,
+    keys: int,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    key_padding: Tensor | None,
+    query_segments: Tensor | None,
+    key_segments: Tensor | None,
+    dense: Tensor | None,
+) -> Tensor | None:
+    """bool, broadcastable to ``[B, Hq, T, S]``: the keys seen from query positions ``[B|1, T]``; None: all of them."""
+    parts = []
+    position, key = position[:, None, :, None], torch.arange(keys, device=position.device)
+    if causal:
+        parts.append(key <= position)
+    if window_left >= 0:
+        parts.append(key >= position - window_left)
+    if window_right >= 0:
+        parts.append(key <= position + window_right)
+    if key_padding is not None:
+        parts.append(key_padding[:, None, None, :])
+    if query_segments is not None:
+        parts.append(query_segments[:, None, :, None] == key_segments[:, None, None, :])
+    if dense is not None:
+        parts.append(dense)
+    seen = None
+    for part in parts:
+        seen = part if seen is None else seen & part
+    return seen
 
 
 def _check_integer(name: str, tensor: Tensor) -> None:

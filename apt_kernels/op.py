@@ -91,6 +91,11 @@ def attention(
     return (out, logsumexp) if return_logsumexp else out
 
 
+def selected(*arguments, implementation: str = "auto", **keywords) -> dispatch.Choice:
+    """Which implementation and strategy `attention` would use for these arguments, and why: a `dispatch.Choice`."""
+    return dispatch.choose(make_inputs(*arguments, **keywords), implementation)
+
+
 def make_inputs(
     query,
     key,

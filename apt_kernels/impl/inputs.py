@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..mask import visible_keys
+
 # The inputs that may have a gradient, in the order in which `backward` returns them.
 DIFFERENTIABLE = (
     "query",
@@ -108,29 +110,19 @@ class Inputs:
 
     def visible(self, first: int = 0, rows: int | None = None) -> Tensor | None:
         """bool, broadcastable to ``[B, Hq, rows, S]``: which keys the queries ``first..`` see; None: all of them."""
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        rows = queries - first if rows is None else rows
+        rows = self.query.shape[2] - first if rows is None else rows
         here = slice(first, first + rows)
-        parts = []
-        if self.has_positions:
-            position = self.positions()[:, None, here, None]
-            key = torch.arange(keys, device=self.query.device)
-            if self.causal:
-                parts.append(key <= position)
-            if self.window_left >= 0:
-                parts.append(key >= position - self.window_left)
-            if self.window_right >= 0:
-                parts.append(key <= position + self.window_right)
-        if self.key_padding is not None:
-            parts.append(self.key_padding[:, None, None, :])
-        if self.query_segments is not None:
-            parts.append(self.query_segments[:, None, here, None] == self.key_segments[:, None, None, :])
-        if self.dense is not None:
-            parts.append(self.dense if self.dense.shape[2] == 1 else self.dense[:, :, here])
-        seen = None
-        for part in parts:
-            seen = part if seen is None else seen & part
-        return seen
+        return visible_keys(
+            self.positions()[:, here],
+            self.key.shape[2],
+            self.causal,
+            self.window_left,
+            self.window_right,
+            self.key_padding,
+            None if self.query_segments is None else self.query_segments[:, here],
+            self.key_segments,
+            self.dense if self.dense is None or self.dense.shape[2] == 1 else self.dense[:, :, here],
+        )
 
 
 def heads_last_empty(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:

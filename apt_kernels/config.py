@@ -1,0 +1,115 @@
+"""Every setting of a patched model, validated, to and from JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+from .errors import ConfigError
+
+GATES = ("auto", "first", "mean", "token", "static", "none")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AptConfig:
+    """Settings of Adaptive Prefix Tuning (Zhang et al., ACL 2023).
+
+    Args:
+        prefix_length: prefix tokens per attention layer: one int, or one int per attention module in model order
+            (0: that module keeps no prefix).
+        gate: where the gate's logits come from. ``"first"``: the first real token's hidden state, one gate per
+            sequence. ``"token"``: every query's own. ``"mean"``: the mean over real tokens (refused where it would let
+            a token see later ones). ``"static"``: learned logits, no hidden state. ``"none"``: no gate. ``"auto"``:
+            ``"token"`` for causal and for cross-attention, ``"first"`` otherwise.
+        layer_scale: learn the layer's scale lambda; False: lambda is 1.
+        init_std: standard deviation of the prefix's normal initialisation.
+        init_seed: seed of that initialisation; None: torch's global generator.
+        trainable: regular expressions; exactly the parameters whose name one of them matches (``re.search``) stay
+            trainable beside the prefix. None: the parameters of new task heads.
+        implementation: which implementation of the op runs; see `apt_kernels.attention`.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it.
+    """
+
+    prefix_length: int | tuple[int, ...] = 16
+    gate: str = "auto"
+    layer_scale: bool = True
+    init_std: float = 0.02
+    init_seed: int | None = None
+    trainable: tuple[str, ...] | None = None
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "prefix_length", _lengths(self.prefix_length))
+        if self.gate not in GATES:
+            raise ConfigError(f"gate is {self.gate!r}; it needs one of {', '.join(map(repr, GATES))}")
+        if not isinstance(self.layer_scale, bool):
+            raise ConfigError(f"layer_scale is {self.layer_scale!r}; it needs True or False")
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)) or not self.init_std >= 0:
+            raise ConfigError(f"init_std is {self.init_std!r}; it needs a number >= 0")
+        if self.init_seed is not None and (isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int)):
+            raise ConfigError(f"init_seed is {self.init_seed!r}; it needs an int or None")
+        object.__setattr__(self, "trainable", _patterns(self.trainable))
+        if not isinstance(self.implementation, str):
+            raise ConfigError(f"implementation is {self.implementation!r}; it needs a string")
+
+    def length_of(self, index: int, count: int) -> int:
+        """Prefix length of attention module ``index`` of ``count``."""
+        if isinstance(self.prefix_length, int):
+            return self.prefix_length
+        if len(self.prefix_length) != count:
+            raise ConfigError(
+                f"prefix_length has {len(self.prefix_length)} entries; the model has {count} attention modules"
+            )
+        return self.prefix_length[index]
+
+    def to_json(self) -> dict:
+        """A JSON-ready dict, with the format number."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict) -> AptConfig:
+        """The inverse of `to_json`; a newer format or an unknown key raises `ConfigError`."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"the config is a {type(data).__name__}; it needs a JSON object")
+        data = dict(data)
+        number = data.pop("format", None)
+        if number != FORMAT:
+            newer = isinstance(number, int) and number > FORMAT
+            hint = "; it was written by a newer apt_kernels" if newer else ""
+            raise ConfigError(f"the config's format is {number!r}; this version reads {FORMAT}{hint}")
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"the config has an unknown key {unknown[0]!r}")
+        for name in ("prefix_length", "trainable"):
+            if isinstance(data.get(name), list):
+                data[name] = tuple(data[name])
+        return cls(**data)
+
+
+def _lengths(value) -> int | tuple[int, ...]:
+    single = isinstance(value, int)
+    if not single and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise ConfigError(f"prefix_length is {value!r}; it needs an int or one int per attention module")
+    entries = (value,) if single else tuple(value)
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, int) or entry < 0:
+            raise ConfigError(f"prefix_length is {value!r}; each entry needs an int >= 0")
+    if not any(entries):
+        raise ConfigError(f"prefix_length is {value!r}; at least one entry needs to be above 0")
+    return value if single else entries
+
+
+def _patterns(value) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"trainable has {pattern!r}; it needs a regular expression ({error})") from None
+    return patterns

@@ -1,0 +1,287 @@
+"""`patch`, `unpatch` and `prefixes`: hang a prefix on every attention module, freeze the rest, and take it back."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..config import AptConfig
+from ..errors import ConfigError, PatchError
+from ..prefix import AdaptivePrefix
+from . import route
+from .record import Site, record
+
+
+@dataclass
+class State:
+    """What a patched model remembers: its settings, and what `unpatch` has to restore."""
+
+    config: AptConfig
+    implementations: list[str]  # of `_configs(model)`, in order
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    sites: list[str] = field(default_factory=list)
+
+
+def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None = None, **settings):
+    """Hang an `AdaptivePrefix` on every attention module of a transformers model, in place, and freeze the rest.
+
+    The model attends through `apt_kernels.attention` from then on; position ids, masks and caches stay those of the
+    unpatched model. New task heads (parameters outside the base model of a classification, token, question or
+    multiple-choice model) stay trainable. Patching again with equal settings changes nothing.
+
+    Args:
+        model: a ``transformers.PreTrainedModel`` whose attention goes through transformers' attention interface.
+        config: an `AptConfig`; or give its fields as keywords (``prefix_length=16, gate="auto", ...``).
+        example_inputs: keyword arguments of one small forward, for models that do not take token ids alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: a setting is out of range, or a gate would let a token see later ones.
+        PatchError: the model has no attention that can be patched, or is patched with other settings.
+    """
+    config = _config(config, settings)
+    if not isinstance(model, PreTrainedModel):
+        raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
+    if is_patched(model):
+        if state_of(model).config == config:
+            return model
+        raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
+    sites = _sites(model, example_inputs)
+    lengths = [config.length_of(i, len(sites)) for i in range(len(sites))]
+    built = _build(config, sites, lengths)
+    _commit(model, config, built)
+    return model
+
+
+def _config(config: AptConfig | None, settings: dict) -> AptConfig:
+    unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
+    return AptConfig(**settings) if config is None else replace(config, **settings)
+
+
+def _sites(model, example_inputs: dict | None) -> list[Site]:
+    before = [config._attn_implementation for config in _configs(model)]
+    try:
+        sites = record(model, lambda name: _set_implementation(model, name), example_inputs)
+    finally:
+        for config, name in zip(_configs(model), before):
+            config._attn_implementation_internal = name
+    if not sites:
+        raise PatchError(
+            f"{type(model).__name__} has no attention that goes through transformers' attention interface; "
+            "it cannot be patched"
+        )
+    return sites
+
+
+def _set_implementation(model, name: str) -> None:
+    for config in _configs(model):
+        config._attn_implementation_internal = name
+
+
+def _configs(model) -> list:
+    """Every config object that a module of the model reads, once each, in module order."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+def _build(config: AptConfig, sites: list[Site], lengths: list[int]) -> list[tuple[Site, AdaptivePrefix | None]]:
+    generator = None if config.init_seed is None else torch.Generator().manual_seed(config.init_seed)
+    built = []
+    for site, length in zip(sites, lengths):
+        gate = _gate(config.gate, site)
+        prefix = None
+        if length:
+            prefix = AdaptivePrefix(
+                length,
+                site.kv_heads,
+                site.head_dim,
+                site.value_head_dim,
+                site.hidden_size,
+                gate,
+                config.layer_scale,
+                config.init_std,
+                generator,
+                site.device,
+            )
+            prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
+        built.append((site, prefix))
+    return built
+
+
+def _gate(gate: str, site: Site) -> str:
+    if gate == "auto":
+        return "token" if site.causal or site.cross else "first"
+    if gate == "mean" and (site.causal or site.cross):
+        raise ConfigError(
+            f"gate is 'mean', but {site.name} is {site.kind}: the mean over all tokens would let a token see later "
+            "ones; use 'token', 'first', 'static' or 'none'"
+        )
+    return gate
+
+
+def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | None]]) -> None:
+    modules = dict(model.named_modules())
+    state = State(config, [own._attn_implementation for own in _configs(model)])
+    state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    _own_configs(model)
+    trainable = _trainable(model, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    for site, prefix in built:
+        module = modules[site.name]
+        if prefix is None:
+            module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", "sdpa")
+            continue
+        module.apt = prefix.train(module.training)
+        module.register_forward_pre_hook(route.before, with_kwargs=True)
+        module.register_forward_hook(route.after)
+        state.sites.append(site.name)
+    _set_implementation(model, route.NAME)
+    _let_reentrant_checkpoints_train(model)
+    model._apt_state = state
+
+
+def _own_configs(model) -> None:
+    """Give the model its own config objects: another model built from the same ones must not be switched along."""
+    shared = {}
+    owned = {id(config): copy.deepcopy(config, shared) for config in _configs(model)}
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in owned:
+            module.config = owned[id(module.config)]
+
+
+def _trainable(model, config: AptConfig) -> set[str]:
+    names = [name for name, _ in model.named_parameters()]
+    if config.trainable is not None:
+        unused = [pattern for pattern in config.trainable if not any(re.search(pattern, name) for name in names)]
+        if unused:
+            raise ConfigError(f"trainable has {unused[0]!r}; no parameter's name matches it")
+        return {name for name in names if any(re.search(pattern, name) for pattern in config.trainable)}
+    base = model.base_model
+    if base is model or model.get_output_embeddings() is not None:
+        return set()  # a bare encoder or a language model: its head, where it has one, was pretrained
+    inside = {id(parameter) for parameter in base.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+
+
+class _RequireGrad:
+    """Lets gradients reach the prefixes through re-entrant checkpoints, which need an input with a gradient."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+
+    def needed(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        for layer in self.layers:
+            if layer.gradient_checkpointing and layer.training:
+                function = getattr(layer, "_gradient_checkpointing_func", None)
+                return getattr(function, "keywords", {}).get("use_reentrant", True)
+        return False
+
+    def __call__(self, module, args, output):
+        if isinstance(output, Tensor) and not output.requires_grad and self.needed():
+            return output.requires_grad_()
+        return None
+
+
+class _RequireGradOfInputs(_RequireGrad):
+    """The same for a model that is handed ``inputs_embeds``."""
+
+    def __call__(self, module, args, kwargs):
+        changed = dict(kwargs)
+        for name in ("inputs_embeds", "decoder_inputs_embeds"):
+            given = kwargs.get(name)
+            if isinstance(given, Tensor) and not given.requires_grad and self.needed():
+                changed[name] = given.detach().requires_grad_()
+        return args, changed
+
+
+def _let_reentrant_checkpoints_train(model) -> None:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        return
+    model.register_forward_pre_hook(_RequireGradOfInputs(layers), with_kwargs=True)
+    for embedding in _input_embeddings(model):
+        embedding.register_forward_hook(_RequireGrad(layers))
+
+
+def _input_embeddings(model) -> list[nn.Module]:
+    found = {}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                embedding = module.get_input_embeddings()
+            except NotImplementedError:
+                continue
+            if isinstance(embedding, nn.Module):
+                found[id(embedding)] = embedding
+    return list(found.values())
+
+
+def unpatch(model):
+    """Take every prefix off again: outputs and ``requires_grad`` are bit for bit those from before `patch`.
+
+    Returns the same model. Raises `PatchError` if the model is not patched.
+    """
+    state = state_of(model)
+    for module in model.modules():
+        _remove_hooks(module)
+        if isinstance(module._modules.get("apt"), AdaptivePrefix):
+            del module.apt
+        module.__dict__.pop("apt_before", None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+    for config, name in zip(_configs(model), state.implementations):
+        config._attn_implementation_internal = name
+    del model._apt_state
+    return model
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    def ours(hook) -> bool:
+        return hook in (route.before, route.after) or isinstance(hook, _RequireGrad)
+
+    for hooks, extra in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
+            del hooks[key]
+            extra.pop(key, None)
+
+
+def is_patched(model) -> bool:
+    """Whether `patch` has been applied to the model."""
+    return isinstance(getattr(model, "_apt_state", None), State)
+
+
+def state_of(model) -> State:
+    """The patched model's state; `PatchError` if there is none."""
+    if not is_patched(model):
+        raise PatchError(f"the {type(model).__name__} is not patched; call apt_kernels.patch(model) first")
+    return model._apt_state
+
+
+def prefixes(model) -> dict[str, AdaptivePrefix]:
+    """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
+    state_of(model)
+    return {name: module.apt for name, module in model.named_modules() if isinstance(_own(module), AdaptivePrefix)}
+
+
+def _own(module: nn.Module):
+    return module._modules.get("apt")

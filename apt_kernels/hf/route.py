@@ -1,0 +1,160 @@
+"""From an attention module to the op: the hooks that see hidden states, and the attention function."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import PatchError
+from ..mask import Mask
+from ..op import attention
+from . import gate_memory
+from .masks import AttentionMask, describe
+
+NAME = "apt_kernels"
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class Pending(NamedTuple):
+    """What the attention function cannot see by itself: the inputs of the module that calls it."""
+
+    hidden_states: Tensor
+    cache: object | None
+    filled: bool
+
+
+def before(module, args, kwargs) -> None:
+    """Forward pre-hook of a patched attention module: remember its hidden states and cache."""
+    hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+    cache = filled = None
+    if module.apt.gate == "first":
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+    module.apt.pending = Pending(hidden_states, cache, bool(filled))
+    module.apt.served = False
+
+
+def after(module, args, output) -> None:
+    """Forward hook: a patched module that did not attend through `attention_forward` has lost its prefix."""
+    module.apt.pending = None
+    if not module.apt.served:
+        raise PatchError(
+            f"{module.apt.name} attended without its prefix: the model's attention implementation was switched away "
+            f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
+        )
+
+
+def attention_forward(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: ``[B, T, Hq, Dv]`` and no attention weights."""
+    prefix = getattr(module, "apt", None)
+    if prefix is None:
+        given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
+        return _without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
+    if prefix.pending is None:
+        raise PatchError(f"{prefix.name} attends outside its module's forward; its hidden states are unknown")
+    prefix.served = True
+    out = attention(
+        query,
+        key,
+        value,
+        prefix.key,
+        prefix.value,
+        _gate(prefix, attention_mask, query),
+        prefix.layer_scale,
+        mask=_mask(module, query, key, attention_mask, is_causal, position_bias),
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        implementation=prefix.implementation,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _gate(prefix, attention_mask, query: Tensor) -> Tensor | None:
+    hidden_states, cache, filled = prefix.pending
+    if prefix.gate in ("none", "static"):
+        return prefix.logits(None)
+    if filled:
+        return gate_memory.recall(cache, prefix.name)
+    hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
+    real = segments = None
+    if isinstance(attention_mask, AttentionMask) and not prefix.cross:
+        real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments
+    elif isinstance(attention_mask, Tensor) and not prefix.cross and attention_mask.ndim == 4:
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
+        real = seen.any(dim=2).any(dim=1)[:, : query.shape[2]].expand(query.shape[0], -1)
+    gate = prefix.logits(hidden_states, real, segments)
+    if cache is not None:
+        gate_memory.keep(cache, prefix.name, gate)
+    return gate
+
+
+def _closed(mask: Tensor) -> float:
+    """Additive masks close an entry with the dtype's minimum or minus infinity; half of it tells them apart."""
+    return torch.finfo(mask.dtype).min / 2
+
+
+def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, position_bias) -> Mask | None:
+    """What the op is told of visibility; conventions for plain tensors and None as in transformers' sdpa function."""
+    if isinstance(attention_mask, AttentionMask):
+        mask = attention_mask.mask
+        if attention_mask.shape[3] != key.shape[2]:
+            raise PatchError(f"the mask is for {attention_mask.shape[3]} keys; the layer has {key.shape[2]}")
+    elif isinstance(attention_mask, Tensor):
+        dense = attention_mask.dtype == torch.bool
+        mask = Mask(dense=attention_mask) if dense else Mask(bias=attention_mask)
+    elif attention_mask is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        mask = Mask(causal=True, query_offset=0) if causal and query.shape[2] > 1 else None
+    else:
+        raise PatchError(f"the attention mask is a {type(attention_mask).__name__}; it needs a tensor or None")
+    if position_bias is None:
+        return mask
+    mask = Mask() if mask is None else mask
+    bias = position_bias if mask.bias is None else position_bias + mask.bias
+    return Mask(**{**mask.__dict__, "bias": bias})
+
+
+def _without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple[Tensor, None]:
+    """An attention module that was left without a prefix attends as the model did before the patch."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if getattr(module, "apt_before", "sdpa") != "eager" and given["softcap"] is None and given["s_aux"] is None:
+        eager = None
+    function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if isinstance(attention_mask, AttentionMask):
+        attention_mask = _as_tensor(attention_mask, query, additive=function is eager)
+    given = {name: option for name, option in given.items() if option is not None}
+    out, _ = function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
+    return out, None
+
+
+def _as_tensor(described: AttentionMask, query: Tensor, additive: bool) -> Tensor:
+    """The ``[B, 1, T, S]`` tensor that `AttentionMask` stands in for."""
+    batch, _, queries, keys = described.shape
+    seen = described.mask.visible(batch, queries, keys, query.device)
+    if not additive:
+        return seen
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~seen, torch.finfo(query.dtype).min)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, describe)

@@ -1,0 +1,127 @@
+"""The trained parameters of one attention layer, and the gate's logits from hidden states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+HIDDEN_GATES = ("first", "mean", "token")
+
+
+class AdaptivePrefix(nn.Module):
+    """Prefix, gate and layer scale of one attention module; it hangs there as ``module.apt``.
+
+    Plain parameters, in float32 beside a model of any dtype:
+
+    - ``key [Hkv, M, D]`` and ``value [Hkv, M, Dv]``;
+    - ``gate_weight [M, d]`` for the gates ``first``, ``mean`` and ``token`` (``W_i`` of the paper, transposed), or
+      ``gate_logits [M]`` for ``static``; None where it does not apply;
+    - ``layer_scale [1]`` (``lambda_i``), or None.
+
+    With a gate, the start ``gate_weight = 0, layer_scale = 2`` makes every weight exactly 1: training begins as plain
+    prefix tuning. ``.to(dtype)`` casts these parameters like any others; the gate's logits stay float32 at least.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        value_head_dim: int,
+        hidden_size: int,
+        gate: str = "token",
+        layer_scale: bool = True,
+        init_std: float = 0.02,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        if gate not in (*HIDDEN_GATES, "static", "none"):
+            raise ConfigError(f"gate is {gate!r}; it needs one of {', '.join(map(repr, HIDDEN_GATES))}, static, none")
+        self.gate = gate
+        self.name, self.cross, self.implementation = "", False, "auto"
+
+        def draw(*shape: int) -> nn.Parameter:
+            # Drawn on the CPU, so that a seed gives the same prefix on every device.
+            return nn.Parameter((torch.randn(shape, generator=generator) * init_std).to(device))
+
+        self.key = draw(num_key_value_heads, length, head_dim)
+        self.value = draw(num_key_value_heads, length, value_head_dim)
+        self.gate_weight = self.gate_logits = self.layer_scale = None
+        if gate in HIDDEN_GATES:
+            self.gate_weight = nn.Parameter(torch.zeros(length, hidden_size, device=device))
+        elif gate == "static":
+            self.gate_logits = nn.Parameter(torch.zeros(length, device=device))
+        if layer_scale:
+            self.layer_scale = nn.Parameter(torch.full((1,), 1.0 if gate == "none" else 2.0, device=device))
+        # The inputs of the running forward, and whether its attention went through the op (hf/route.py).
+        self.pending, self.served = None, False
+
+    @property
+    def length(self) -> int:
+        """Prefix tokens M."""
+        return self.key.shape[1]
+
+    def extra_repr(self) -> str:
+        heads, length, head_dim = self.key.shape
+        return f"length={length}, heads={heads}, head_dim={head_dim}, gate={self.gate}"
+
+    def logits(
+        self, hidden_states: Tensor | None, real_tokens: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor | None:
+        """Gate logits of this layer: ``[B, T, M]`` (token), ``[B, M]`` (first, mean), ``[M]`` (static) or None.
+
+        Args:
+            hidden_states: ``[B, T, d]``, what enters the attention module.
+            real_tokens: ``[B, T]`` bool, False at padding; None: every token is real.
+            segments: ``[B, T]`` integers, equal within a packed document; with ``first``, each document then has the
+                gate of its own first token, and the logits are ``[B, T, M]``.
+        """
+        if self.gate == "none":
+            return None
+        if self.gate == "static":
+            return self.gate_logits
+        if self.gate == "first" and segments is not None:
+            hidden_states = _first_of_segment(hidden_states, segments)
+        elif self.gate == "first":
+            hidden_states = _first(hidden_states, real_tokens)
+        elif self.gate == "mean":
+            hidden_states = _mean(hidden_states, real_tokens)
+        return gate_product(hidden_states, self.gate_weight)
+
+    def __getstate__(self):
+        # A copy or a pickle taken in the middle of a forward must not drag the activations along.
+        return {**self.__dict__, "pending": None}
+
+
+def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """``h W^T`` with the operands in the hidden states' dtype, accumulated and returned in float32 (or float64)."""
+    dtype = hidden_states.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden_states.to(wide), weight.to(dtype).to(wide))
+
+
+def _first(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:
+    if real_tokens is None:
+        return hidden_states[:, 0]
+    index = real_tokens.to(torch.uint8).argmax(dim=1)
+    return hidden_states[torch.arange(hidden_states.shape[0], device=index.device), index]
+
+
+def _first_of_segment(hidden_states: Tensor, segments: Tensor) -> Tensor:
+    position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = torch.where(begins, position, 0).cummax(dim=1).values
+    return hidden_states.gather(1, start[..., None].expand_as(hidden_states))
+
+
+def _mean(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:
+    if real_tokens is None:
+        return hidden_states.mean(dim=1)
+    real = real_tokens[..., None].to(torch.promote_types(hidden_states.dtype, torch.float32))
+    total = (hidden_states * real).sum(dim=1)
+    return (total / real.sum(dim=1).clamp(min=1)).to(hidden_states.dtype)
