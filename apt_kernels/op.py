@@ -188,9 +188,7 @@ def _check_core(query, key, value, prefix_key, prefix_value) -> None:
         )
     need = (kv_heads, prefix_key.shape[1], value.shape[3])
     if tuple(prefix_value.shape) != need:
-        raise ArgumentError(
-            f"prefix_value has shape {list(prefix_value.shape)}; it needs [Hkv, M, Dv] = {list(need)}"
-        )
+        raise ArgumentError(f"prefix_value has shape {list(prefix_value.shape)}; it needs [Hkv, M, Dv] = {list(need)}")
     for name, tensor in (("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key)):
         if 0 in tensor.shape:
             raise ArgumentError(f"{name} has shape {list(tensor.shape)}; every size needs to be at least 1")
@@ -328,8 +326,7 @@ def _finite(name: str, number) -> float:
 torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 torch.library.define(
     "apt_kernels::attention_backward",
-    "(Tensor grad_out, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, bool[] needs, "
-    f"{_ARGUMENTS}) -> Tensor[]",
+    f"(Tensor grad_out, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
 )
 
 

@@ -75,11 +75,6 @@ def _sites(model, example_inputs: dict | None) -> list[Site]:
     finally:
         for config, name in zip(_configs(model), before):
             config._attn_implementation_internal = name
-    if not sites:
-        raise PatchError(
-            f"{type(model).__name__} has no attention that goes through transformers' attention interface; "
-            "it cannot be patched"
-        )
     return sites
 
 
@@ -102,9 +97,9 @@ def _build(config: AptConfig, sites: list[Site], lengths: list[int]) -> list[tup
     generator = None if config.init_seed is None else torch.Generator().manual_seed(config.init_seed)
     built = []
     for site, length in zip(sites, lengths):
-        gate = _gate(config.gate, site)
         prefix = None
         if length:
+            gate = _gate(config.gate, site)
             prefix = AdaptivePrefix(
                 length,
                 site.kv_heads,
@@ -137,8 +132,8 @@ def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | N
     modules = dict(model.named_modules())
     state = State(config, [own._attn_implementation for own in _configs(model)])
     state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    _own_configs(model)
     trainable = _trainable(model, config)
+    _own_configs(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     for site, prefix in built:
@@ -280,8 +275,5 @@ def state_of(model) -> State:
 def prefixes(model) -> dict[str, AdaptivePrefix]:
     """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
     state_of(model)
-    return {name: module.apt for name, module in model.named_modules() if isinstance(_own(module), AdaptivePrefix)}
-
-
-def _own(module: nn.Module):
-    return module._modules.get("apt")
+    found = {name: module._modules.get("apt") for name, module in model.named_modules()}
+    return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}

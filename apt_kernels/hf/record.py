@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,6 +35,12 @@ class Site:
     @property
     def kind(self) -> str:
         return "cross-attention" if self.cross else "causal self-attention" if self.causal else "self-attention"
+
+
+_INLINE = (
+    "{} has no attention that goes through transformers' attention interface (it attends inline, or not at all); "
+    "it cannot be patched"
+)
 
 
 class _Recorder:
@@ -104,9 +111,9 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> lis
             body, inputs = (model, example_inputs) if example_inputs else (_body(model), _token_inputs(model))
             try:
                 body(**inputs)
-            except PatchError:
-                raise
             except Exception as error:
+                if not recorder.calls and not _uses_the_interface(model):
+                    raise PatchError(_INLINE.format(type(model).__name__)) from error
                 raise PatchError(
                     f"{type(model).__name__}: the recording pass failed ({type(error).__name__}: {error}). "
                     "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
@@ -115,11 +122,19 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> lis
         _active.pop()
         for handle in handles:
             handle.remove()
+    if not recorder.calls:
+        raise PatchError(_INLINE.format(type(model).__name__))
     return [
         Site(name=name, hidden_size=recorder.inputs[module].shape[-1], **recorder.calls[module])
         for name, module in model.named_modules()
         if module in recorder.calls and module in recorder.inputs
     ]
+
+
+def _uses_the_interface(model) -> bool:
+    """Whether the model's source looks up its attention function in transformers' attention interface."""
+    source = sys.modules[type(_body(model)).__module__]
+    return hasattr(source, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _body(model):

@@ -34,9 +34,16 @@ def before(module, args, kwargs) -> None:
     cache = filled = None
     if module.apt.gate == "first":
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        filled = cache is not None and int(cache.get_seq_length()) > 0
+        filled = cache is not None and _holds_tokens(cache, module)
     module.apt.pending = Pending(hidden_states, cache, bool(filled))
     module.apt.served = False
+
+
+def _holds_tokens(cache, module) -> bool:
+    """Whether this module's own layer of the cache was filled by an earlier forward."""
+    if module.apt.cross:
+        cache = getattr(cache, "cross_attention_cache", cache)
+    return int(cache.get_seq_length(getattr(module, "layer_idx", None) or 0)) > 0
 
 
 def after(module, args, output) -> None:

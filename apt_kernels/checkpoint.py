@@ -1,0 +1,141 @@
+"""Save and load what was trained: ``adapter.safetensors`` and ``apt_config.json``, nothing else, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import AptConfig
+from .errors import AdapterError, ConfigError, PatchError
+from .hf.patching import is_patched, patch, prefixes, state_of, unpatch
+
+WEIGHTS = "adapter.safetensors"
+CONFIG = "apt_config.json"
+
+
+def save(model, folder: str | os.PathLike) -> None:
+    """Write the trained weights of a patched model (prefixes, and every other trainable parameter) to ``folder``.
+
+    Both files are written beside their places and then moved there, so that a crash leaves the old ones whole.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    state = state_of(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
+    lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
+    config = {**state.config.to_json(), "model": type(model).__name__, "lengths": lengths}
+    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def _replace(path: Path, write) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _trained(model) -> dict[str, Tensor]:
+    """Prefix parameters, frozen by the user or not, and all that is trainable beside them, by parameter name."""
+    ours = {id(parameter) for prefix in prefixes(model).values() for parameter in prefix.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in ours}
+
+
+def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None):
+    """Load what `save` wrote into ``model``, patching it first if it is not; the weights keep the model's dtypes.
+
+    Everything is checked before anything changes: on an error the model is as it was.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: a file is missing, damaged, of a newer format, or its first mismatching weight is named.
+        PatchError: the model cannot be patched, or is patched with other settings.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    fresh = not is_patched(model)
+    if not fresh and _shape_of(state_of(model).config) != _shape_of(config):
+        raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
+    if fresh:
+        try:
+            patch(model, config, example_inputs=example_inputs)
+        except ConfigError as error:
+            raise AdapterError(f"{folder} does not fit the {type(model).__name__}: {error}") from error
+    try:
+        tensors = _read_weights(folder / WEIGHTS)
+        targets = dict(model.named_parameters())
+        _check(tensors, targets, _trained(model), folder)
+    except BaseException:
+        if fresh:
+            unpatch(model)
+        raise
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
+    return model
+
+
+def _shape_of(config: AptConfig) -> tuple:
+    """The settings on which the set of weights and their meaning depend."""
+    return config.prefix_length, config.gate, config.layer_scale
+
+
+def _read_config(path: Path) -> AptConfig:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent} has no {path.name}; it is not an adapter folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is not valid JSON: {error}") from error
+    if isinstance(data, dict):
+        data = {name: value for name, value in data.items() if name not in ("model", "lengths")}
+    try:
+        return AptConfig.from_json(data)
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors handle)
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent} has no {path.name}; it is not an adapter folder") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged: {error}") from error
+
+
+def _check(tensors: dict, targets: dict, needed: dict, folder: Path) -> None:
+    for name, tensor in tensors.items():
+        if name not in targets:
+            raise AdapterError(f"{folder} holds {name}, which the model does not have")
+        if tensor.shape != targets[name].shape:
+            raise AdapterError(f"{folder}: {name} is {list(tensor.shape)}; the model's is {list(targets[name].shape)}")
+        if tensor.is_floating_point() != targets[name].is_floating_point():
+            raise AdapterError(f"{folder}: {name} is {tensor.dtype}; the model's is {targets[name].dtype}")
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise AdapterError(f"{folder} lacks {missing[0]}, which the model needs")

@@ -1,0 +1,266 @@
+"""The one error rule of the tests: how far an implementation may be from the truth.
+
+For the output, the log-sum-exp and every gradient, element by element,
+
+    |ours - truth|  <=  2 * max |eager - truth|  +  CONSTANT * eps * terms
+
+``truth`` is the reference in float64 on the same (upcast) inputs, ``eager`` the reference in the inputs' own dtype,
+``eps`` that of the query's dtype, or of the result's where that is coarser. The second part is needed because floating
+sums have noise: eager's error is now and then close to zero by luck, above all where a tensor has few elements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from apt_kernels.impl import reference
+from apt_kernels.impl.dropout import keep_mask
+from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
+
+# Over 1,200 random cases a correct float32, float64 or bfloat16 implementation (stock attention on concatenated keys)
+# needs up to 0.8; `test_accuracy` shows that planted faults fail.
+CONSTANT = 1.0
+
+
+def check(
+    x: Inputs,
+    implementation: str,
+    *,
+    wanted: Collection[str] | None = None,
+    logsumexp_gradient: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Run an implementation through the op, forward and backward, and hold every result to the error rule.
+
+    Uninitialised memory is NaN while it runs. ``wanted`` names the inputs to differentiate (empty: forward only);
+    by default all there are, the bias only where it requires a gradient. ``generator`` (a CPU one) draws the output
+    gradients. Returns each tensor's worst error as a share of what is allowed, at most 1.
+    """
+    wanted = differentiable(x) if wanted is None else [name for name in DIFFERENTIABLE if name in wanted]
+    grads = _output_gradients(x, logsumexp_gradient and bool(wanted), generator)
+
+    def op(leaves: Inputs) -> tuple[Tensor, Tensor]:
+        return torch.ops.apt_kernels.attention(*leaves.flat(), implementation)
+
+    with poisoned_memory():
+        ours = evaluate(op, x, wanted, *grads)
+    shares = compare(ours, x, wanted, *grads)
+    _check_form(x, ours)
+    return shares
+
+
+def compare(
+    ours: dict[str, Tensor], x: Inputs, wanted: Collection[str], grad_out: Tensor, grad_logsumexp: Tensor | None
+) -> dict[str, float]:
+    """Hold results, named as `evaluate` names them, to the error rule; return each one's share of what is allowed."""
+    allowances, truth = allowed_errors(x, wanted, grad_out, grad_logsumexp)
+    shares = {}
+    for name, allowed in allowances.items():
+        error = (ours[name].double() - truth[name]).abs()
+        share = torch.where(error == 0, 0.0, error / allowed).max().item()
+        assert share <= 1, f"{name} is off by {error.max():.3g}: {share:.3g} of what is allowed"
+        shares[name] = share
+    return shares
+
+
+def allowed_errors(
+    x: Inputs, wanted: Collection[str], grad_out: Tensor, grad_logsumexp: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The error allowed in every element of every result, and the truth."""
+    exact = upcast(x)
+    wide_grads = (grad_out.double(), None if grad_logsumexp is None else grad_logsumexp.double())
+    truth = evaluate(reference.attend, exact, wanted, *wide_grads)
+    eager = evaluate(reference.attend, x, wanted, grad_out, grad_logsumexp)
+    with torch.no_grad():
+        terms = absolute_terms(exact, truth["out"], truth["logsumexp"], *wide_grads)
+    allowed = {}
+    for name, exact_result in truth.items():
+        eps = max(torch.finfo(x.query.dtype).eps, torch.finfo(eager[name].dtype).eps)
+        worst = (eager[name].double() - exact_result).abs().max()
+        allowed[name] = 2 * worst + CONSTANT * eps * terms[name].reshape(exact_result.shape)
+    return allowed, truth
+
+
+def evaluate(
+    function, x: Inputs, wanted: Collection[str], grad_out: Tensor, grad_logsumexp: Tensor | None
+) -> dict[str, Tensor]:
+    """``out``, ``logsumexp`` and the wanted gradients, by autograd through ``function(Inputs)``."""
+    values = {name: t.detach() if isinstance(t, Tensor) else t for name, t in x.__dict__.items()}
+    for name in wanted:
+        values[name].requires_grad_()
+    out, logsumexp = function(Inputs(**values))
+    found = {"out": out.detach(), "logsumexp": logsumexp.detach()}
+    if wanted:
+        outputs, seeds = [out], [grad_out]
+        if grad_logsumexp is not None:
+            outputs, seeds = [out, logsumexp], [grad_out, grad_logsumexp]
+        found.update(zip(wanted, torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)))
+    return found
+
+
+def differentiable(x: Inputs) -> list[str]:
+    """The inputs to differentiate by default: all there are, the bias only where it requires a gradient."""
+    present = [name for name in DIFFERENTIABLE if getattr(x, name) is not None]
+    return [name for name in present if name != "bias" or x.bias.requires_grad]
+
+
+def upcast(x: Inputs) -> Inputs:
+    """The same inputs with every floating-point tensor in float64."""
+    return Inputs(
+        **{
+            name: part.double() if isinstance(part, Tensor) and part.is_floating_point() else part
+            for name, part in x.__dict__.items()
+        }
+    )
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what ``torch.empty`` and its kin return with NaN (integers: their maximum), so that reading it shows."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            made = make(*args, **kwargs)
+            if made.is_floating_point():
+                return made.fill_(math.nan)
+            return made if made.dtype == torch.bool else made.fill_(torch.iinfo(made.dtype).max)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty",))):
+            for name in names:
+                patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+def absolute_terms(
+    x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None
+) -> dict[str, Tensor]:
+    """The sum of absolute terms behind every element of every result, in closed form on float64 inputs.
+
+    An error of one eps relative in each term moves a result by at most eps times this. With ``|.|`` term by term:
+      logits        A_s = c sum |q||k|;  A_z = g A_s (+ |z| for a soft-cap, + |bias|): the absolute error of z
+      log-sum-exp   A_L = sum p A_z + |L| + 1
+      probability   relative error E = A_z + A_L + 1; with its own rounding A_p = p (E + 1)
+      output        A_O = sum A_p g |v|
+      delta         A_delta = sum |dO| A_O + |dL|
+      dz            A_dz = p (g sum |dO||v| + A_delta) + |dz| (E + 1); a soft-cap's slope adds 3 |dz|
+      dq, dk, dv    c sum A_dz g |k|,  c sum A_dz g |q|,  sum A_p g |dO|   (the prefix's likewise)
+      dg            sum A_dz |s| + |dz| A_s + A_p |dO.v| + p sum |dO||v|; times lambda sigmoid' or sigmoid
+      dsink         sum p A_delta + p E |delta|
+    """
+    batch, heads, kv_heads, queries, keys, length, _, _ = x.sizes
+    group, c = heads // kv_heads, abs(x.scale)
+
+    def joined(prefix: Tensor, tokens: Tensor) -> Tensor:
+        return torch.cat([prefix.expand(batch, *prefix.shape), tokens], dim=2).repeat_interleave(group, dim=1)
+
+    def grouped(terms: Tensor) -> Tensor:
+        return terms.unflatten(1, (kv_heads, group)).sum(2)
+
+    key, value = joined(x.prefix_key, x.key), joined(x.prefix_value, x.value)
+    g = torch.ones(batch, 1, queries, length + keys, dtype=torch.float64, device=x.query.device)
+    if x.weights() is not None:
+        g[..., :length] = x.weights()[:, None]
+    s, a_s = x.scale * (x.query @ key.mT), c * (x.query.abs() @ key.abs().mT)
+    z, a_z, slope = g * s, g.abs() * a_s, None
+    if x.softcap:
+        slope = 1 - torch.tanh(z / x.softcap).square()
+        z = x.softcap * torch.tanh(z / x.softcap)
+        a_z = a_z * slope + z.abs()
+    z, a_z = _tokens_masked(x, z, a_z)
+    p = torch.exp(z - logsumexp[..., None])
+    a_z = torch.where(p > 0, a_z, 0.0)
+    a_l = (p * a_z).sum(-1) + logsumexp.abs() + 1
+    if x.sinks is not None:
+        sink = x.sinks.view(1, heads, 1)
+        p_sink = torch.exp(sink - logsumexp)
+        a_l = a_l + p_sink * sink.abs()
+    relative = a_z + a_l[..., None] + 1
+    keep = 1.0
+    if x.dropout_p:
+        keep = keep_mask(x.seed, x.dropout_p, batch, heads, 0, queries, 0, length + keys) / (1 - x.dropout_p)
+    a_p = p * keep * (relative + 1)
+    a_out = (a_p * g.abs()) @ value.abs()
+    terms = {"out": a_out, "logsumexp": a_l}
+
+    d_l = torch.zeros_like(logsumexp) if grad_logsumexp is None else grad_logsumexp
+    delta = (grad_out * out).sum(-1) - d_l
+    a_delta = (grad_out.abs() * a_out).sum(-1) + d_l.abs()
+    r, a_r = grad_out @ value.mT, grad_out.abs() @ value.abs().mT
+    dz = p * (keep * g * r - delta[..., None])
+    a_dz = p * (keep * g.abs() * a_r + a_delta[..., None]) + dz.abs() * (relative + 1)
+    if x.bias is not None:
+        terms["bias"] = a_dz[..., length:].sum_to_size(x.bias.shape)
+    if slope is not None:
+        a_dz, dz = slope * a_dz + 3 * dz.abs(), slope * dz
+    a_ds = c * a_dz * g.abs()
+    terms["query"] = a_ds @ key.abs()
+    d_key, d_value = grouped(a_ds.mT @ x.query.abs()), grouped((a_p * g.abs()).mT @ grad_out.abs())
+    terms["key"], terms["value"] = d_key[:, :, length:], d_value[:, :, length:]
+    terms["prefix_key"], terms["prefix_value"] = d_key[:, :, :length].sum(0), d_value[:, :, :length].sum(0)
+    a_dg = (a_dz * s.abs() + dz.abs() * a_s + a_p * r.abs() + p * keep * a_r)[..., :length].sum(1)
+    terms.update(_gate_terms(x, a_dg))
+    if x.sinks is not None:
+        terms["sinks"] = (p_sink * (a_delta + delta.abs() * (sink.abs() + a_l + 1))).sum((0, 2))
+    return terms
+
+
+def _tokens_masked(x: Inputs, z: Tensor, a_z: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and their absolute terms with the bias added and hidden tokens at -inf."""
+    length, visible = x.prefix_key.shape[1], x.visible()
+    tokens, a_tokens = z[..., length:], a_z[..., length:]
+    if x.bias is not None:
+        tokens, a_tokens = tokens + x.bias, a_tokens + x.bias.abs()
+    if visible is not None:
+        tokens = tokens.masked_fill(~visible, -torch.inf)
+    return torch.cat([z[..., :length], tokens], -1), torch.cat([a_z[..., :length], a_tokens], -1)
+
+
+def _gate_terms(x: Inputs, a_dg: Tensor) -> dict[str, Tensor]:
+    """Terms of the gate and the layer scale from those of ``dg``, ``[B, T, M]``."""
+    terms, sigmoid = {}, 1.0
+    if x.gate is not None:
+        sigmoid = torch.sigmoid(x.gate_rows())
+        factor = sigmoid * (1 - sigmoid) * (1.0 if x.layer_scale is None else x.layer_scale.abs())
+        if x.gate_index is None:
+            terms["gate"] = (a_dg * factor).sum_to_size(x.gate.shape)
+        else:
+            rows = (a_dg * factor).flatten(0, 1)
+            index = x.gate_index.expand(a_dg.shape[:2]).flatten()
+            terms["gate"] = torch.zeros_like(x.gate).index_add_(0, index, rows)
+    if x.layer_scale is not None:
+        terms["layer_scale"] = (a_dg * sigmoid).sum()
+    return terms
+
+
+def _output_gradients(x: Inputs, logsumexp: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    batch, heads, _, queries, _, _, _, value_dim = x.sizes
+    grad_out = torch.randn(batch, heads, queries, value_dim, generator=generator).to(x.query)
+    if not logsumexp:
+        return grad_out, None
+    return grad_out, torch.randn(batch, heads, queries, generator=generator).to(x.query.device, x.compute_dtype)
+
+
+def _check_form(x: Inputs, ours: dict[str, Tensor]) -> None:
+    """Shapes, dtypes and memory layout that the op promises."""
+    batch, heads, _, queries, _, _, _, value_dim = x.sizes
+    for name, tensor in ours.items():
+        if name == "out":
+            shape, dtype = (batch, heads, queries, value_dim), x.query.dtype
+        elif name == "logsumexp":
+            shape, dtype = (batch, heads, queries), x.compute_dtype
+        else:
+            shape, dtype = getattr(x, name).shape, getattr(x, name).dtype
+        assert tuple(tensor.shape) == tuple(shape), f"{name} has shape {list(tensor.shape)}; promised {list(shape)}"
+        assert tensor.dtype == dtype, f"{name} has dtype {tensor.dtype}; promised {dtype}"
+        heads_last = name in ("out", "query", "key", "value")
+        stored = tensor.transpose(1, 2) if heads_last else tensor
+        assert stored.is_contiguous(), f"{name} has strides {tensor.stride()}; heads last: {heads_last}"

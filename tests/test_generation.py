@@ -1,0 +1,90 @@
+"""Cached generation equals recomputing every step without a cache, token for token."""
+
+import copy
+
+import models
+import pytest
+import torch
+from test_models import gates, randomise
+
+import apt_kernels
+
+FAMILIES = models.DECODERS + models.SEQ2SEQ
+NEW = 8
+
+
+def tuned(family, gate):
+    model = apt_kernels.patch(models.build(family).double(), prefix_length=4, gate=gate)
+    randomise(model)
+    return model
+
+
+def generate(model, given, **options):
+    given = {name: tensor for name, tensor in given.items() if name != "decoder_input_ids"}
+    options = {"output_logits": True, "return_dict_in_generate": True, **options}
+    out = model.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+def assert_same(found, expected):
+    """The same tokens, chosen from the same logits."""
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("family", "gate"), [(f, g) for f in FAMILIES for g in gates(f) if g != "none"])
+def test_left_padded_generation_equals_recomputation(family, gate, beams):
+    model, given = tuned(family, gate), models.inputs(family, "left")
+    cached = generate(model, given, num_beams=beams)
+    assert_same(cached, generate(model, given, num_beams=beams, use_cache=False))
+    apt_kernels.unpatch(model)
+    moved = cached[1][0] - generate(model, given, num_beams=beams)[1][0]
+    assert moved.nan_to_num(posinf=0, neginf=0).abs().max() > 1e-2, "the prefix has no influence"
+
+
+@pytest.mark.parametrize("gate", ["token", "first"])
+@pytest.mark.parametrize("family", models.DECODERS)
+def test_a_row_generates_the_same_alone_and_padded_in_a_batch(family, gate):
+    model, given = tuned(family, gate), models.inputs(family, "left")
+    together = generate(model, given)[0][:, 12:]
+    for row in range(3):
+        real = given["attention_mask"][row].bool()
+        alone, _ = generate(model, {"input_ids": given["input_ids"][row, real][None]})
+        assert torch.equal(alone[0, real.sum() :], together[row])
+
+
+@pytest.mark.parametrize("gate", ["token", "first"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "t5", "bart"])
+def test_static_cache(family, gate):
+    model, given = tuned(family, gate), models.inputs(family, "left")
+    static = generate(model, given, cache_implementation="static", disable_compile=True)
+    assert_same(static, generate(model, given, use_cache=False))
+
+
+@pytest.mark.parametrize("change", ["copy", "crop", "reset"])
+def test_the_kept_gate_belongs_to_the_cache(change):
+    model = tuned("llama", "first")
+    first, second = (models.inputs("llama", seed=s)["input_ids"] for s in (0, 1))
+    with torch.no_grad():
+        cache = model(first, use_cache=True).past_key_values
+        if change == "copy":
+            twin = copy.deepcopy(cache)
+            model(second, past_key_values=cache)
+            cache = twin
+            expected, found = torch.cat([first, second], 1), model(second, past_key_values=cache)
+        else:
+            cache.crop(cache.get_seq_length()) if change == "crop" else cache.reset()
+            if cache.get_seq_length():
+                pytest.fail(f"{change} left {cache.get_seq_length()} tokens")
+            expected, found = second, model(second, past_key_values=cache)
+        expected = model(expected, use_cache=False).logits[:, -12:]
+    torch.testing.assert_close(found.logits, expected)
+
+
+def test_a_filled_cache_without_a_gate_raises():
+    model, given = models.build("llama"), models.inputs("llama")
+    cache = model(**given, use_cache=True).past_key_values
+    apt_kernels.patch(model, gate="first")
+    with pytest.raises(apt_kernels.PatchError, match="no gate"):
+        model(given["input_ids"], past_key_values=cache)

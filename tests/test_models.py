@@ -1,0 +1,60 @@
+"""A patched model equals an eager model that attends over concatenated prefixes: outputs and every gradient."""
+
+import copy
+
+import models
+import oracle
+import pytest
+import torch
+
+import apt_kernels
+
+GATES = {"encoder": ("first", "mean", "token", "static", "none"), "decoder": ("first", "token", "static", "none")}
+
+
+def gates(family):
+    return GATES["encoder" if family in models.ENCODERS else "decoder"]
+
+
+def randomise(model, seed=1):
+    """Prefix parameters large enough to matter, gates away from their start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for prefix in apt_kernels.prefixes(model).values():
+            for parameter in prefix.parameters():
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(parameter + draw * (0.3 if parameter.shape == (1,) else 0.7))
+
+
+def real_of(given, family):
+    """Padding of the tokens whose hidden states feed a module's gate; the decoder's own input has none."""
+    mask = given["attention_mask"].bool()
+    return lambda name: mask if family not in models.SEQ2SEQ or ".encoder." in f".{name}" else None
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize(("family", "gate"), [(f, g) for f in models.FAMILIES for g in gates(f)])
+def test_outputs_and_gradients_equal_the_oracle(family, gate, padding):
+    plain = models.build(family).double()
+    given = models.inputs(family, padding)
+    patched = apt_kernels.patch(copy.deepcopy(plain), prefix_length=5, gate=gate, init_seed=0).double()
+    randomise(patched)
+    eager, params = oracle.build(plain, apt_kernels.prefixes(patched), real_of(given, family))
+
+    logits, expected = patched(**given).logits, eager(**given).logits
+    rows = torch.ones_like(logits[..., 0], dtype=torch.bool)
+    if padding and family not in models.SEQ2SEQ:
+        rows = given["attention_mask"].bool()
+    torch.testing.assert_close(logits[rows], expected[rows], rtol=1e-9, atol=1e-9)
+    bare, _ = oracle.build(plain, {})
+    moved = (expected - bare(**given).logits)[rows].abs().max()
+    assert moved > 1e-2, "the prefix has no influence, the comparison proves nothing"
+
+    weight = torch.randn(logits[rows].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (logits[rows] * weight).sum().backward()
+    (expected[rows] * weight).sum().backward()
+    named = dict(patched.named_parameters())
+    assert {n for n, p in named.items() if p.requires_grad} == set(params)
+    for name, parameter in params.items():
+        assert parameter.grad.abs().max() > 0, name
+        torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
