@@ -69,6 +69,26 @@ def train(runs: dict[str, Run], data: Batches, epochs: int, batch_size: int, see
             run.peak_bytes = peak_of_step(run, data.take(order[0]))
 
 
+def compare_curves(runs: dict[str, Run], data: Batches, steps: int, batch_size: int, seed: int) -> None:
+    """The first steps without dropout, where the ways differ by rounding alone."""
+    for run in runs.values():
+        run.model.eval()
+    for rows in data.shuffled(batch_size, seed)[:steps]:
+        batch = data.take(rows)
+        for way, run in runs.items():
+            with WAYS[way]():
+                run.losses.append(_step(run, batch).item())
+
+
+def epochs_apart(runs: dict[str, Run], epochs: int) -> tuple[float, float]:
+    """The farthest that the ways' mean losses of an epoch lie apart, and the noise of that difference (4 sigma)."""
+    ours, naive = (torch.tensor(run.losses).view(epochs, -1) for run in runs.values())
+    apart = (ours - naive).mean(dim=1).abs()
+    noise = 4 * (ours - naive).std(dim=1) / ours.shape[1] ** 0.5
+    worst = int((apart - noise).argmax())
+    return float(apart[worst]), float(noise[worst])
+
+
 def _decay(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
