@@ -62,8 +62,10 @@ class Mask:
         parts = (self.causal, *self.window_sizes, self.key_padding, self.query_segments, self.key_segments, self.dense)
         seen = visible_keys(position, keys, *parts)
         shape = (batch, 1, queries, keys)
-        return torch.ones(shape, dtype=torch.bool, device=device) if seen is None else seen.broadcast_to(
-            torch.broadcast_shapes(seen.shape, shape)
+        return (
+            torch.ones(shape, dtype=torch.bool, device=device)
+            if seen is None
+            else seen.broadcast_to(torch.broadcast_shapes(seen.shape, shape))
         )
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:

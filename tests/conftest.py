@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from accuracy import poisoned_memory
 from hypothesis import HealthCheck, settings
+
+# Workers side by side share the cores; more threads than cores make tiny operations hundreds of times slower.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=100, **_COMMON)

@@ -30,7 +30,6 @@ SEQ2SEQ = ("t5", "bart")
 FAMILIES = ENCODERS + DECODERS + SEQ2SEQ
 
 
-
 def config(family: str):
     """A fresh tiny config; windows are shorter than the test sequences."""
     made = {

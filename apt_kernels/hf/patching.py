@@ -173,59 +173,36 @@ def _trainable(model, config: AptConfig) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
 
 
-class _RequireGrad:
-    """Lets gradients reach the prefixes through re-entrant checkpoints, which need an input with a gradient."""
+class _InputsRequireGrad:
+    """Forward pre-hook: lets gradients through re-entrant checkpoints of a model that is handed ``inputs_embeds``.
+
+    transformers sees to it where the model embeds token ids itself.
+    """
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
 
-    def needed(self) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        for layer in self.layers:
-            if layer.gradient_checkpointing and layer.training:
-                function = getattr(layer, "_gradient_checkpointing_func", None)
-                return getattr(function, "keywords", {}).get("use_reentrant", True)
-        return False
-
-    def __call__(self, module, args, output):
-        if isinstance(output, Tensor) and not output.requires_grad and self.needed():
-            return output.requires_grad_()
-        return None
-
-
-class _RequireGradOfInputs(_RequireGrad):
-    """The same for a model that is handed ``inputs_embeds``."""
-
     def __call__(self, module, args, kwargs):
+        if not torch.is_grad_enabled() or not any(_reentrant(layer) for layer in self.layers):
+            return None
         changed = dict(kwargs)
         for name in ("inputs_embeds", "decoder_inputs_embeds"):
             given = kwargs.get(name)
-            if isinstance(given, Tensor) and not given.requires_grad and self.needed():
+            if isinstance(given, Tensor) and not given.requires_grad:
                 changed[name] = given.detach().requires_grad_()
         return args, changed
 
 
+def _reentrant(layer: nn.Module) -> bool:
+    if not (layer.gradient_checkpointing and layer.training):
+        return False
+    return getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
+
+
 def _let_reentrant_checkpoints_train(model) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        return
-    model.register_forward_pre_hook(_RequireGradOfInputs(layers), with_kwargs=True)
-    for embedding in _input_embeddings(model):
-        embedding.register_forward_hook(_RequireGrad(layers))
-
-
-def _input_embeddings(model) -> list[nn.Module]:
-    found = {}
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            try:
-                embedding = module.get_input_embeddings()
-            except NotImplementedError:
-                continue
-            if isinstance(embedding, nn.Module):
-                found[id(embedding)] = embedding
-    return list(found.values())
+    if layers:
+        model.register_forward_pre_hook(_InputsRequireGrad(layers), with_kwargs=True)
 
 
 def unpatch(model):
@@ -249,7 +226,7 @@ def unpatch(model):
 
 def _remove_hooks(module: nn.Module) -> None:
     def ours(hook) -> bool:
-        return hook in (route.before, route.after) or isinstance(hook, _RequireGrad)
+        return hook in (route.before, route.after) or isinstance(hook, _InputsRequireGrad)
 
     for hooks, extra in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
