@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
-# Two test processes of one thread each: two cores are enough, and threads would only contend.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+# Processes take the cores; tests/conftest.py gives each its share of the threads.
+PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help demo test lint format fuzz cuda clean
 

@@ -30,7 +30,7 @@ GROUPS = {
 }
 _STANDARD_LIBRARY = ("text", "system")
 _NOT_LIBRARY = {"test", "tests", "testing", "_testing"}
-_MIN_WORDS = 10
+_MIN_WORDS = 20
 _SAME_START = 12  # texts that agree in so many first words, numbers aside, are one text
 _MASK = "module"
 _NAMES = {name.split(".")[0] for modules in GROUPS.values() for name in modules} | {"np", "pytorch", "python"}
