@@ -44,7 +44,9 @@ def load(source: str, train: int, test: int) -> Task:
     task = Task(Path(source).name, rows["train"][:train], rows["test"][:test])
     unknown = {label for _, label in task.test} - set(task.labels)
     if unknown or len(task.labels) < 2 or not task.test:
-        raise DataError(f"{source}: it needs two labels or more in train, and in test no others (has {sorted(unknown)})")
+        raise DataError(
+            f"{source}: it needs two labels or more in train, and in test no others (has {sorted(unknown)})"
+        )
     return task
 
 

@@ -37,7 +37,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", type=int, default=400, help="most test texts")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--max-length", type=int, default=48, help="tokens of a text")
     parser.add_argument("--learning-rate", type=float, default=3e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

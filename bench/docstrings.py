@@ -21,9 +21,9 @@ GROUPS = {
         "pickletools plistlib pprint pydoc reprlib shlex string stringprep textwrap tokenize xml"
     ).split(),
     "system": (
-        "asyncio concurrent ctypes fileinput ftplib getpass glob http imaplib ipaddress logging mailbox multiprocessing "
-        "os pathlib platform poplib posixpath queue sched selectors shutil signal smtplib socket socketserver ssl "
-        "subprocess tempfile threading urllib venv wsgiref xmlrpc"
+        "asyncio concurrent ctypes fileinput ftplib getpass glob http imaplib ipaddress logging mailbox "
+        "multiprocessing os pathlib platform poplib posixpath queue sched selectors shutil signal smtplib socket "
+        "socketserver ssl subprocess tempfile threading urllib venv wsgiref xmlrpc"
     ).split(),
     "numpy": ["numpy"],
     "torch": "torch.autograd torch.cuda torch.distributions torch.linalg torch.nn torch.optim torch.sparse".split(),

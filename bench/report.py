@@ -15,7 +15,10 @@ import apt_kernels
 from .training import Run
 
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
-_COLUMNS = ("Method", "Attention", "Accuracy", "Macro-F1", "Trained parameters", "Time per step", "Peak memory of a step")
+_COLUMNS = (
+    *("Method", "Attention", "Accuracy", "Macro-F1"),
+    *("Trained parameters", "Time per step", "Peak memory of a step"),
+)
 
 
 def table(results: dict[str, dict[str, Run]]) -> str:
@@ -67,12 +70,14 @@ def _processor() -> str:
 def notes(settings: dict, device: torch.device) -> str:
     """What the figures are and where they were measured."""
     memory = "the CUDA allocator's peak" if device.type == "cuda" else "all CPU tensors, from torch's allocator events"
-    return (
-        f"Model {settings['model']}, data {settings['data']}: {settings['train']} training and {settings['test']} test "
-        f"texts of at most {settings['max_length']} tokens, {settings['epochs']} epochs, batch {settings['batch_size']}, "
-        f"prefix {settings['prefix_length']}. Both ways train in turn on the same batches. Time: median over the steps. "
-        f"Memory: most bytes alive at once in a forward and backward, beyond what was there before ({memory}). "
-        f"Machine: {machine(device)}."
+    return " ".join(
+        (
+            f"Model {settings['model']}, data {settings['data']}: {settings['train']} training and {settings['test']}",
+            f"test texts of at most {settings['max_length']} tokens, {settings['epochs']} epochs, batch",
+            f"{settings['batch_size']}, prefix {settings['prefix_length']}. Both ways train in turn on the same",
+            "batches. Time: median over the steps. Memory: most bytes alive at once in a forward and backward,",
+            f"beyond what was there before ({memory}). Machine: {machine(device)}.",
+        )
     )
 
 
