@@ -22,7 +22,7 @@ def randomise(model, seed=1):
     with torch.no_grad():
         for prefix in apt_kernels.prefixes(model).values():
             for parameter in prefix.parameters():
-                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
                 parameter.copy_(parameter + draw * (0.3 if parameter.shape == (1,) else 0.7))
 
 
@@ -32,11 +32,9 @@ def real_of(given, family):
     return lambda name: mask if family not in models.SEQ2SEQ or ".encoder." in f".{name}" else None
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize(("family", "gate"), [(f, g) for f in models.FAMILIES for g in gates(f)])
-def test_outputs_and_gradients_equal_the_oracle(family, gate, padding):
-    plain = models.build(family).double()
-    given = models.inputs(family, padding)
+def check_equals_the_oracle(family, gate, padding, device="cpu"):
+    plain = models.build(family).double().to(device)
+    given = {name: tensor.to(device) for name, tensor in models.inputs(family, padding).items()}
     patched = apt_kernels.patch(copy.deepcopy(plain), prefix_length=5, gate=gate, init_seed=0).double()
     randomise(patched)
     eager, params = oracle.build(plain, apt_kernels.prefixes(patched), real_of(given, family))
@@ -50,7 +48,7 @@ def test_outputs_and_gradients_equal_the_oracle(family, gate, padding):
     moved = (expected - bare(**given).logits)[rows].abs().max()
     assert moved > 1e-2, "the prefix has no influence, the comparison proves nothing"
 
-    weight = torch.randn(logits[rows].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight = torch.randn(logits[rows].shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
     (logits[rows] * weight).sum().backward()
     (expected[rows] * weight).sum().backward()
     named = dict(patched.named_parameters())
@@ -58,3 +56,9 @@ def test_outputs_and_gradients_equal_the_oracle(family, gate, padding):
     for name, parameter in params.items():
         assert parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize(("family", "gate"), [(f, g) for f in models.FAMILIES for g in gates(f)])
+def test_outputs_and_gradients_equal_the_oracle(family, gate, padding):
+    check_equals_the_oracle(family, gate, padding)

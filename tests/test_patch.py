@@ -11,9 +11,10 @@ import torch
 import transformers
 from test_models import randomise
 from torch import nn
+from transformers import masking_utils
 
 import apt_kernels
-from apt_kernels.hf import route
+from apt_kernels.hf import masks, route
 
 
 def snapshot(model):
@@ -217,6 +218,29 @@ def test_a_prompt_of_every_position_still_fits(family):
     assert model(**given).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("gate", ["token", "first"])
+def test_packed_documents_compile(gate):
+    torch._dynamo.reset()
+    model = apt_kernels.patch(models.build("mistral").double(), gate=gate)
+    randomise(model)
+    ids = models.inputs("mistral", batch=1, length=13)["input_ids"]
+    given = {"input_ids": ids, "position_ids": torch.cat([torch.arange(5), torch.arange(8)])[None], "use_cache": False}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+
+
+def test_a_mask_that_tracing_would_misread_stays_dense(monkeypatch):
+    monkeypatch.setattr(masks, "_dense_when_traced", set())
+    original = masking_utils.sliding_window_overlay
+    monkeypatch.setattr(masking_utils, "sliding_window_overlay", lambda window: original(window + 1))
+    torch._dynamo.reset()
+    model = apt_kernels.patch(models.build("mistral"))
+    assert masks._dense_when_traced == {transformers.MistralConfig}
+    given = models.inputs("mistral", "right")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+
+
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_no_dense_mask_for_causal_window_or_padding(family, padding, monkeypatch):
@@ -354,11 +378,17 @@ def test_functions_need_a_patched_model():
             function(models.build("bert"))
 
 
-@pytest.mark.parametrize("padding", [None, "right"])
-@pytest.mark.parametrize("family", ["bert", "llama", "mistral", "t5"])
-def test_compiles_in_one_graph(family, padding):
+@pytest.mark.parametrize("padding", ["none given", None, "right"])
+@pytest.mark.parametrize("family", ["bert", "llama", "mistral", "gemma3", "t5"])
+def test_compiles_in_one_graph_without_a_dense_mask(family, padding, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a dense mask was built")
+
+    monkeypatch.setattr(masks, "_dense", refuse)
     torch._dynamo.reset()
     model, given = apt_kernels.patch(models.build(family)), models.inputs(family, padding)
+    if padding == "none given":
+        given.pop("attention_mask")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**given).logits
     compiled.sum().backward()
     gradient = [p.grad.clone() for p in model.parameters() if p.requires_grad]

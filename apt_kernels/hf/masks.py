@@ -58,7 +58,11 @@ def describe(
         return attention_mask
     shape = (batch_size, 1, q_length, kv_length)
     padding = _padding(attention_mask, kv_length, kv_offset)
-    parts = _recognise(mask_function)
+    if torch.compiler.is_compiling():
+        alone = attention_mask is None and q_length == kv_length
+        parts = _recognise_traced(mask_function, batch_size, q_length, alone, device, kwargs)
+    else:
+        parts = _recognise(mask_function)
     if parts is None:
         return AttentionMask(_dense(locals(), kwargs), shape, padding, kv_offset)
     offset = q_offset - kv_offset if parts.has_positions else None
@@ -132,8 +136,6 @@ def _recognise(function) -> _Parts | None:
         return _Parts(causal=True)
     if function is masking_utils.bidirectional_mask_function:
         return _Parts()
-    if torch.compiler.is_compiling():
-        return None  # a traced closure cannot be looked into
     factory = getattr(function, "__qualname__", "").partition(".<locals>")[0]
     if getattr(function, "__module__", None) != masking_utils.__name__ or not function.__closure__:
         return None
@@ -154,3 +156,43 @@ def _recognise(function) -> _Parts | None:
         # Positions run on by one within a segment, so differences of positions are differences of indices there.
         return _recognise(cells["mask_function"])
     return None
+
+
+# Config classes whose masks `_recognise_traced` would get wrong: found out when a model is recorded.
+_dense_when_traced: set[type] = set()
+
+
+def _recognise_traced(function, batch: int, queries: int, alone: bool, device, kwargs: dict) -> _Parts | None:
+    """`_recognise` under ``torch.compile``, where a closure cannot be looked into: from what comes beside it."""
+    if function is masking_utils.causal_mask_function:
+        return _Parts(causal=True)
+    if function is masking_utils.bidirectional_mask_function:
+        return _Parts()
+    if kwargs.get("use_vmap") or type(kwargs.get("config")) in _dense_when_traced:
+        return None
+    if not function.__qualname__.startswith("and_masks"):
+        return None
+    window = kwargs.get("local_size")
+    if "allow_is_bidirectional_skip" in kwargs:
+        return None if window is None else _Parts(left=window, right=window)
+    left = None if window is None else window - 1
+    # transformers always assumes packed documents here when it traces: a document begins where the last is unseen.
+    return _Parts(causal=True, left=left, segments=_documents(function, batch, queries, device) if alone else None)
+
+
+def _documents(function, batch: int, queries: int, device) -> Tensor:
+    row = torch.arange(batch, device=device)[:, None]
+    position = torch.arange(1, queries, device=device)[None]
+    begins = ~function(row, torch.zeros_like(row), position, position - 1)
+    return torch.nn.functional.pad(begins.expand(batch, -1).cumsum(1), (1, 0))
+
+
+def trust_tracing_only_where_it_agrees(mask_function, config, kwargs: dict) -> None:
+    """Compare both recognitions on a mask of a model that is being recorded; where they differ, tracing is dense."""
+    kwargs = {**kwargs, "config": config}
+    traced = _recognise_traced(mask_function, 1, 1, False, "cpu", kwargs)
+    parts = _recognise(mask_function)
+    if traced is not None and (
+        parts is None or (traced.causal, traced.window) != (parts.causal, parts.window) or parts.segments is not None
+    ):
+        _dense_when_traced.add(type(config))

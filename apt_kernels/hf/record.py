@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
 from ..errors import PatchError
-from .masks import AttentionMask, describe
+from .masks import AttentionMask, describe, trust_tracing_only_where_it_agrees
 
 RECORDER = "apt_kernels_record"
 # Different lengths on the two sides tell cross-attention from self-attention.
@@ -88,8 +89,13 @@ def _attend(module, query, key, value, attention_mask, **kwargs):
     return _active[-1].attend(module, query, key, value, attention_mask, **kwargs)
 
 
+def _describe(*args, mask_function=causal_mask_function, config=None, **kwargs):
+    trust_tracing_only_where_it_agrees(mask_function, config, kwargs)
+    return describe(*args, mask_function=mask_function, config=config, **kwargs)
+
+
 AttentionInterface.register(RECORDER, _attend)
-AttentionMaskInterface.register(RECORDER, describe)
+AttentionMaskInterface.register(RECORDER, _describe)
 
 
 def record(model, set_implementation, example_inputs: dict | None = None) -> list[Site]:
