@@ -60,7 +60,7 @@ class Mask:
             offset = offset.reshape(-1, 1)
         position = torch.arange(queries, device=device)[None] + offset
         parts = (self.causal, *self.window_sizes, self.key_padding, self.query_segments, self.key_segments, self.dense)
-        seen = visible_keys(position, keys, *parts)
+        seen = visible_keys(position, torch.arange(keys, device=device), *parts)
         shape = (batch, 1, queries, keys)
         return (
             torch.ones(shape, dtype=torch.bool, device=device)
@@ -110,7 +110,7 @@ class Mask:
 
 def visible_keys(
     position: Tensor,
-    keys: int,
+    key: Tensor,
     causal: bool,
     window_left: int,
     window_right: int,
@@ -119,9 +119,9 @@ def visible_keys(
     key_segments: Tensor | None,
     dense: Tensor | None,
 ) -> Tensor | None:
-    """bool, broadcastable to ``[B, Hq, T, S]``: the keys seen from query positions ``[B|1, T]``; None: all of them."""
-    parts = []
-    position, key = position[:, None, :, None], torch.arange(keys, device=position.device)
+    """bool, broadcastable to ``[B, Hq, T, S]``: which of the ``key`` positions ``[S]`` the query positions ``[B|1, T]``
+    see; None: all of them."""
+    parts, position = [], position[:, None, :, None]
     if causal:
         parts.append(key <= position)
     if window_left >= 0:

@@ -283,6 +283,16 @@ def test_a_four_d_mask_of_the_users_own(kind):
     torch.testing.assert_close(model(**given).logits, expected)
 
 
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_model_on_the_meta_device_can_be_patched(family):
+    with torch.device("meta"):
+        model = models.build(family)
+    found = apt_kernels.prefixes(apt_kernels.patch(model))
+    expected = apt_kernels.prefixes(apt_kernels.patch(models.build(family)))
+    assert {n: p.gate for n, p in found.items()} == {n: p.gate for n, p in expected.items()}
+    assert {prefix.key.device.type for prefix in found.values()} == {"meta"}
+
+
 def test_half_precision_base_and_prefix():
     given = models.inputs("llama", "left")
     model = apt_kernels.patch(models.build("llama").bfloat16())

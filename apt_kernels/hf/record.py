@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,6 +157,9 @@ def _token_inputs(model) -> dict:
     inputs = {"input_ids": torch.full((1, _ENCODER_TOKENS), token, device=device)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = torch.full((1, _QUERIES), token, device=device)
+    if "attention_mask" in inspect.signature(_body(model).forward).parameters:
+        # With a padding mask, transformers does not look for packed documents: meta tensors could not say.
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if hasattr(config, "use_cache"):
         inputs["use_cache"] = False
     return inputs

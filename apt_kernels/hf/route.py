@@ -102,7 +102,8 @@ def _gate(prefix, attention_mask, query: Tensor) -> Tensor | None:
         return prefix.logits(None)
     if filled:
         return gate_memory.recall(cache, prefix.name)
-    hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
+    # A model spread over devices moves its inputs in a hook that may run after ours.
+    hidden_states = hidden_states.to(query.device).reshape(query.shape[0], query.shape[2], -1)
     real = segments = None
     if isinstance(attention_mask, AttentionMask) and not prefix.cross:
         real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments

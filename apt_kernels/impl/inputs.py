@@ -108,23 +108,40 @@ class Inputs:
             return (row + self.offset)[None]
         return row[None] + self.query_offset[:, None]
 
-    def visible(self, first: int = 0, rows: int | None = None) -> Tensor | None:
-        """bool, broadcastable to ``[B, Hq, rows, S]``: which keys the queries ``first..`` see; None: all of them."""
+    def visible(
+        self, first: int = 0, rows: int | None = None, first_key: int = 0, keys: int | None = None
+    ) -> Tensor | None:
+        """bool, broadcastable to ``[B, Hq, rows, keys]``: which keys the queries see; None: all of them.
+
+        Of the queries ``first .. first + rows - 1`` and the keys ``first_key .. first_key + keys - 1``.
+        """
         rows = self.query.shape[2] - first if rows is None else rows
-        here = slice(first, first + rows)
+        keys = self.key.shape[2] - first_key if keys is None else keys
+        here, there = slice(first, first + rows), slice(first_key, first_key + keys)
         return visible_keys(
             self.positions()[:, here],
-            self.key.shape[2],
+            torch.arange(first_key, first_key + keys, device=self.query.device),
             self.causal,
             self.window_left,
             self.window_right,
-            self.key_padding,
+            None if self.key_padding is None else self.key_padding[:, there],
             None if self.query_segments is None else self.query_segments[:, here],
-            self.key_segments,
-            self.dense if self.dense is None or self.dense.shape[2] == 1 else self.dense[:, :, here],
+            None if self.key_segments is None else self.key_segments[:, there],
+            None if self.dense is None else part_of(self.dense, here, there),
         )
+
+
+def part_of(tensor: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The given rows and keys of a 4-D tensor that broadcasts to ``[B, Hq, T, S]``."""
+    tensor = tensor if tensor.shape[2] == 1 else tensor[:, :, rows]
+    return tensor if tensor.shape[3] == 1 else tensor[..., keys]
 
 
 def heads_last_empty(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
     """An uninitialised ``[B, H, T, D]`` stored as ``[B, T, H, D]``: the layout of every output and of dq, dk, dv."""
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def heads_last(tensor: Tensor) -> Tensor:
+    """``[B, H, T, D]`` stored as ``[B, T, H, D]``; a copy only where it is not."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
