@@ -104,5 +104,7 @@ class Batches:
 
     def shuffled(self, size: int, seed: int) -> list[list[int]]:
         """Whole batches in an order that depends on the seed alone."""
+        if len(self) < size:
+            raise DataError(f"{len(self)} training texts are fewer than one batch of {size}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         return [order[i : i + size] for i in range(0, len(self) - size + 1, size)]

@@ -93,13 +93,7 @@ def _source(model: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     began, settings = time.perf_counter(), arguments(argv)
-    if settings.model == MINILM or Path(settings.model).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notices
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _quiet(settings.model)
     settings.output.mkdir(parents=True, exist_ok=True)
     workshop = Workshop(settings, data.load(settings.data, settings.train, settings.test))
     complaints: list[str] = []
@@ -110,6 +104,17 @@ def main(argv: list[str] | None = None) -> int:
     if settings.update_readme and not complaints:
         report.update_readme(Path("README.md"), settings.output)
     return 1 if complaints else 0
+
+
+def _quiet(model: str) -> None:
+    """No look-ups for a model that is here, and no notices between the progress bars."""
+    if model == MINILM or Path(model).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _train(workshop: Workshop, method: str, complaints: list[str]) -> dict[str, Run]:
@@ -168,4 +173,7 @@ def _write(workshop: Workshop, results, means: list[list[float]], complaints: li
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except data.DataError as error:
+        sys.exit(f"bench.demo: {error}")

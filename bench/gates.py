@@ -21,7 +21,7 @@ class GateMeans:
 
     def add(self, prefix_key: Tensor, gate: Tensor | None, layer_scale: Tensor | None, padding: Tensor | None) -> None:
         layer, self.calls = self.calls % len(self.sums), self.calls + 1
-        alpha = torch.ones(1, prefix_key.shape[1]) if gate is None else torch.sigmoid(gate.float())
+        alpha = prefix_key.new_ones(1, prefix_key.shape[1]) if gate is None else torch.sigmoid(gate.float())
         weight = alpha if layer_scale is None else alpha * layer_scale.float()
         if weight.ndim == 3 and padding is not None and padding.shape == weight.shape[:2]:
             weight = weight[padding]

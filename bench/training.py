@@ -84,7 +84,7 @@ def epochs_apart(runs: dict[str, Run], epochs: int) -> tuple[float, float]:
     """The farthest that the ways' mean losses of an epoch lie apart, and the noise of that difference (4 sigma)."""
     ours, naive = (torch.tensor(run.losses).view(epochs, -1) for run in runs.values())
     apart = (ours - naive).mean(dim=1).abs()
-    noise = 4 * (ours - naive).std(dim=1) / ours.shape[1] ** 0.5
+    noise = 4 * (ours - naive).std(dim=1, correction=0) / ours.shape[1] ** 0.5
     worst = int((apart - noise).argmax())
     return float(apart[worst]), float(noise[worst])
 

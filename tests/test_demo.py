@@ -19,6 +19,13 @@ WORDS = {"animal": "cat dog horse bird".split(), "plant": "oak fern moss tulip".
 FILLER = "the a some green old over under beside".split()
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    """What `demo.main` sets is taken back after each test."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -152,6 +159,11 @@ def test_data_that_cannot_be_read(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(data.DataError, match=message):
         data.load(str(tmp_path), 10, 10)
+
+
+def test_fewer_texts_than_a_batch(model_folder, data_folder, tmp_path):
+    with pytest.raises(data.DataError, match="5 training texts are fewer than one batch of 8"):
+        demo.main([*_arguments(model_folder, data_folder, tmp_path), "--train", "5"])
 
 
 def test_hub_data_without_its_package(monkeypatch):
