@@ -28,6 +28,11 @@ class Choice(NamedTuple):
     reason: str
 
 
+def names() -> list[str]:
+    """Every implementation, in the order of the automatic choice."""
+    return list(_IMPLEMENTATIONS)
+
+
 def load(name: str):
     """The module of an implementation."""
     if name not in _IMPLEMENTATIONS:
