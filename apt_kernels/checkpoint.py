@@ -34,6 +34,7 @@ def save(model, folder: str | os.PathLike) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
     lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
     config = {**state.config.to_json(), "model": type(model).__name__, "lengths": lengths}
+    del config["implementation"]  # a choice of this machine, not of the adapter
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
 

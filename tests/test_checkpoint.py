@@ -46,6 +46,12 @@ def test_the_file_holds_the_trained_weights_and_no_other(tmp_path):
     assert torch.equal(fresh.classifier.weight, model.classifier.weight)
 
 
+def test_the_implementation_of_this_machine_does_not_travel(tmp_path):
+    apt_kernels.save(trained("bert", implementation="reference"), tmp_path)
+    model = apt_kernels.load(models.build("bert"), tmp_path)
+    assert {prefix.implementation for prefix in apt_kernels.prefixes(model).values()} == {"auto"}
+
+
 def test_prefixes_frozen_by_the_user_are_saved_too(tmp_path):
     model = trained("bert")
     model.requires_grad_(False)

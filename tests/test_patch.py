@@ -339,6 +339,7 @@ BAD = [
     ({"init_std": -1.0}, apt_kernels.ConfigError, "init_std is -1.0"),
     ({"trainable": "("}, apt_kernels.ConfigError, "regular expression"),
     ({"trainable": "no_such_name"}, apt_kernels.ConfigError, "no parameter's name matches"),
+    ({"implementation": "cuddn"}, apt_kernels.ImplementationError, "implementation is 'cuddn'"),
     ({"lenght": 3}, apt_kernels.ConfigError, "unknown setting 'lenght'"),
 ]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .. import dispatch
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
@@ -46,6 +47,7 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     Raises:
         ConfigError: a setting is out of range, or a gate would let a token see later ones.
         PatchError: the model has no attention that can be patched, or is patched with other settings.
+        ImplementationError: there is no implementation of that name.
     """
     config = _config(config, settings)
     if not isinstance(model, PreTrainedModel):
@@ -54,6 +56,8 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         if state_of(model).config == config:
             return model
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
+    if config.implementation != "auto":
+        dispatch.load(config.implementation)
     sites = _sites(model, example_inputs)
     lengths = [config.length_of(i, len(sites)) for i in range(len(sites))]
     built = _build(config, sites, lengths)
