@@ -1,9 +1,9 @@
 """The backward of `cpu_blocks`: the closed form, block by block, and only the gradients that are needed.
 
 With ``p`` from the log-sum-exp, ``g`` the gate's weights (1 on tokens), ``s`` the scaled product of query and ungated
-key, ``dO`` divided by ``1 - dropout_p`` and ``keep`` the dropout mask:
-``dz = p (g keep (dO . v) - delta)``, ``ds = g dz`` (times the soft-cap's slope), ``dv = sum g p keep dO``,
-``dg = sum dz s + p keep (dO . v)``.
+key, ``dO`` divided by ``1 - dropout_p``, ``keep`` the dropout mask and ``r = keep (dO . v)``:
+``dz = p (g r - delta)`` (times the soft-cap's slope), ``dq = sum g dz k``, ``dk = sum g dz q``,
+``dv = sum g keep p dO``, ``dg = sum dz s + p r``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu_blocks import Streams, chunks
-from .cpu_ranges import Chunk, Rows
-from .cpu_scratch import Scratch
+from .cpu_blocks import Blocks, Streams
+from .cpu_ranges import Rows
 from .gate import gate_gradients
 from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty, part_of
 
@@ -32,9 +31,8 @@ def backward(
     ``of_tokens``: the tokens' share of those of query, key and value, where it is known; the query's is added to.
     """
     grads = Gradients(x, needs, of_tokens)
-    scratch = Scratch(x.query, x.compute_dtype)
-    for chunk in chunks(x, grads.of_tokens):
-        Block(x, chunk, scratch, grads, logsumexp).run(out, grad_out, grad_logsumexp)
+    for streams in Blocks(x, grads.of_tokens).streams():
+        Backward(streams, grads, logsumexp).run(out, grad_out, grad_logsumexp)
     return grads.finish()
 
 
@@ -60,137 +58,127 @@ class Gradients:
 
     @property
     def of_tokens(self) -> bool:
-        """Whether any gradient needs the token columns at all."""
+        """Whether any gradient is still to come through the token columns."""
         parts = (self.query, self.key, self.value, self.bias)
         return not self.adds_to_query and any(part is not None for part in parts)
 
-    @property
-    def of_prefix(self) -> bool:
-        """Whether any gradient needs the prefix columns."""
-        return any(part is not None for part in (self.query, self.prefix_key, self.prefix_value, self.weights))
-
     def finish(self) -> list[Tensor | None]:
         """All gradients in the order of `DIFFERENTIABLE`."""
+        found = {}
         if self.weights is not None:
-            gate, layer_scale = gate_gradients(self.x, self.weights)
-            found = {"gate": gate, "layer_scale": layer_scale}
-        else:
-            found = {}
-        return [found.get(name, getattr(self, name, None)) if need else None for name, need in self._named()]
-
-    def _named(self):
-        return zip(DIFFERENTIABLE, self.needs)
+            found["gate"], found["layer_scale"] = gate_gradients(self.x, self.weights)
+        named = zip(DIFFERENTIABLE, self.needs)
+        return [found.get(name, getattr(self, name, None)) if need else None for name, need in named]
 
 
-class Block(Streams):
+class Backward:
     """One chunk's backward."""
 
-    def __init__(self, x: Inputs, chunk: Chunk, scratch: Scratch, grads: Gradients, logsumexp: Tensor):
-        super().__init__(x, chunk, scratch, grads.of_tokens)
-        self.grads, self.logsumexp = grads, logsumexp
-        self.d_key = self.sums("d_key", self.key, grads.key) if self.tokens else None
-        self.d_value = self.sums("d_value", self.value, grads.value) if self.tokens else None
-        self.d_prefix_key = self.sums("d_prefix_key", self.prefix_key, grads.prefix_key)
-        self.d_prefix_value = self.sums("d_prefix_value", self.prefix_value, grads.prefix_value)
+    def __init__(self, streams: Streams, grads: Gradients, logsumexp: Tensor):
+        self.streams, self.grads, self.x = streams, grads, streams.x
+        self.logsumexp = logsumexp
+        self.d_key = self._sums("d_key", streams.key, grads.key, grads.prefix_key)
+        self.d_value = self._sums("d_value", streams.value, grads.value, grads.prefix_value)
 
-    def sums(self, name: str, like: Tensor, wanted: Tensor | None) -> Tensor | None:
-        return None if wanted is None else self.scratch.take(name, *like.shape).zero_()
+    def _sums(self, name: str, like: Tensor, of_tokens: Tensor | None, of_prefix: Tensor | None) -> Tensor | None:
+        """Zeros for the joined columns, or the prefix's alone where the tokens' are not needed."""
+        if of_prefix is None and (of_tokens is None or not self.streams.keys):
+            return None
+        columns = like.shape[1] if of_tokens is not None else self.streams.length
+        return self.streams.scratch.take(name, like.shape[0], columns, like.shape[2]).zero_()
 
     def run(self, out: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None) -> None:
         """Add this chunk's share to the gradients."""
-        batch, heads, kv_heads, _ = self.chunk
-        whole_grad = self.stacked("grad_out", grad_out[batch, heads])
-        whole_delta = self.delta(whole_grad, out, grad_logsumexp)
+        streams, chunk = self.streams, self.streams.chunk
+        grad = streams.stacked("grad_out", grad_out[chunk.batch, chunk.heads])
+        delta = self.delta(grad, out, grad_logsumexp)
         if self.x.dropout_p:
-            whole_grad.div_(1 - self.x.dropout_p)
-        for rows in self.blocks():
-            query = self.of_rows("query_rows", self.query, rows)
-            grad = self.of_rows("grad_rows", whole_grad, rows)
-            top = self.column(self.logsumexp, rows)
-            delta = whole_delta[:, :, rows.here].reshape(self.count, -1, 1)
-            d_query = None
-            if self.grads.query is not None:
-                d_query = self.scratch.take("d_query", *query.shape).zero_()
-            if self.grads.of_prefix:
-                self.prefix_columns(rows, query, grad, top, delta, d_query)
-            if rows.high > rows.low:
-                self.token_columns(rows, query, grad, top, delta, d_query)
-            if d_query is not None:
-                d_query, place = self.by_head(d_query), self.place(self.grads.query, rows)
-                if self.grads.adds_to_query:
-                    place.add_(d_query, alpha=self.x.scale)
-                else:
-                    torch.mul(d_query, self.x.scale, out=place)
+            grad.div_(1 - self.x.dropout_p)
+        for rows in streams.blocks():
+            self.block(rows, grad, delta)
         for name, sums in (("key", self.d_key), ("value", self.d_value)):
-            if sums is not None:
-                whole = getattr(self.grads, name)[batch, kv_heads]
-                whole.copy_(sums.view(whole.shape))
-        for name, sums in (("prefix_key", self.d_prefix_key), ("prefix_value", self.d_prefix_value)):
-            if sums is not None:
-                whole = getattr(self.grads, name)[kv_heads]
-                whole.add_(sums.view(self.batch, *whole.shape).sum(0))
+            if sums is None:
+                continue
+            sums = sums.view(streams.batch, -1, *sums.shape[1:])
+            of_tokens, of_prefix = getattr(self.grads, name), getattr(self.grads, f"prefix_{name}")
+            if of_tokens is not None and streams.keys:
+                of_tokens[chunk.batch, chunk.kv_heads].copy_(sums[:, :, streams.length :])
+            if of_prefix is not None:
+                of_prefix[chunk.kv_heads].add_(sums[:, :, : streams.length].sum(0))
 
     def delta(self, grad: Tensor, out: Tensor, grad_logsumexp: Tensor | None) -> Tensor:
         """``sum(dO * O) - dL``, ``[B, Hq, T]``, and from it the gradient of the sinks."""
-        batch, heads, _, _ = self.chunk
-        product = self.scratch.take("d_query", *grad.shape).copy_(out[batch, heads].reshape(grad.shape))
-        delta = product.mul_(grad).sum(-1).view(self.batch, self.heads, self.queries)
+        streams, chunk = self.streams, self.streams.chunk
+        here = (chunk.batch, chunk.heads)
+        product = streams.stacked("d_query", out[here]).mul_(grad)
+        delta = product.sum(-1).view(streams.batch, streams.heads, streams.queries)
         if grad_logsumexp is not None:
-            delta.sub_(grad_logsumexp[batch, heads])
+            delta.sub_(grad_logsumexp[here])
         if self.grads.sinks is not None:
-            sink = self.x.sinks.to(delta.dtype).view(1, -1, 1) - self.logsumexp[batch, heads]
-            self.grads.sinks[heads].sub_(sink.exp_().mul_(delta).sum((0, 2)))
+            sink = self.x.sinks.to(delta.dtype).view(1, -1, 1) - self.logsumexp[here]
+            self.grads.sinks[chunk.heads].sub_(sink.exp_().mul_(delta).sum((0, 2)))
         return delta
 
-    def prefix_columns(self, rows: Rows, query, grad, top, delta, d_query) -> None:
-        """Gradients through the prefix columns of a block."""
-        p, s, tanh = self.prefix_logits(query, rows)
-        p.sub_(top).exp_()
-        r = self.product("d_prefix", grad, self.prefix_value.mT)
-        dz = self.scratch.take("dz_prefix", *r.shape)
-        self.drop(rows, 0, r)
-        self.weigh(r, rows, dz).sub_(delta).mul_(p)
-        slope_(dz, tanh)
-        if self.grads.weights is not None:
-            part = self.by_head(s.mul_(dz).addcmul_(p, r))
-            whole = self.grads.weights
-            whole = whole[self.chunk.batch] if whole.shape[0] > 1 else whole
-            whole = whole[:, rows.here] if whole.shape[1] > 1 else whole
-            whole.add_(part.sum(1).sum_to_size(whole.shape))
-        if self.d_prefix_value is not None:
-            self.drop(rows, 0, p)
-            self.d_prefix_value.baddbmm_(self.weigh(p, rows, p).mT, grad)
-        self.weigh(dz, rows, dz)
-        if d_query is not None:
-            d_query.baddbmm_(dz, self.prefix_key)
-        if self.d_prefix_key is not None:
-            self.d_prefix_key.baddbmm_(dz.mT, query)
-
-    def token_columns(self, rows: Rows, query, grad, top, delta, d_query) -> None:
-        """Gradients through the token columns of a block."""
-        p, tanh = self.token_logits(query, rows)
-        p.sub_(top).exp_()
-        dz = self.product("dz", grad, self.value[:, rows.there].mT)
-        if self.row_keys is not None:
-            kept = self.scratch.take("kept", *p.shape).copy_(p)
-            self.drop(rows, self.length + rows.low, dz, kept)
-        else:
-            kept = p
+    def block(self, rows: Rows, grad: Tensor, delta: Tensor) -> None:
+        """Gradients through the columns of a block."""
+        streams, scratch, length = self.streams, self.streams.scratch, self.streams.length
+        query, grad = streams.of_rows("query_rows", streams.query, rows), streams.of_rows("grad_rows", grad, rows)
+        key = streams.of_columns("key_columns", streams.key, rows)
+        shape, gated = (*query.shape[:2], length), self.grads.weights is not None
+        s = scratch.take("prefix_logits", *shape) if gated else None
+        p, tanh = streams.logits(query, key, rows, s)
+        streams.by_head(p).sub_(streams.place(self.logsumexp, rows)[..., None]).exp_()
+        dz = streams.product("dz", grad, streams.of_columns("value_columns", streams.value, rows).mT)
+        kept = p
+        if streams.row_keys is not None:
+            kept = scratch.take("kept", *p.shape).copy_(p)
+            streams.drop_(rows, dz, kept)
+        r = scratch.take("prefix_r", *shape).copy_(dz[..., :length]) if gated else None
+        streams.weigh_(dz, rows)
+        streams.by_head(dz).sub_(delta[:, :, rows.here, None])
+        dz.mul_(p)
+        if self.grads.bias is not None and rows.high > rows.low:
+            self.bias(rows, dz)
+        if tanh is not None:
+            dz.mul_(tanh.square_().neg_().add_(1))
+        if gated:
+            self.weights(rows, s.mul_(dz[..., :length]).addcmul_(p[..., :length], r))
+        streams.weigh_(dz, rows)
+        if self.grads.query is not None:
+            d_query = streams.by_head(streams.product("d_query", dz, key))
+            place = streams.place(self.grads.query, rows)
+            if self.grads.adds_to_query:
+                place.add_(d_query, alpha=self.x.scale)
+            else:
+                torch.mul(d_query, self.x.scale, out=place)
+        self.accumulate(self.d_key, rows, dz, query)
         if self.d_value is not None:
-            self.d_value[:, rows.there].baddbmm_(kept.mT, grad)
-        dz.sub_(delta).mul_(p)
-        if self.grads.bias is not None:
-            whole = part_of(
-                self.chunk.narrow(self.grads.bias, self.chunk.batch, self.chunk.heads), rows.here, rows.there
-            )
-            whole.add_(self.by_head(dz).sum_to_size(whole.shape))
-        slope_(dz, tanh)
-        if d_query is not None:
-            d_query.baddbmm_(dz, self.key[:, rows.there])
-        if self.d_key is not None:
-            self.d_key[:, rows.there].baddbmm_(dz.mT, query)
+            streams.weigh_(kept, rows)
+            self.accumulate(self.d_value, rows, kept, grad)
 
+    def accumulate(self, sums: Tensor | None, rows: Rows, columns: Tensor, operand: Tensor) -> None:
+        """Add ``columns^T @ operand`` to the sums over the block's columns."""
+        length = self.streams.length
+        if sums is None:
+            return
+        if sums.shape[1] == length:
+            sums.baddbmm_(columns[..., :length].mT, operand)
+        elif rows.low == 0 or rows.high == rows.low:
+            sums[:, : length + rows.high - rows.low].baddbmm_(columns.mT, operand)
+        else:
+            part = self.streams.product("part", columns.mT, operand)
+            sums[:, :length].add_(part[:, :length])
+            sums[:, length + rows.low : length + rows.high].add_(part[:, length:])
 
-def slope_(dz: Tensor, tanh: Tensor | None) -> Tensor:
-    """Times the derivative of a soft-cap, in place."""
-    return dz if tanh is None else dz.mul_(tanh.square_().neg_().add_(1))
+    def bias(self, rows: Rows, dz: Tensor) -> None:
+        """Add the token columns of a block to the bias's gradient."""
+        chunk = self.streams.chunk
+        whole = chunk.narrow(self.grads.bias, chunk.batch, chunk.heads)
+        whole = part_of(whole, rows.here, rows.there)
+        whole.add_(self.streams.by_head(dz)[..., self.streams.length :].sum_to_size(whole.shape))
+
+    def weights(self, rows: Rows, d_weights: Tensor) -> None:
+        """Add a block's prefix columns to the gradient of the gate's weights."""
+        whole = self.streams.chunk.narrow(self.grads.weights, self.streams.chunk.batch)
+        whole = whole if whole.shape[1] == 1 else whole[:, rows.here]
+        whole.add_(self.streams.by_head(d_weights).sum(1).sum_to_size(whole.shape))

@@ -17,7 +17,7 @@ from .gate import gate_gradients
 from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
 
 # Elements of the keys of a chunk of batch rows, and the least heads a thread in it: see bench/NOTES.md.
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 CHUNK_HEADS = 4
 
 
@@ -43,7 +43,7 @@ class _Prefix:
         return (prefix.to(self.x.compute_dtype) * self.weights.mT[:, None]).to(dtype).expand(batch, -1, -1, -1)
 
     def call(self, chunk: Chunk, x: Inputs) -> tuple[cpu_stock.Call, int, int]:
-        """The call on the prefix of a chunk, whose inputs are ``x``, and the keys ``low .. high - 1`` that are in it."""
+        """The call on the prefix of a chunk, whose inputs are ``x``, and the keys ``low .. high - 1`` in it."""
         key, value = (gated[chunk.batch] for gated in self.gated)
         low, high = 0, 0
         if self.way == "concat":
@@ -106,7 +106,7 @@ def backward(
             found["query"].add_(d_query)
             low, high = 0, x.key.shape[2]
         for name, whole in total.items():
-            _store(whole[rows], found[name], low, high if name != "query" else None)
+            _store(whole[rows], found[name], *((0, None) if name == "query" else (low, high)))
     if need["sinks"]:
         delta = (grad_out.to(x.compute_dtype) * out).sum(-1)
         total["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
@@ -120,10 +120,10 @@ def _tokens(x: Inputs) -> dict[str, Tensor]:
 
 def _store(whole: Tensor, part: Tensor, low: int, high: int | None) -> None:
     """Copy a chunk's gradient to its keys, zero elsewhere; ``high`` None: all of it."""
-    if high is None or high - low == whole.shape[2]:
-        whole.copy_(part)
-    else:
-        whole.zero_()[:, :, low:high].copy_(part)
+    if high is not None:
+        whole[:, :, :low].zero_()
+        whole[:, :, high:].zero_()
+    whole[:, :, low:high].copy_(part)
 
 
 def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: list[Tensor], need: dict[str, bool]) -> dict:

@@ -56,13 +56,12 @@ def row_keys(seed: Tensor, batch: int, heads: int, first: int, rows: int) -> Ten
     return mix(mix(key + head) + row)
 
 
-def keep_bits(keys: Tensor, p: float, first_column: int, out: Tensor, scratch: Tensor) -> Tensor:
+def keep_bits(keys: Tensor, columns: Tensor, p: float, out: Tensor, scratch: Tensor) -> Tensor:
     """Fill ``out``, int32 ``[..., columns]``, with -1 where a probability is kept and 0 where it is dropped.
 
-    ``keys``: the `row_keys`, ``[...]``. ``out`` and ``scratch`` have the same shape; all work is in place.
+    ``keys``: the `row_keys`, ``[...]``; ``columns``: int32, their numbers. ``scratch`` has the shape of ``out``.
     """
-    column = torch.arange(first_column, first_column + out.shape[-1], device=out.device, dtype=torch.int32)
-    torch.bitwise_xor(keys[..., None], column * _signed(COLUMN_STEP), out=out)
+    torch.bitwise_xor(keys[..., None], columns * _signed(COLUMN_STEP), out=out)
     _mix_(out, scratch).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
     torch.sub(threshold(p) - 1, out, out=out)
     return out.bitwise_right_shift_(31)
@@ -73,5 +72,6 @@ def keep_mask(
 ) -> Tensor:
     """bool ``[B, Hq, rows, columns]``, True where the probability is kept."""
     keys = row_keys(seed, batch, heads, first, rows)
+    column = torch.arange(first_column, first_column + columns, device=seed.device, dtype=torch.int32)
     bits = keys.new_empty(*keys.shape, columns)
-    return keep_bits(keys, p, first_column, bits, torch.empty_like(bits)).bool()
+    return keep_bits(keys, column, p, bits, torch.empty_like(bits)).bool()
