@@ -91,7 +91,7 @@ def attention_forward(
 
     p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
     p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    for i_m in tl.range(0, M, COLUMNS):
+    for i_m in tl.range(0, M, COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, COLUMNS or 1]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]

@@ -152,13 +152,13 @@ def indexed_sum(
 def _parts(problem: Problem, tile: table.Tile) -> tuple[int, int, int]:
     """Batch rows that share a partial sum, how many such chunks, and the splits of a row. By shape alone."""
     batch, heads, kv_heads, queries, _, length, *_ = problem.x.sizes
-    programs = count_tiles(length, tile.columns) * kv_heads
-    chunk = max(1, batch * programs // table.PROGRAMS)
+    base, most = count_tiles(length, tile.columns) * kv_heads, table.programs(problem.architecture)
+    chunk = max(1, batch * base // most)
     chunks = count_tiles(batch, chunk)
     if chunk > 1:
         return chunk, chunks, 1
     units = heads // kv_heads * count_tiles(queries, tile.rows)
-    return chunk, chunks, max(1, min(units, table.PROGRAMS // (programs * chunks)))
+    return chunk, chunks, max(1, min(units, most // (base * chunks)))
 
 
 def prefix_gradient(

@@ -68,7 +68,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def as_tile(x, W: tl.constexpr):
     """A ``[1, 1]`` tile of a scalar argument: one conversion, and exact in float64."""
-    return tl.full((1, 1), 1.0, W) * x
+    return (tl.full((1, 1), 1.0, W) * x).to(W)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages: the only place where they stand.
 
-One entry for a kernel, an architecture, the bytes of an element and the padded head size. ``rows`` counts queries,
-``columns`` keys or prefix columns; the kernel's own tile stays in registers, the other is what it loops over.
+One entry for an architecture, the bytes of an element, a padded head size and a kernel. ``rows`` counts queries,
+``columns`` keys or prefix columns. `bench.compile_report` compiles every entry and checks that none spills registers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-KERNELS = ("delta", "forward", "query", "key_value", "prefix", "gate", "bias", "index")
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
-WIDTHS = (2, 4, 8)
-HEADS = (64, 128, 256)
-
-
-# How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
-PROGRAMS = 512
-
 
 class Tile(NamedTuple):
     """How a kernel is cut: queries, keys, warps, stages."""
@@ -28,6 +19,74 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+class Entry(NamedTuple):
+    """The tiles of the kernels that hold whole heads."""
+
+    forward: Tile
+    query: Tile
+    key_value: Tile
+    prefix: Tile
+    gate: Tile
+    bias: Tile
+
+
+def _entry(*tiles: tuple[int, int, int, int]) -> Entry:
+    return Entry(*(Tile(*tile) for tile in tiles))
+
+
+# How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
+PROGRAMS = 512
+# The kernels that hold no heads are cut alike everywhere.
+_EVERYWHERE = {"delta": Tile(64, 0, 4, 1), "index": Tile(64, 64, 4, 1)}
+# Small, so that small inputs have whole, partial and skipped tiles.
+_INTERPRETER = _entry(*[(16, 16, 4, 1)] * 6)
+
+_SCALAR = {
+    64: _entry((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    128: _entry((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    256: _entry((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+_DOUBLE = {
+    64: _entry(*[(32, 16, 4, 1)] * 2, *[(16, 32, 4, 1)] * 2, *[(16, 16, 4, 1)] * 2),
+    128: _entry(*[(16, 16, 4, 1)] * 6),
+    256: _entry(*[(16, 16, 8, 1)] * 6),
+}
+_TABLE = {
+    "sm_80": {
+        2: {
+            64: _entry((128, 64, 4, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
+            128: _entry((128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+            256: _entry((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        },
+        4: _SCALAR,
+        8: _DOUBLE,
+    },
+}
+_TABLE["sm_86"] = _TABLE["sm_120"] = _TABLE["sm_80"]
+_TABLE["sm_100"] = {
+    2: {
+        64: _entry((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
+        128: _entry((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
+        256: _entry((128, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    },
+    4: _SCALAR,
+    8: _DOUBLE,
+}
+_TABLE["sm_90"] = _TABLE["sm_100"]
+_TABLE["gfx90a"] = _TABLE["gfx942"] = {
+    2: {
+        64: _entry((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
+        128: _entry((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        256: _entry((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
+    4: _SCALAR,
+    8: _DOUBLE,
+}
+ARCHITECTURES = tuple(sorted(_TABLE))
+WIDTHS = (2, 4, 8)
+HEADS = (64, 128, 256)
 
 
 def padded(dim: int) -> int:
@@ -41,7 +100,7 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return name if name in ARCHITECTURES else "gfx90a"
+        return name if name in _TABLE else "gfx90a"
     major, minor = torch.cuda.get_device_capability(device)
     if major == 8:
         return "sm_80" if minor == 0 else "sm_86"
@@ -50,19 +109,13 @@ def architecture(device: torch.device) -> str:
 
 def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
     """The entry that serves a head size."""
+    if kernel in _EVERYWHERE:
+        return _EVERYWHERE[kernel]
     if architecture == "interpreter":
-        return _INTERPRETER[kernel]
-    return Tile(32, 32, 4, 1)
+        return getattr(_INTERPRETER, kernel)
+    return getattr(_TABLE[architecture][width][next(head for head in HEADS if dim <= head)], kernel)
 
 
-# Small, so that small inputs have whole, partial and skipped tiles.
-_INTERPRETER = {
-    "delta": Tile(32, 1, 4, 1),
-    "forward": Tile(16, 16, 4, 1),
-    "query": Tile(16, 16, 4, 1),
-    "key_value": Tile(16, 16, 4, 1),
-    "prefix": Tile(16, 16, 4, 1),
-    "gate": Tile(16, 16, 4, 1),
-    "bias": Tile(16, 16, 4, 1),
-    "index": Tile(32, 32, 4, 1),
-}
+def programs(architecture: str) -> int:
+    """How many programs the prefix's gradient is spread over."""
+    return 8 if architecture == "interpreter" else PROGRAMS
