@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,31 +131,31 @@ def jobs(architectures, widths, heads, variants) -> list[Job]:
     return found
 
 
-def make_job_inputs(job: Job):
+def make_job_inputs(job: Job, batch: int = 2, queries: int = 256, keys: int = 256, prefix: int = 32):
     """The op's inputs for a job, on the CPU: only shapes, dtypes and strides matter."""
-    variant, dtype = VARIANTS[job.variant], _DTYPES[job.width]
-    batch, heads, kv_heads, length, prefix = 2, 4, 2, 256, 32
+    variant, dtype, heads, kv_heads = VARIANTS[job.variant], _DTYPES[job.width], 4, 2
     dim = job.head * 3 // 4 if variant.odd_head else job.head
 
     def zeros(*shape, of=dtype):
         return torch.zeros(shape, dtype=of)
 
-    gates = {"none": None, "row": (batch, prefix), "query": (batch, length, prefix)}
+    gates = {"none": None, "row": (batch, prefix), "query": (batch, queries, prefix)}
     gate_shape = gates.get(variant.gate, (3, prefix))
-    index_shape = {"indexed": (batch,), "indexed_query": (batch, length)}.get(variant.gate)
+    index_shape = {"indexed": (batch,), "indexed_query": (batch, queries)}.get(variant.gate)
     side = dtype if job.width == 8 or not variant.prefix_float32 else torch.float32
-    segments = zeros(batch, length, of=torch.int32) if variant.mask == "segments" else None
+    segments = variant.mask == "segments"
     mask = Mask(
         causal=variant.mask != "none",
         window=(64, None) if variant.mask == "window" else None,
-        key_padding=zeros(batch, length, of=torch.bool) if variant.mask == "padding" else None,
-        query_segments=segments,
-        key_segments=segments,
-        dense=zeros(batch, 1, length, length, of=torch.bool) if variant.mask == "dense" else None,
-        bias=zeros(1, heads, length, length, of=side) if variant.mask == "bias" else None,
+        key_padding=zeros(batch, keys, of=torch.bool) if variant.mask == "padding" else None,
+        query_segments=zeros(batch, queries, of=torch.int32) if segments else None,
+        key_segments=zeros(batch, keys, of=torch.int32) if segments else None,
+        dense=zeros(batch, 1, queries, keys, of=torch.bool) if variant.mask == "dense" else None,
+        bias=zeros(1, heads, queries, keys, of=side) if variant.mask == "bias" else None,
     )
     return make_inputs(
-        *(zeros(batch, length, count, dim).transpose(1, 2) for count in (heads, kv_heads, kv_heads)),
+        zeros(batch, queries, heads, dim).transpose(1, 2),
+        *(zeros(batch, keys, kv_heads, dim).transpose(1, 2) for _ in range(2)),
         *(zeros(kv_heads, prefix, dim, of=side) for _ in range(2)),
         None if gate_shape is None else zeros(*gate_shape, of=side),
         zeros(1, of=side),
@@ -183,22 +184,33 @@ class _Driver:
         return 0
 
 
-def compile_job(job: Job) -> list[Result]:
-    """Run the op's launchers, forward and backward, with a compiler in place of the launch."""
+def run_launchers(job: Job, execute: Callable, **sizes: int) -> None:
+    """Run the op's launchers, forward and backward, as on the job's chip, with ``execute`` in place of the launch."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     from apt_kernels.impl.inputs import DIFFERENTIABLE
     from apt_kernels.impl.triton import arguments, attend, gradients
 
-    hip = isinstance(job.limits.target, str)
-    triton.runtime.driver.set_active(_Driver(GPUTarget("hip" if hip else "cuda", job.limits.target, job.limits.lanes)))
+    target = job.limits.target
+    triton.runtime.driver.set_active(
+        _Driver(GPUTarget("hip" if isinstance(target, str) else "cuda", target, job.limits.lanes))
+    )
     torch.backends.cuda.matmul.fp32_precision = "tf32" if VARIANTS[job.variant].tf32 else "ieee"
     table.architecture = lambda device: job.architecture
+    arguments.execute = execute
+    x = make_job_inputs(job, **sizes)
+    out, logsumexp = attend.forward(x)
+    needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
+    gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+
+
+def compile_job(job: Job) -> list[Result]:
+    """Compile every kernel of a job."""
     results = []
 
     def compile_only(kernel, programs, *args, **named):
-        kernel.device_caches.clear()
+        kernel.device_caches.clear()  # its key does not hold the chip
         cut = f"{named['ROWS']}x{named.get('COLUMNS', 0)} w{named['num_warps']} s{named['num_stages']}"
         try:
             compiled = kernel.warmup(*args, grid=(programs,), **named)
@@ -210,11 +222,7 @@ def compile_job(job: Job) -> list[Result]:
         else:
             results.append(_inspect(job, kernel.__name__, cut, compiled))
 
-    arguments.execute = compile_only
-    x = make_job_inputs(job)
-    out, logsumexp = attend.forward(x)
-    needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
-    gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+    run_launchers(job, compile_only)
     return results
 
 

@@ -37,12 +37,11 @@ class Rows(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """Gate logits by row and query, the rows' index, and the layer scale."""
+    """Gate logits by row and query, contiguous along the prefix; the rows' index; the layer scale."""
 
     ptr: Tensor | None
     b: int
     t: int
-    m: int
     index: Tensor | None
     index_b: int
     index_t: int
@@ -75,12 +74,18 @@ class Seen(NamedTuple):
     offset_b: int
 
 
+def _dense_last(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied only where its last dimension is not contiguous."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
 def rows(tensor: Tensor | None) -> Rows:
-    """A tensor as `Rows`; copied only where its last dimension is not contiguous."""
+    """A tensor as `Rows`."""
     if tensor is None:
         return Rows(None, odd(0), odd(0), odd(0))
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        tensor = tensor.contiguous()
+    tensor = _dense_last(tensor)
     *b, h, t, _ = _strides(tensor)
     return Rows(tensor, b[0] if b else odd(0), h, t)
 
@@ -98,8 +103,9 @@ def _strides(tensor: Tensor | None, dims: int = 0) -> list[int]:
 
 
 def _gate(x: Inputs) -> Gate:
-    b, *t, m = _strides(x.gate, 3)
-    return Gate(x.gate, b, t[0] if t else odd(0), m, x.gate_index, *_strides(x.gate_index, 2), x.layer_scale)
+    gate = _dense_last(x.gate)
+    b, *t, _ = _strides(gate, 3)
+    return Gate(gate, b, t[0] if t else odd(0), x.gate_index, *_strides(x.gate_index, 2), x.layer_scale)
 
 
 def _seen(x: Inputs) -> Seen:
@@ -193,7 +199,8 @@ def _precision(architecture: str) -> str:
 def launch(kernel, programs: int, tile: table.Tile, *arguments, **named) -> None:
     """Launch ``programs`` instances of a kernel. Every launch goes through here."""
     LAUNCHES[kernel.__name__] += 1
-    execute(kernel, programs, *arguments, **named, num_warps=tile.warps, num_stages=tile.stages)
+    named.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    execute(kernel, programs, *arguments, **named)
 
 
 def execute(kernel, programs: int, *arguments, **named) -> None:

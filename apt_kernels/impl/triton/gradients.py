@@ -21,7 +21,7 @@ from .primitives import (
     position,
     prefix_gradients,
     product,
-    query_tiles,
+    query_range,
     rescale,
     row_keys,
     store_rows,
@@ -140,33 +140,6 @@ def query_gradient(
     store_rows(p_dq, s_dq, i_t, T, b_dq * b_scale, D, ROWS, WIDTH)
 
 
-@triton.jit
-def _key_queries(
-    b_dk, b_dv, b_k, b_v, p_q, s_q, p_do, s_do, p_lse, p_delta, seen, p_seed, b_scale, b_cap, b_kept,
-    i_b, i_h, i_bh, i_n, i_base, T, S, M, left, right, threshold, i_first, i_end,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr,
-):  # fmt: skip
-    """Add what the queries ``i_first .. i_end - 1`` of one head give to ``dk / scale`` and ``dv``; tiles transposed."""
-    o_n = i_n + tl.arange(0, COLUMNS)[:, None]
-    for i_t in tl.range(i_first, i_end, ROWS):
-        o_t = i_t + tl.arange(0, ROWS)[None, :]
-        b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, CHECK)  # [ROWS, WIDTH]
-        b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, CHECK)  # [ROWS, WIDTH_V]
-        b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
-        b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
-        b_s = product(b_k, tl.trans(b_q), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
-        b_r = product(b_v, tl.trans(b_do), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
-        b_p, _, b_ds = token_gradients(
-            b_s, b_r, b_lse, b_delta, seen, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
-            i_b, i_h, o_t, o_n, i_base, T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, CHECK,
-        )  # fmt: skip
-        b_dv = product(b_p.to(b_q.dtype), b_do, b_dv, PRECISION, W)
-        b_dk = product(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION, W)
-    return b_dk, b_dv
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def key_value_gradient(
     q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed,
@@ -188,29 +161,29 @@ def key_value_gradient(
     b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
     b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
     b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
+    o_n = i_n + tl.arange(0, COLUMNS)[:, None]
     i_base = position(seen, i_b, offset)
-    i_first, i_whole, i_whole_end, i_end = query_tiles(i_n, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS)
+    i_first, i_end = query_range(i_n, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS)
+    # One loop that checks every tile: whole tiles in a loop of their own cost the registers of a wider tile.
     for i_g in tl.range(0, group):
         i_h = i_kv * group + i_g
         i_bh = i_b * heads + i_h
         p_q, s_q = head(q, i_b, i_h, ALIGNED)
         p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-        if RIGHT:
-            b_dk, b_dv = _key_queries(
-                b_dk, b_dv, b_k, b_v, p_q, s_q, p_do, s_do, p_lse, p_delta, seen, p_seed, b_scale, b_cap, b_kept,
-                i_b, i_h, i_bh, i_n, i_base, T, S, M, left, right, threshold, i_first, i_whole,
-                D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, True,
+        for i_t in tl.range(i_first, i_end, ROWS):
+            o_t = i_t + tl.arange(0, ROWS)[None, :]
+            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
+            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
+            b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
+            b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
+            b_s = product(b_k, tl.trans(b_q), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
+            b_r = product(b_v, tl.trans(b_do), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
+            b_p, _, b_ds = token_gradients(
+                b_s, b_r, b_lse, b_delta, seen, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
+                i_b, i_h, o_t, o_n, i_base, T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, True,
             )  # fmt: skip
-        b_dk, b_dv = _key_queries(
-            b_dk, b_dv, b_k, b_v, p_q, s_q, p_do, s_do, p_lse, p_delta, seen, p_seed, b_scale, b_cap, b_kept,
-            i_b, i_h, i_bh, i_n, i_base, T, S, M, left, right, threshold, i_whole, i_whole_end,
-            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, False,
-        )  # fmt: skip
-        b_dk, b_dv = _key_queries(
-            b_dk, b_dv, b_k, b_v, p_q, s_q, p_do, s_do, p_lse, p_delta, seen, p_seed, b_scale, b_cap, b_kept,
-            i_b, i_h, i_bh, i_n, i_base, T, S, M, left, right, threshold, i_whole_end, i_end,
-            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, True,
-        )  # fmt: skip
+            b_dv = product(b_p.to(b_q.dtype), b_do, b_dv, PRECISION, W)
+            b_dk = product(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION, W)
     if dk.ptr is not None:
         p_dk, s_dk = head(dk, i_b, i_kv, ALIGNED)
         store_rows(p_dk, s_dk, i_n, S, b_dk * b_scale, D, COLUMNS, WIDTH)

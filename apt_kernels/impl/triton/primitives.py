@@ -120,11 +120,11 @@ def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr)
                 o_row = tl.load(gate.index + o_index, mask=o_t < T, other=0) * plain(gate.b)
             else:
                 o_row = i_row * plain(gate.b) + tl.cast(o_t, tl.int64) * plain(gate.t)
-            b_logit = tl.load(gate.ptr + o_row + o_m * plain(gate.m), mask=(o_t < T) & (o_m < M), other=0.0)
+            b_logit = tl.load(gate.ptr + o_row + o_m, mask=(o_t < T) & (o_m < M), other=0.0)
         else:
             if gate.index is not None:
                 i_row = tl.load(gate.index + i_row * plain(gate.index_b))
-            b_logit = tl.load(gate.ptr + i_row * plain(gate.b) + o_m * plain(gate.m), mask=o_m < M, other=0.0)
+            b_logit = tl.load(gate.ptr + i_row * plain(gate.b) + o_m, mask=o_m < M, other=0.0)
         b_g = 1 / (1 + tl.exp2(b_logit.to(W) * -LOG2E))
     if gate.scale is not None:
         b_g = b_g * tl.load(gate.scale).to(W)
@@ -193,16 +193,15 @@ def key_tiles(i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.cons
 
 
 @triton.jit
-def query_tiles(i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr,
+def query_range(i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr):  # fmt: skip
-    """`tile_bounds` of the queries that see keys ``i_n .. i_n + COLUMNS - 1``."""
-    i_last = tl.minimum(i_n + COLUMNS, S) - 1
-    i_first, i_whole, i_whole_end, i_end = i_n * 0, i_n * 0, i_n * 0 + T, i_n * 0 + T
+    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin and end."""
+    i_first, i_end = i_n * 0, i_n * 0 + T
     if RIGHT:
-        i_first, i_whole = within(i_n - right - i_base, T), within(i_last - right - i_base, T)
+        i_first = within(i_n - right - i_base, T) // ROWS * ROWS
     if LEFT:
-        i_whole_end, i_end = within(i_n + left - i_base + 1, T), within(i_last + left - i_base + 1, T)
-    return tile_bounds(i_first, i_whole, i_whole_end, i_end, ROWS)
+        i_end = within(tl.minimum(i_n + COLUMNS, S) + left - i_base, T)
+    return i_first, i_end
 
 
 @triton.jit
