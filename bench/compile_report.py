@@ -59,7 +59,6 @@ class Variant:
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
-    prefix_float32: bool = True
     odd_head: bool = False
     tf32: bool = False
     default: bool = False
@@ -81,7 +80,6 @@ VARIANTS = {
     "sinks": Variant(sinks=True),
     "dropout": Variant(dropout=True),
     "odd_head": Variant(odd_head=True),
-    "prefix_narrow": Variant(prefix_float32=False),
     "tf32": Variant(tf32=True),
 }
 
@@ -124,8 +122,7 @@ def jobs(architectures, widths, heads, variants) -> list[Job]:
     """The entries of the table, times chips and variants."""
     found = []
     for architecture, width, head, name in itertools.product(architectures, widths, heads, variants):
-        variant = VARIANTS[name]
-        if (variant.tf32 and width != 4) or (not variant.prefix_float32 and width == 4):
+        if VARIANTS[name].tf32 and width != 4:
             continue
         found += [Job(architecture, limits, width, head, name) for limits in _TARGETS[architecture]]
     return found
@@ -142,7 +139,7 @@ def make_job_inputs(job: Job, batch: int = 2, queries: int = 256, keys: int = 25
     gates = {"none": None, "row": (batch, prefix), "query": (batch, queries, prefix)}
     gate_shape = gates.get(variant.gate, (3, prefix))
     index_shape = {"indexed": (batch,), "indexed_query": (batch, queries)}.get(variant.gate)
-    side = dtype if job.width == 8 or not variant.prefix_float32 else torch.float32
+    side = dtype if job.width == 8 else torch.float32
     segments = variant.mask == "segments"
     mask = Mask(
         causal=variant.mask != "none",

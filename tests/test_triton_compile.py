@@ -16,6 +16,9 @@ pytest.importorskip("triton")
 pytest.importorskip("tqdm")
 
 _ROOT = Path(__file__).parent.parent
+FORWARD_AND_BACKWARD = {
+    "attention_forward", "row_deltas", "query_gradient", "key_value_gradient", "prefix_partials"
+}  # fmt: skip
 _LENGTHS = [(1, 1, 1, 1), (2, 16, 16, 16), (3, 17, 40, 5), (1, 1, 64, 32), (2, 48, 33, 130)]
 
 
@@ -35,32 +38,16 @@ def test_representative_entries_compile_within_limits():
     for chip, instruction in chips.items():
         lines = re.findall(rf"^ +{chip.removeprefix('sm_')} 16-bit .*$", report.stdout, re.MULTILINE)
         kernels = {line.split()[4]: line for line in lines}
-        assert set(kernels) == {
-            "attention_forward", "row_deltas", "query_gradient", "key_value_gradient", "prefix_partials"
-        }  # fmt: skip
+        assert set(kernels) == FORWARD_AND_BACKWARD
         assert instruction in kernels["attention_forward"]
         assert instruction in kernels["key_value_gradient"]
-
-
-def test_report_fails_on_a_broken_limit(tmp_path):
-    """A table whose tiles cannot fit makes the report exit with 1 and say why."""
-    script = tmp_path / "broken.py"
-    script.write_text(
-        "import sys\n"
-        "from apt_kernels.impl.triton import table\n"
-        "table.tile = lambda *entry: table.Tile(128, 128, 8, 4)\n"
-        "from bench import compile_report\n"
-        "sys.argv[1:] = '--architecture sm_86 --width 2 --head 64 --variant full --processes 1'.split()\n"
-        "compile_report.ProcessPoolExecutor = compile_report.InProcess\n"
-        "sys.exit(compile_report.main())\n"
-    )
 
 
 def _count_compilations(variant: str) -> dict[str, int]:
     """Compilations of each kernel over calls that differ in B, T, S and M only. Runs without the interpreter."""
     from bench import compile_report
 
-    job = next(iter(compile_report.jobs(["sm_80"], [2], [64], [variant])))
+    job = compile_report.jobs(["sm_80"], [2], [64], [variant])[0]
     kernels = {}
 
     def execute(kernel, programs, *args, **named):
@@ -72,15 +59,38 @@ def _count_compilations(variant: str) -> dict[str, int]:
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["causal", "window"])
-def test_lengths_cost_no_compilation(variant, monkeypatch):
+def _faults_of_wide_tiles() -> dict[str, tuple[str, ...]]:
+    """What the report says of a table whose tiles fit nowhere. Runs without the interpreter."""
+    from apt_kernels.impl.triton import table
+    from bench import compile_report
+
+    table.tile = lambda kernel, *entry: table.Tile(128, 128, 4, 3)
+    job = compile_report.jobs(["sm_86"], [2], [64], ["full"])[0]
+    return {result.kernel: result.faults for result in compile_report.compile_job(job)}
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Runs a function of this module in a process without the interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.syspath_prepend(_ROOT)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        counts = pool.submit(_count_compilations, variant).result()
-    assert counts == dict.fromkeys(counts, 1)
-    assert len(counts) == 5
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["causal", "window"])
+def test_lengths_cost_no_compilation(variant, compiling):
+    counts = compiling(_count_compilations, variant)
+    assert counts == dict.fromkeys(FORWARD_AND_BACKWARD, 1)
+
+
+@pytest.mark.slow
+def test_report_finds_faults(compiling):
+    faults = compiling(_faults_of_wide_tiles)
+    assert faults["row_deltas"] == ()
+    assert "spills in a default configuration" in faults["attention_forward"]
+    assert "shared memory is over the limit of 99 KiB" in faults["key_value_gradient"]
 
 
 def test_import_needs_torch_alone():

@@ -130,7 +130,9 @@ class Problem:
 
     @classmethod
     def of(cls, x: Inputs) -> Problem:
-        core = [rows(t) for t in (x.query, x.key, x.value, x.prefix_key, x.prefix_value)]
+        # The prefix is small: one cast saves every program the registers and half the bytes of a float32 tile.
+        prefix = [t.to(x.query.dtype) for t in (x.prefix_key, x.prefix_value)]
+        core = [rows(t) for t in (x.query, x.key, x.value, *prefix)]
         return cls(x, *core, _gate(x), _seen(x), table.architecture(x.query.device))
 
     @property

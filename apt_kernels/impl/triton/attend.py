@@ -94,11 +94,11 @@ def attention_forward(
     for i_m in tl.range(0, M, COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, COLUMNS or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
         b_x = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         b_x = tl.where(o_m < M, exponent(b_x, b_g * b_scale, b_cap, CAPPED), float("-inf"))
         b_p, b_rescale, b_max, b_sum = _online(b_x, b_max, b_sum)
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
         b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
 

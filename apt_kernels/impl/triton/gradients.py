@@ -107,8 +107,8 @@ def query_gradient(
     for i_m in tl.range(0, M, COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, COLUMNS or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         _, b_dz, _ = prefix_gradients(

@@ -47,8 +47,8 @@ def prefix_partials(
     b_scale, b_cap, b_kept = as_tile(scale, W), as_tile(softcap, W), as_tile(kept, W)
     p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
     p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(q.ptr.dtype.element_ty)  # [COLUMNS, WIDTH]
-    b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(q.ptr.dtype.element_ty)  # [COLUMNS, WIDTH_V]
+    b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
+    b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
     b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
     i_query_tiles = tl.cdiv(T, ROWS)
     i_share = tl.cdiv(group * i_query_tiles, splits)
@@ -115,10 +115,10 @@ def query_gate_gradient(
         p_pk, s_pk = head(pk, 0, i_h // group, ALIGNED)
         p_pv, s_pv = head(pv, 0, i_h // group, ALIGNED)
         b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
         b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
         b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
