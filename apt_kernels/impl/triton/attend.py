@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Inputs, heads_last_empty
+from . import table
 from .arguments import RUNTIME, Problem, count_tiles, launch, rows
 from .primitives import (
     LN2,
@@ -68,7 +69,7 @@ def attention_forward(
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``ROWS`` queries of one head."""
     i_tiles = tl.cdiv(T, ROWS)
@@ -91,14 +92,14 @@ def attention_forward(
 
     p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
     p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    for i_m in tl.range(0, M, COLUMNS, num_stages=1):
-        o_m = i_m + tl.arange(0, COLUMNS)[None, :]
-        b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, COLUMNS or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
-        b_x = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+    for i_m in tl.range(0, M, PREFIX, num_stages=1):
+        o_m = i_m + tl.arange(0, PREFIX)[None, :]
+        b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True)  # [PREFIX, WIDTH]
+        b_x = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
         b_x = tl.where(o_m < M, exponent(b_x, b_g * b_scale, b_cap, CAPPED), float("-inf"))
         b_p, b_rescale, b_max, b_sum = _online(b_x, b_max, b_sum)
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True)  # [PREFIX, WIDTH_V]
         b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
 
@@ -141,6 +142,6 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, to, logsumexp, x.sinks,
         problem.gate, problem.seen, x.seed, **problem.numbers(), **problem.constants(to),
-        ROWS=tile.rows, COLUMNS=tile.columns,
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=table.prefix_columns(tile),
     )  # fmt: skip
     return out, logsumexp

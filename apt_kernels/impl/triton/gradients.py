@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+from . import table
 from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
 from .bias import bias_gradient
 from .prefix import gate_gradient, prefix_gradient
@@ -81,7 +82,7 @@ def query_gradient(
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     """dq of ``ROWS`` queries of one head: through the prefix, then through the tokens they see."""
     i_tiles = tl.cdiv(T, ROWS)
@@ -104,13 +105,13 @@ def query_gradient(
 
     p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
     p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    for i_m in tl.range(0, M, COLUMNS, num_stages=1):
-        o_m = i_m + tl.arange(0, COLUMNS)[None, :]
-        b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, COLUMNS or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+    for i_m in tl.range(0, M, PREFIX, num_stages=1):
+        o_m = i_m + tl.arange(0, PREFIX)[None, :]
+        b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True)  # [PREFIX, WIDTH]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True)  # [PREFIX, WIDTH_V]
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
+        b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
         _, b_dz, _ = prefix_gradients(
             b_s, b_r, b_g, b_lse, b_delta, b_keys, b_scale, b_cap, b_kept, o_m, M, threshold, CAPPED
         )
@@ -214,7 +215,7 @@ def _query_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Ten
         query_gradient, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, d_out, logsumexp, delta,
         to, problem.gate, problem.seen, problem.x.seed, **problem.numbers(), **problem.constants(d_out, to),
-        ROWS=tile.rows, COLUMNS=tile.columns,
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=table.prefix_columns(tile),
     )  # fmt: skip
     return dq
 

@@ -116,6 +116,11 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
     return getattr(_TABLE[architecture][width][next(head for head in HEADS if dim <= head)], kernel)
 
 
+def prefix_columns(tile: Tile) -> int:
+    """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
+    return min(tile.columns, 32)
+
+
 def programs(architecture: str) -> int:
     """How many programs the prefix's gradient is spread over."""
     return 8 if architecture == "interpreter" else PROGRAMS
