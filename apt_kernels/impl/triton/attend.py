@@ -28,6 +28,7 @@ from .primitives import (
     store_rows,
     weights,
 )
+from .ranges import find_ranges
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _tokens(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def attention_forward(
-    q, k, v, pk, pv, out, p_lse, p_sinks, gate, seen, p_seed,
+    q, k, v, pk, pv, out, p_lse, p_sinks, gate, seen, p_ranges, p_seed,
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
@@ -106,7 +107,9 @@ def attention_forward(
     p_k, s_k = head(k, i_b, i_kv, ALIGNED)
     p_v, s_v = head(v, i_b, i_kv, ALIGNED)
     i_base = position(seen, i_b, offset)
-    i_first, i_whole, i_whole_end, i_end = key_tiles(i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS)
+    i_first, i_whole, i_whole_end, i_end = key_tiles(
+        p_ranges, i_b * i_tiles + i_t // ROWS, i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS
+    )
     if LEFT:
         b_out, b_max, b_sum = _tokens(
             b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
@@ -141,7 +144,8 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     launch(
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, to, logsumexp, x.sinks,
-        problem.gate, problem.seen, x.seed, **problem.numbers(), **problem.constants(to),
+        problem.gate, problem.seen, find_ranges(problem, tile.rows, True), x.seed,
+        **problem.numbers(), **problem.constants(to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=table.prefix_columns(tile),
     )  # fmt: skip
     return out, logsumexp

@@ -29,6 +29,7 @@ from .primitives import (
     token_gradients,
     weights,
 )
+from .ranges import find_ranges
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -77,7 +78,7 @@ def _query_tokens(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def query_gradient(
-    q, k, v, pk, pv, d_out, p_lse, p_delta, dq, gate, seen, p_seed,
+    q, k, v, pk, pv, d_out, p_lse, p_delta, dq, gate, seen, p_ranges, p_seed,
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
@@ -120,7 +121,9 @@ def query_gradient(
     p_k, s_k = head(k, i_b, i_kv, ALIGNED)
     p_v, s_v = head(v, i_b, i_kv, ALIGNED)
     i_base = position(seen, i_b, offset)
-    i_first, i_whole, i_whole_end, i_end = key_tiles(i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS)
+    i_first, i_whole, i_whole_end, i_end = key_tiles(
+        p_ranges, i_b * i_tiles + i_t // ROWS, i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS
+    )
     if LEFT:
         b_dq = _query_tokens(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
@@ -143,7 +146,7 @@ def query_gradient(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def key_value_gradient(
-    q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed,
+    q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_ranges, p_seed,
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
@@ -164,7 +167,9 @@ def key_value_gradient(
     b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
     o_n = i_n + tl.arange(0, COLUMNS)[:, None]
     i_base = position(seen, i_b, offset)
-    i_first, i_end = query_range(i_n, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS)
+    i_first, i_end = query_range(
+        p_ranges, i_b * i_tiles + i_n // COLUMNS, i_n, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS
+    )
     # One loop that checks every tile: whole tiles in a loop of their own cost the registers of a wider tile.
     for i_g in tl.range(0, group):
         i_h = i_kv * group + i_g
@@ -214,7 +219,8 @@ def _query_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Ten
     launch(
         query_gradient, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, d_out, logsumexp, delta,
-        to, problem.gate, problem.seen, problem.x.seed, **problem.numbers(), **problem.constants(d_out, to),
+        to, problem.gate, problem.seen, find_ranges(problem, tile.rows, True), problem.x.seed,
+        **problem.numbers(), **problem.constants(d_out, to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=table.prefix_columns(tile),
     )  # fmt: skip
     return dq
@@ -229,7 +235,8 @@ def _key_value_gradient(
     tile, to = problem.tile("key_value"), (rows(dk), rows(dv))
     launch(
         key_value_gradient, count_tiles(keys, tile.columns) * batch * kv_heads, tile,
-        problem.query, problem.key, problem.value, d_out, logsumexp, delta, *to, problem.seen, problem.x.seed,
+        problem.query, problem.key, problem.value, d_out, logsumexp, delta, *to, problem.seen,
+        find_ranges(problem, tile.columns, False), problem.x.seed,
         **problem.numbers(), **problem.constants(d_out, *to), ROWS=tile.rows, COLUMNS=tile.columns,
     )  # fmt: skip
     return dk, dv

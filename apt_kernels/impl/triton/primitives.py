@@ -168,40 +168,43 @@ def end_key(o_t, i_base, right, S, RIGHT: tl.constexpr):
 
 
 @triton.jit
-def tile_bounds(i_first, i_whole, i_whole_end, i_end, SIZE: tl.constexpr):
-    """Where tiles of ``SIZE`` begin, where those begin and end that need no check, and where all end."""
-    i_first = i_first // SIZE * SIZE
-    i_end = tl.maximum(i_end, i_first)
-    i_last = (i_end + SIZE - 1) // SIZE * SIZE
-    i_whole = tl.minimum(tl.maximum((i_whole + SIZE - 1) // SIZE * SIZE, i_first), i_last)
-    i_whole_end = tl.minimum(tl.maximum(i_whole_end // SIZE * SIZE, i_whole), i_last)
-    return i_first, i_whole, i_whole_end, i_end
+def narrow(p_ranges, i_range, i_first, i_end):
+    """A range of keys or queries cut to what padding and segments leave of it."""
+    if p_ranges is not None:
+        p_range = p_ranges + tl.cast(i_range, tl.int64) * 2
+        i_first, i_end = tl.maximum(i_first, tl.load(p_range)), tl.minimum(i_end, tl.load(p_range + 1))
+        i_first = tl.minimum(i_first, tl.maximum(i_end, 0))
+    return i_first, i_end
 
 
 @triton.jit
-def key_tiles(i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr,
-              COLUMNS: tl.constexpr):  # fmt: skip
-    """`tile_bounds` of the keys that queries ``i_t .. i_t + ROWS - 1`` see."""
+def key_tiles(p_ranges, i_range, i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Where the key tiles of queries ``i_t .. i_t + ROWS - 1`` begin, where those that need no check begin and end,
+    and where all end."""
     i_last = tl.minimum(i_t + ROWS, T) - 1
-    return tile_bounds(
-        first_key(i_t, i_base, left, S, LEFT),
-        first_key(i_last, i_base, left, S, LEFT),
-        end_key(i_t, i_base, right, S, RIGHT),
-        end_key(i_last, i_base, right, S, RIGHT),
-        COLUMNS,
+    i_first, i_end = narrow(
+        p_ranges, i_range, first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
     )
+    i_first = i_first // COLUMNS * COLUMNS
+    i_end = tl.maximum(i_end, i_first)
+    i_whole = tl.cdiv(first_key(i_last, i_base, left, S, LEFT), COLUMNS) * COLUMNS
+    i_whole = tl.minimum(tl.maximum(i_whole, i_first), tl.cdiv(i_end, COLUMNS) * COLUMNS)
+    i_whole_end = tl.minimum(end_key(i_t, i_base, right, S, RIGHT), i_end) // COLUMNS * COLUMNS
+    return i_first, i_whole, tl.maximum(i_whole_end, i_whole), i_end
 
 
 @triton.jit
-def query_range(i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr, ROWS: tl.constexpr,
-                COLUMNS: tl.constexpr):  # fmt: skip
+def query_range(p_ranges, i_range, i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin and end."""
     i_first, i_end = i_n * 0, i_n * 0 + T
     if RIGHT:
-        i_first = within(i_n - right - i_base, T) // ROWS * ROWS
+        i_first = within(i_n - right - i_base, T)
     if LEFT:
         i_end = within(tl.minimum(i_n + COLUMNS, S) + left - i_base, T)
-    return i_first, i_end
+    i_first, i_end = narrow(p_ranges, i_range, i_first, i_end)
+    return i_first // ROWS * ROWS, i_end
 
 
 @triton.jit

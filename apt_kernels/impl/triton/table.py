@@ -39,7 +39,7 @@ def _entry(*tiles: tuple[int, int, int, int]) -> Entry:
 # How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
 PROGRAMS = 512
 # The kernels that hold no heads are cut alike everywhere.
-_EVERYWHERE = {"delta": Tile(64, 0, 4, 1), "index": Tile(64, 64, 4, 1)}
+_EVERYWHERE = {"delta": Tile(64, 0, 4, 1), "index": Tile(64, 64, 4, 1), "range": Tile(0, 1024, 4, 1)}
 # Small, so that small inputs have whole, partial and skipped tiles.
 _INTERPRETER = _entry(*[(16, 16, 4, 1)] * 6)
 
