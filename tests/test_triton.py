@@ -231,6 +231,33 @@ def test_rows_beyond_32_bit_offsets():
     assert torch.equal(near, distant)
 
 
+@pytest.mark.parametrize("hidden_by", ["causal", "window", "padding", "segments"])
+def test_closed_tiles_are_not_read(hidden_by):
+    """NaN in tiles of keys that a mask closes reaches nothing; the other half of the keys is seen by all queries."""
+    from apt_kernels.impl.triton import table
+
+    architecture = table.architecture(torch.device(DEVICE))
+    half = max(table.tile(kernel, architecture, 4, 16).columns for kernel in ("forward", "query", "key_value"))
+    first, keys = hidden_by == "window", torch.arange(2 * half, device=DEVICE)[None]
+    shown = keys >= half if first else keys < half
+    mask = {
+        "causal": Mask(causal=True, query_offset=half - 1),
+        "window": Mask(window=(half - 1, None), query_offset=2 * half - 1),
+        "padding": Mask(key_padding=shown),
+        "segments": Mask(query_segments=torch.full((1, 1), 7, device=DEVICE), key_segments=torch.where(shown, 7, 9)),
+    }[hidden_by]
+    q, k, v = (torch.randn(1, 1, n, 16, device=DEVICE, requires_grad=True) for n in (1, 2 * half, 2 * half))
+    p = torch.randn(1, 3, 16, device=DEVICE)
+
+    def run(k, v):
+        out = apt_kernels.attention(q, k, v, p, p, mask=mask, implementation="triton")
+        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    poisoned = [torch.where(shown[..., None], t, torch.nan).requires_grad_() for t in (k, v)]
+    for clean, found in zip(run(k, v), run(*poisoned)):
+        assert torch.equal(clean, found)
+
+
 def test_refuses_large_heads():
     x = Case(batch=1, kv_heads=1, group=1, queries=1, keys=1, length=1, head_dim=264, value_dim=16).inputs(DEVICE)
     with pytest.raises(ImplementationError, match="head sizes are 264 and 16; it takes up to 256"):

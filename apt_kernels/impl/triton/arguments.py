@@ -185,10 +185,18 @@ class Problem:
             "W": self.wide,
         }
 
+    @property
+    def dim(self) -> int:
+        """The larger head size, by which tiles are chosen."""
+        return max(self.x.sizes[-2:])
+
     def tile(self, kernel: str) -> table.Tile:
         """The table's entry for a kernel."""
-        *_, head_dim, value_dim = self.x.sizes
-        return table.tile(kernel, self.architecture, self.x.query.element_size(), max(head_dim, value_dim))
+        return table.tile(kernel, self.architecture, self.x.query.element_size(), self.dim)
+
+    def prefix_columns(self, tile: table.Tile) -> int:
+        """Prefix columns that a kernel over queries takes at once."""
+        return table.prefix_columns(tile, self.dim)
 
 
 def _precision(architecture: str) -> str:

@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Inputs, heads_last_empty
-from . import table
 from .arguments import RUNTIME, Problem, count_tiles, launch, rows
 from .primitives import (
     LN2,
@@ -146,6 +145,6 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, to, logsumexp, x.sinks,
         problem.gate, problem.seen, find_ranges(problem, tile.rows, True), x.seed,
         **problem.numbers(), **problem.constants(to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=table.prefix_columns(tile),
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
     )  # fmt: skip
     return out, logsumexp

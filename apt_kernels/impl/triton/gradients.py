@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
-from . import table
 from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
 from .bias import bias_gradient
 from .prefix import gate_gradient, prefix_gradient
@@ -221,7 +220,7 @@ def _query_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Ten
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, d_out, logsumexp, delta,
         to, problem.gate, problem.seen, find_ranges(problem, tile.rows, True), problem.x.seed,
         **problem.numbers(), **problem.constants(d_out, to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=table.prefix_columns(tile),
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
     )  # fmt: skip
     return dq
 

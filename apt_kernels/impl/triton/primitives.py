@@ -169,12 +169,12 @@ def end_key(o_t, i_base, right, S, RIGHT: tl.constexpr):
 
 @triton.jit
 def narrow(p_ranges, i_range, i_first, i_end):
-    """A range of keys or queries cut to what padding and segments leave of it."""
+    """A range of keys or queries cut to what padding and segments leave of it; an empty one ends at 0."""
     if p_ranges is not None:
         p_range = p_ranges + tl.cast(i_range, tl.int64) * 2
         i_first, i_end = tl.maximum(i_first, tl.load(p_range)), tl.minimum(i_end, tl.load(p_range + 1))
-        i_first = tl.minimum(i_first, tl.maximum(i_end, 0))
-    return i_first, i_end
+    i_end = tl.where(i_first < i_end, i_end, 0)
+    return tl.minimum(i_first, i_end), i_end
 
 
 @triton.jit

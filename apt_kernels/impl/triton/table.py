@@ -116,9 +116,9 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
     return getattr(_TABLE[architecture][width][next(head for head in HEADS if dim <= head)], kernel)
 
 
-def prefix_columns(tile: Tile) -> int:
+def prefix_columns(tile: Tile, dim: int) -> int:
     """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
-    return min(tile.columns, 32)
+    return min(tile.columns, 32 if dim <= 128 else 16)
 
 
 def programs(architecture: str) -> int:
