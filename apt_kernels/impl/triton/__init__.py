@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 
@@ -49,11 +50,17 @@ def strategy(x: Inputs) -> str:
     return "fused"
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The op's forward."""
     from . import attend
 
-    return attend.forward(x)
+    with _on(x.query.device):
+        return attend.forward(x)
 
 
 def backward(
@@ -62,4 +69,5 @@ def backward(
     """Gradients of the inputs named in `inputs.DIFFERENTIABLE`, None where not needed."""
     from . import gradients
 
-    return gradients.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
+    with _on(x.query.device):
+        return gradients.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
