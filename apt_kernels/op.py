@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dispatch
 from .errors import ArgumentError
-from .impl.inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+from .impl.inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 from .mask import Mask
 
 _ARGUMENTS = (
@@ -345,7 +345,7 @@ def _as_promised(x: Inputs, i: int, grad: Tensor | None) -> Tensor:
     if grad is None:
         return x.query.new_empty(0)
     grad = grad.to(like.dtype)
-    return grad.transpose(1, 2).contiguous().transpose(1, 2) if i < 3 else grad.contiguous()
+    return heads_last(grad) if i < 3 else grad.contiguous()
 
 
 @torch.library.register_fake("apt_kernels::attention")

@@ -21,13 +21,24 @@ def _signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
+def _mix_(x: Tensor, scratch: Tensor) -> Tensor:
+    """`mix` in place (torch has no unsigned shifts: the sign's copies are masked off)."""
+
+    def fold(shift: int) -> None:
+        torch.bitwise_right_shift(x, shift, out=scratch)
+        x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
+
+    fold(16)
+    x.mul_(_signed(MIX_MULTIPLIERS[0]))
+    fold(15)
+    x.mul_(_signed(MIX_MULTIPLIERS[1]))
+    fold(16)
+    return x
+
+
 def mix(x: Tensor) -> Tensor:
-    """The 32-bit finaliser on int32 bit patterns (torch has no unsigned shifts: the sign bits are masked off)."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _signed(MIX_MULTIPLIERS[0])
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _signed(MIX_MULTIPLIERS[1])
-    return x ^ ((x >> 16) & 0xFFFF)
+    """The 32-bit finaliser on int32 bit patterns."""
+    return _mix_(x.clone(), torch.empty_like(x))
 
 
 def threshold(p: float) -> int:
@@ -45,10 +56,22 @@ def row_keys(seed: Tensor, batch: int, heads: int, first: int, rows: int) -> Ten
     return mix(mix(key + head) + row)
 
 
+def keep_bits(keys: Tensor, p: float, first_column: int, out: Tensor, scratch: Tensor) -> Tensor:
+    """Fill ``out``, int32 ``[..., columns]``, with -1 where a probability is kept and 0 where it is dropped.
+
+    ``keys``: the `row_keys`, ``[...]``. ``out`` and ``scratch`` have the same shape; all work is in place.
+    """
+    column = torch.arange(first_column, first_column + out.shape[-1], device=out.device, dtype=torch.int32)
+    torch.bitwise_xor(keys[..., None], column * _signed(COLUMN_STEP), out=out)
+    _mix_(out, scratch).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    torch.sub(threshold(p) - 1, out, out=out)
+    return out.bitwise_right_shift_(31)
+
+
 def keep_mask(
     seed: Tensor, p: float, batch: int, heads: int, first: int, rows: int, first_column: int, columns: int
 ) -> Tensor:
     """bool ``[B, Hq, rows, columns]``, True where the probability is kept."""
-    column = torch.arange(first_column, first_column + columns, device=seed.device, dtype=torch.int32)
-    hashed = mix(row_keys(seed, batch, heads, first, rows)[..., None] ^ (column * _signed(COLUMN_STEP)))
-    return ((hashed >> 8) & 0xFFFFFF) >= threshold(p)
+    keys = row_keys(seed, batch, heads, first, rows)
+    bits = keys.new_empty(*keys.shape, columns)
+    return keep_bits(keys, p, first_column, bits, torch.empty_like(bits)).bool()

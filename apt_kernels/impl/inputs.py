@@ -84,6 +84,12 @@ class Inputs:
         """Whether query positions matter: a causal or a windowed mask."""
         return self.causal or self.window_left >= 0 or self.window_right >= 0
 
+    @property
+    def gate_per_query(self) -> bool:
+        """Whether the queries of one row have gates of their own."""
+        rows = self.gate if self.gate_index is None else self.gate_index
+        return rows is not None and rows.shape[1] > 1
+
     def gate_rows(self) -> Tensor | None:
         """The gate's logits as ``[B|1, T|1, M]`` (indexed rows gathered); None without a gate."""
         if self.gate is None or self.gate_index is None:
@@ -106,15 +112,20 @@ class Inputs:
             return (row + self.offset)[None]
         return row[None] + self.query_offset[:, None]
 
-    def visible(self, first: int = 0, rows: int | None = None) -> Tensor | None:
-        """bool, broadcastable to ``[B, Hq, rows, S]``: which keys the queries ``first..`` see; None: all of them."""
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        rows = queries - first if rows is None else rows
-        here = slice(first, first + rows)
+    def visible(
+        self, first: int = 0, rows: int | None = None, first_key: int = 0, keys: int | None = None
+    ) -> Tensor | None:
+        """bool, broadcastable to ``[B, Hq, rows, keys]``: which keys the queries see; None: all of them.
+
+        Of the queries ``first .. first + rows - 1`` and the keys ``first_key .. first_key + keys - 1``.
+        """
+        rows = self.query.shape[2] - first if rows is None else rows
+        keys = self.key.shape[2] - first_key if keys is None else keys
+        here, there = slice(first, first + rows), slice(first_key, first_key + keys)
         parts = []
         if self.has_positions:
             position = self.positions()[:, None, here, None]
-            key = torch.arange(keys, device=self.query.device)
+            key = torch.arange(first_key, first_key + keys, device=self.query.device)
             if self.causal:
                 parts.append(key <= position)
             if self.window_left >= 0:
@@ -122,17 +133,28 @@ class Inputs:
             if self.window_right >= 0:
                 parts.append(key <= position + self.window_right)
         if self.key_padding is not None:
-            parts.append(self.key_padding[:, None, None, :])
+            parts.append(self.key_padding[:, None, None, there])
         if self.query_segments is not None:
-            parts.append(self.query_segments[:, None, here, None] == self.key_segments[:, None, None, :])
+            parts.append(self.query_segments[:, None, here, None] == self.key_segments[:, None, None, there])
         if self.dense is not None:
-            parts.append(self.dense if self.dense.shape[2] == 1 else self.dense[:, :, here])
+            parts.append(part_of(self.dense, here, there))
         seen = None
         for part in parts:
             seen = part if seen is None else seen & part
         return seen
 
 
+def part_of(tensor: Tensor, rows: slice, keys: slice) -> Tensor:
+    """The given rows and keys of a 4-D tensor that broadcasts to ``[B, Hq, T, S]``."""
+    tensor = tensor if tensor.shape[2] == 1 else tensor[:, :, rows]
+    return tensor if tensor.shape[3] == 1 else tensor[..., keys]
+
+
 def heads_last_empty(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
     """An uninitialised ``[B, H, T, D]`` stored as ``[B, T, H, D]``: the layout of every output and of dq, dk, dv."""
     return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def heads_last(tensor: Tensor) -> Tensor:
+    """``[B, H, T, D]`` stored as ``[B, T, H, D]``; a copy only where it is not."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)

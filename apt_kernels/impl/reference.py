@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask
-from .inputs import DIFFERENTIABLE, Inputs
+from .inputs import DIFFERENTIABLE, Inputs, heads_last
 
 
 def available() -> str | None:
@@ -88,7 +88,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The op's forward."""
     with torch.no_grad():
         out, logsumexp = attend(x)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), logsumexp
+    return heads_last(out), logsumexp
 
 
 def backward(

@@ -1,0 +1,27 @@
+"""From the gradient of the weights ``g = lambda * sigmoid(gate)`` to those of the gate's logits and of lambda."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+
+
+def gate_gradients(x: Inputs, d_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``gate`` and ``layer_scale``, each None where it is not there.
+
+    ``d_weights``: ``[B|1, T|1, M]``, summed to the sizes of ``x.weights()`` (the last one always M).
+    """
+    gate = x.gate_rows()
+    if gate is None:
+        return None, None if x.layer_scale is None else d_weights.sum().reshape(1)
+    sigmoid = torch.sigmoid(gate.to(d_weights.dtype))
+    d_scale = None if x.layer_scale is None else (d_weights * sigmoid).sum().reshape(1)
+    d_gate = d_weights * sigmoid * (1 - sigmoid)
+    if x.layer_scale is not None:
+        d_gate = d_gate * x.layer_scale.to(d_gate.dtype)
+    if x.gate_index is not None:
+        rows = d_gate.flatten(0, 1)
+        d_gate = rows.new_zeros(x.gate.shape).index_add_(0, x.gate_index.flatten(), rows)
+    return d_gate, d_scale
