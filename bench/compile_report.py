@@ -249,11 +249,12 @@ def _inspect(job: Job, kernel: str, cut: str, compiled) -> Result:
 
 def _wanted_instruction(job: Job, kernel: str) -> str | None:
     """The matrix instruction that a kernel on half-precision tensors must use on its architecture."""
+    chips = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
     if job.width != 2 or kernel not in ("attention_forward", "query_gradient", "key_value_gradient"):
         return None
-    return {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx90a": "v_mfma", "gfx942": "v_mfma"}.get(
-        job.architecture, "mma.sync"
-    )
+    if job.head == 256 and kernel != "attention_forward" and not job.architecture.startswith("gfx"):
+        return None  # the gradients of so wide a head leave no registers for the tiles that those need
+    return chips.get(job.architecture, "mma.sync")
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:

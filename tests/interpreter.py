@@ -27,7 +27,9 @@ def _quicken() -> None:
         scopes = {}
 
         def patch_once(fn):
-            languages = frozenset(id(part) for part in fn.__globals__.values() if part is language or part is language.core)
+            languages = tuple(
+                any(part is known for part in fn.__globals__.values()) for known in (language, language.core)
+            )
             if languages not in scopes:
                 scopes[languages] = patch(fn)
             return scopes[languages]

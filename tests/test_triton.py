@@ -116,9 +116,7 @@ def test_same_bits_twice(name):
         assert torch.equal(first[name], second[name]), name
 
 
-_TINY = Case(
-    batch=1, kv_heads=1, group=2, queries=2, keys=3, length=2, head_dim=2, value_dim=3, dtype=torch.float64
-)
+_TINY = Case(batch=1, kv_heads=1, group=2, queries=2, keys=3, length=2, head_dim=2, value_dim=3, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +292,7 @@ def test_torch_compile(launches):
     tensors = [getattr(x, name).detach().requires_grad_() for name in DIFFERENTIABLE[:7]]
 
     def call(*tensors):
-        return apt_kernels.attention(
-            *tensors, mask=Mask(causal=True), return_logsumexp=True, implementation="triton"
-        )
+        return apt_kernels.attention(*tensors, mask=Mask(causal=True), return_logsumexp=True, implementation="triton")
 
     results = []
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):

@@ -19,6 +19,9 @@ from . import table
 RUNTIME = ("T", "S", "M", "heads", "group", "offset", "left", "right", "threshold")
 _FAR = 1 << 40  # beyond every position; sums with it stay in 64 bits
 
+# The dtype of sums, in Triton's terms.
+WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
 LAUNCHES: Counter[str] = Counter()
 
 
@@ -135,17 +138,6 @@ class Problem:
         core = [rows(t) for t in (x.query, x.key, x.value, *prefix)]
         return cls(x, *core, _gate(x), _seen(x), table.architecture(x.query.device))
 
-    @property
-    def per_query(self) -> bool:
-        """Whether each query has gate logits of its own."""
-        rows = self.x.gate if self.x.gate_index is None else self.x.gate_index
-        return rows is not None and rows.shape[1] > 1
-
-    @property
-    def wide(self) -> tl.dtype:
-        """The dtype of sums."""
-        return tl.float64 if self.x.compute_dtype == torch.float64 else tl.float32
-
     def numbers(self) -> dict:
         """The run-time numbers that every kernel takes."""
         x = self.x
@@ -179,10 +171,10 @@ class Problem:
             "LEFT": x.window_left >= 0,
             "RIGHT": x.causal or x.window_right >= 0,
             "CAPPED": x.softcap != 0,
-            "PER_QUERY": self.per_query,
+            "PER_QUERY": x.gate_per_query,
             "ALIGNED": aligned(*core, *tiles),
             "PRECISION": _precision(self.architecture),
-            "W": self.wide,
+            "W": WIDE[x.compute_dtype],
         }
 
     @property

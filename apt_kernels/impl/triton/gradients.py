@@ -259,13 +259,14 @@ def backward(
     if need["key"] or need["value"]:
         grads["key"], grads["value"] = _key_value_gradient(*rest, need["key"], need["value"])
     gate_needed = need["gate"] or need["layer_scale"]
+    shared_gate = gate_needed and not x.gate_per_query
     d_weights = None
-    if need["prefix_key"] or need["prefix_value"] or (gate_needed and not problem.per_query):
+    if need["prefix_key"] or need["prefix_value"] or shared_gate:
         grads["prefix_key"], grads["prefix_value"], d_weights = prefix_gradient(
-            *rest, need["prefix_key"], need["prefix_value"], gate_needed and not problem.per_query
+            *rest, need["prefix_key"], need["prefix_value"], shared_gate
         )
     if gate_needed:
-        grads["gate"], grads["layer_scale"] = gate_gradient(*rest, d_weights, need["gate"], need["layer_scale"])
+        grads["gate"], grads["layer_scale"] = gate_gradient(*rest, d_weights)
     if need["sinks"]:
         grads["sinks"] = _sinks_gradient(x, logsumexp, delta)
     if need["bias"]:

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gate import gate_gradients
+from ..inputs import Inputs
 from . import table
-from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
+from .arguments import RUNTIME, WIDE, Problem, Rows, count_tiles, launch, rows
 from .primitives import (
     LOG2E,
     as_tile,
@@ -190,24 +192,15 @@ def prefix_gradient(
 
 
 def gate_gradient(
-    problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tensor, d_weights: Tensor | None, gate: bool, scale: bool
+    problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tensor, d_weights: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the gate's logits and of the layer scale; ``d_weights`` is that of ``g`` where rows share one."""
     x = problem.x
     if d_weights is None:
         d_weights = _query_gate_gradient(problem, d_out, logsumexp, delta)
-    if x.gate is None:
-        return None, d_weights.sum().view(1)
-    sigmoid = torch.sigmoid(x.gate_rows().to(x.compute_dtype))
-    d_scale = (d_weights * sigmoid).sum().view(1) if scale else None
-    if not gate:
-        return None, d_scale
-    d_logits = d_weights * (sigmoid * (1 - sigmoid))
-    if x.layer_scale is not None:
-        d_logits = d_logits * x.layer_scale.to(x.compute_dtype)
-    if x.gate_index is None:
-        return d_logits.sum_to_size(x.gate.shape), d_scale
-    return _sum_by_index(problem, d_logits), d_scale
+    elif x.gate is None or (x.gate_index is None and x.gate.shape[0] == 1):
+        d_weights = d_weights.sum(0, keepdim=True)
+    return gate_gradients(x, d_weights, _sum_by_index)
 
 
 def _query_gate_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tensor) -> Tensor:
@@ -222,14 +215,14 @@ def _query_gate_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta
     return d_weights
 
 
-def _sum_by_index(problem: Problem, rows: Tensor) -> Tensor:
-    """``[G, M]``: the rows ``[B, T|1, M]`` summed by the gate row that they picked."""
-    x, tile = problem.x, problem.tile("index")
+def _sum_by_index(x: Inputs, rows: Tensor) -> Tensor:
+    """``[G, M]``: the rows ``[B, T|1, M]`` summed, in order, by the row of the gate that they picked."""
     batch, queries, length = rows.shape
+    tile = table.tile("index", table.architecture(rows.device), rows.element_size(), 0)
     summed = torch.empty(x.gate.shape, dtype=rows.dtype, device=rows.device)
     launch(
         indexed_sum, count_tiles(length, tile.columns) * x.gate.shape[0], tile,
         rows.contiguous(), x.gate_index, summed, batch * queries, queries, *x.gate_index.stride(), length,
-        W=problem.wide, ROWS=tile.rows, COLUMNS=tile.columns,
+        W=WIDE[x.compute_dtype], ROWS=tile.rows, COLUMNS=tile.columns,
     )  # fmt: skip
     return summed

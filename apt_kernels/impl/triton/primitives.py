@@ -89,10 +89,9 @@ def tanh(x):
 @triton.jit
 def exponent(b_s, b_weight, b_cap, CAPPED: tl.constexpr):
     """Base-2 logits: products times ``b_weight`` (the scale, or scale and gate), soft-capped."""
+    b_x = b_s * (b_weight * LOG2E)
     if CAPPED:
         b_x = tanh(b_s * (b_weight / b_cap)) * (b_cap * LOG2E)
-    else:
-        b_x = b_s * (b_weight * LOG2E)
     return b_x
 
 

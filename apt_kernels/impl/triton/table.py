@@ -7,6 +7,7 @@ One entry for an architecture, the bytes of an element, a padded head size and a
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
 import torch
@@ -21,19 +22,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Entry(NamedTuple):
-    """The tiles of the kernels that hold whole heads."""
-
-    forward: Tile
-    query: Tile
-    key_value: Tile
-    prefix: Tile
-    gate: Tile
-    bias: Tile
+KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias")
 
 
-def _entry(*tiles: tuple[int, int, int, int]) -> Entry:
-    return Entry(*(Tile(*tile) for tile in tiles))
+def _entry(tiles: str) -> dict[str, Tile]:
+    """Tiles of `KERNELS`, each written ``rows x columns / warps / stages``."""
+    return {name: Tile(*map(int, re.split("[x/]", text))) for name, text in zip(KERNELS, tiles.split())}
 
 
 # How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
@@ -41,48 +35,45 @@ PROGRAMS = 512
 # The kernels that hold no heads are cut alike everywhere.
 _EVERYWHERE = {"delta": Tile(64, 0, 4, 1), "index": Tile(64, 64, 4, 1), "range": Tile(0, 1024, 4, 1)}
 # Small, so that small inputs have whole, partial and skipped tiles.
-_INTERPRETER = _entry(*[(16, 16, 4, 1)] * 6)
+_INTERPRETER = _entry("16x16/4/1 " * 6)
 
-_SCALAR = {
-    64: _entry((64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    128: _entry((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    256: _entry((32, 16, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+# Kernels:      forward     query       key_value   prefix      gate       bias
+_IEEE_FLOAT32 = {
+    64: _entry("32x16/8/1   32x16/4/1   16x32/8/1   16x32/8/1   32x32/8/1  32x32/8/1"),
+    128: _entry("32x16/8/1  32x16/8/1   16x32/8/1   16x32/8/1   32x32/8/1  32x32/8/1"),
+    256: _entry("32x16/8/1  32x16/8/1   16x16/8/1   16x16/8/1   16x16/8/1  16x16/8/1"),
 }
-_DOUBLE = {
-    64: _entry(*[(32, 16, 4, 1)] * 2, *[(16, 32, 4, 1)] * 2, *[(16, 16, 4, 1)] * 2),
-    128: _entry(*[(16, 16, 4, 1)] * 6),
-    256: _entry(*[(16, 16, 8, 1)] * 6),
+_FLOAT64 = dict.fromkeys((64, 128, 256), _entry("16x16/4/1 " * 6))
+_AMPERE = {
+    64: _entry("128x64/8/2  128x64/8/2  32x128/8/2  32x64/4/1   32x32/4/1  32x32/4/1"),
+    128: _entry("128x64/8/1 64x64/8/2   64x64/8/1   64x64/8/1   32x16/4/1  64x32/8/1"),
+    256: _entry("64x32/8/2  32x32/8/1   16x64/8/1   16x64/8/1   32x16/8/1  32x16/8/1"),
 }
+_HOPPER = {
+    64: _entry("128x128/8/2 128x64/8/2  64x128/8/2  64x64/8/2   64x64/8/1  64x64/8/1"),
+    128: _entry("128x64/8/2 128x64/8/2  32x128/8/2  32x128/8/1  64x64/8/1  64x64/8/1"),
+    256: _entry("128x32/8/1 32x32/8/1   32x32/8/1   32x32/8/1   32x16/8/1  64x32/8/1"),
+}
+_BLACKWELL = {
+    64: _entry("128x128/8/2 128x64/8/2  64x64/8/2   64x64/8/1   64x64/8/1  64x64/8/1"),
+    128: _entry("128x64/8/2 64x64/8/2   64x64/8/1   32x128/8/1  64x64/8/1  64x64/8/1"),
+    256: _entry("64x32/8/1  32x32/8/1   32x32/8/1   32x32/8/1   32x16/8/1  32x16/8/1"),
+}
+_CDNA = {
+    64: _entry("128x64/8/2  128x64/4/2  64x64/4/2   64x64/4/1   64x64/4/1  64x64/4/1"),
+    128: _entry("64x64/4/1  64x64/4/1   32x64/4/1   32x64/4/1   64x64/8/1  64x64/8/1"),
+    256: _entry("32x32/4/1  32x32/4/1   32x32/4/1   32x32/4/1   32x32/4/1  32x32/4/1"),
+}
+# By architecture, bytes of an element, and padded head size.
 _TABLE = {
-    "sm_80": {
-        2: {
-            64: _entry((128, 64, 4, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
-            128: _entry((128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-            256: _entry((64, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-        },
-        4: _SCALAR,
-        8: _DOUBLE,
-    },
-}
-_TABLE["sm_86"] = _TABLE["sm_120"] = _TABLE["sm_80"]
-_TABLE["sm_100"] = {
-    2: {
-        64: _entry((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
-        128: _entry((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1)),
-        256: _entry((128, 32, 8, 2), (64, 32, 8, 1), (32, 64, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
-    },
-    4: _SCALAR,
-    8: _DOUBLE,
-}
-_TABLE["sm_90"] = _TABLE["sm_100"]
-_TABLE["gfx90a"] = _TABLE["gfx942"] = {
-    2: {
-        64: _entry((128, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1)),
-        128: _entry((64, 64, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-        256: _entry((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    },
-    4: _SCALAR,
-    8: _DOUBLE,
+    name: {2: halves, 4: _IEEE_FLOAT32, 8: _FLOAT64}
+    for names, halves in (
+        (("sm_80", "sm_86", "sm_120"), _AMPERE),
+        (("sm_90",), _HOPPER),
+        (("sm_100",), _BLACKWELL),
+        (("gfx90a", "gfx942"), _CDNA),
+    )
+    for name in names
 }
 ARCHITECTURES = tuple(sorted(_TABLE))
 WIDTHS = (2, 4, 8)
@@ -112,8 +103,8 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
     if kernel in _EVERYWHERE:
         return _EVERYWHERE[kernel]
     if architecture == "interpreter":
-        return getattr(_INTERPRETER, kernel)
-    return getattr(_TABLE[architecture][width][next(head for head in HEADS if dim <= head)], kernel)
+        return _INTERPRETER[kernel]
+    return _TABLE[architecture][width][next(head for head in HEADS if dim <= head)][kernel]
 
 
 def prefix_columns(tile: Tile, dim: int) -> int:
