@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 
 from .errors import ImplementationError
-from .impl import cpu, reference
+from .impl import cpu, reference, triton
 from .impl.inputs import Inputs
 
 VARIABLE = "APT_KERNELS_IMPLEMENTATION"
 
 # Each module has ``available, unsupported, strategy, forward, backward``, and importing it needs torch alone.
 # The automatic choice takes the first that serves.
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
+_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton, "reference": reference}
 
 
 class Choice(NamedTuple):
@@ -44,6 +44,12 @@ def _obstacle(name: str, x: Inputs) -> str | None:
     return load(name).available() or load(name).unsupported(x)
 
 
+def _reserved(name: str, x: Inputs) -> str | None:
+    """Why an implementation that serves ``x`` is left to those who name it; None: it is not."""
+    only_by_name = getattr(load(name), "only_by_name", None)
+    return only_by_name(x) if only_by_name else None
+
+
 def choose(x: Inputs, implementation: str = "auto") -> Choice:
     """The implementation that serves ``x``. A named one is obeyed or raises; only ``"auto"`` picks another."""
     asked = implementation if implementation != "auto" else os.environ.get(VARIABLE) or "auto"
@@ -54,7 +60,7 @@ def choose(x: Inputs, implementation: str = "auto") -> Choice:
         return Choice(asked, load(asked).strategy(x), "asked for by name")
     passed = []
     for name in _IMPLEMENTATIONS:
-        obstacle = _obstacle(name, x)
+        obstacle = _obstacle(name, x) or _reserved(name, x)
         if obstacle is None:
             return Choice(name, load(name).strategy(x), "; ".join(passed) or "first choice")
         passed.append(f"{name}: {obstacle}")

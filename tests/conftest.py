@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import interpreter
 import pytest
 import torch
 from accuracy import poisoned_memory
@@ -14,6 +15,9 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+# Before anything imports Triton, which reads its environment once.
+interpreter.use()
+
 settings.register_profile("default", max_examples=100, **_COMMON)
 settings.register_profile("fuzz", max_examples=10_000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

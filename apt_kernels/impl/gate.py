@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .inputs import Inputs
 
 
-def gate_gradients(x: Inputs, d_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def gate_gradients(
+    x: Inputs, d_weights: Tensor, sum_by_index: Callable[[Inputs, Tensor], Tensor] | None = None
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``gate`` and ``layer_scale``, each None where it is not there.
 
-    ``d_weights``: ``[B|1, T|1, M]``, summed to the sizes of ``x.weights()`` (the last one always M).
+    ``d_weights``: ``[B|1, T|1, M]``, summed to the sizes of ``x.weights()`` (the last one always M). ``sum_by_index``
+    replaces `index_add_`, which is not deterministic on a GPU.
     """
     gate = x.gate_rows()
     if gate is None:
@@ -22,6 +27,10 @@ def gate_gradients(x: Inputs, d_weights: Tensor) -> tuple[Tensor | None, Tensor 
     if x.layer_scale is not None:
         d_gate = d_gate * x.layer_scale.to(d_gate.dtype)
     if x.gate_index is not None:
-        rows = d_gate.flatten(0, 1)
-        d_gate = rows.new_zeros(x.gate.shape).index_add_(0, x.gate_index.flatten(), rows)
+        d_gate = (sum_by_index or _sum_by_index)(x, d_gate)
     return d_gate, d_scale
+
+
+def _sum_by_index(x: Inputs, rows: Tensor) -> Tensor:
+    """``[G, M]``: the rows ``[B, T|1, M]`` summed by the row of the gate that they picked."""
+    return rows.new_zeros(x.gate.shape).index_add_(0, x.gate_index.flatten(), rows.flatten(0, 1))

@@ -1,0 +1,100 @@
+"""Backward: the gradient of the additive bias, summed where the bias was broadcast."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import RUNTIME, Problem, Rows, count_tiles, launch
+from .primitives import (
+    LOG2E,
+    as_tile,
+    end_key,
+    first_key,
+    head,
+    load_row_sums,
+    load_rows,
+    position,
+    product,
+    row_keys,
+    token_gradients,
+)
+
+
+@triton.jit(do_not_specialize=(*RUNTIME, "batch"))
+def token_bias_gradient(
+    q, k, v, d_out, p_lse, p_delta, p_sum, seen, p_seed, batch,
+    T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
+    kept: tl.float64, scale: tl.float64, softcap: tl.float64,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ONE_BATCH: tl.constexpr, ONE_HEAD: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """One tile of the bias's gradient: a sum over whatever the bias was broadcast along, in a fixed order."""
+    i_t_tiles, i_n_tiles = tl.cdiv(T, ROWS), tl.cdiv(S, COLUMNS)
+    # How many tiles the gradient has, and how many inputs each of them sums, along every dimension.
+    i_t_sums, i_n_sums = (i_t_tiles if ONE_ROW else 1), (i_n_tiles if ONE_COLUMN else 1)
+    i_b_sums, i_h_sums = (batch if ONE_BATCH else 1), (heads if ONE_HEAD else 1)
+    i_columns, i_rows, i_heads = i_n_tiles // i_n_sums, i_t_tiles // i_t_sums, heads // i_h_sums
+    i_column, i_row = tl.program_id(0) % i_columns, tl.program_id(0) // i_columns % i_rows
+    i_bh_sum = tl.program_id(0) // i_columns // i_rows
+    b_scale, b_cap, b_kept = as_tile(scale, W), as_tile(softcap, W), as_tile(kept, W)
+    b_sum = tl.zeros([ROWS, COLUMNS], W)
+    for i in tl.range(0, i_b_sums * i_h_sums * i_t_sums * i_n_sums):
+        i_n = (i_column + i % i_n_sums) * COLUMNS
+        i_t = (i_row + i // i_n_sums % i_t_sums) * ROWS
+        i_h = i_bh_sum % i_heads + i // i_n_sums // i_t_sums % i_h_sums
+        i_b = i_bh_sum // i_heads + i // i_n_sums // i_t_sums // i_h_sums
+        i_base = position(seen, i_b, offset)
+        i_last = tl.minimum(i_t + ROWS, T) - 1
+        i_begin = first_key(i_t, i_base, left, S, LEFT)
+        i_end = end_key(i_last, i_base, right, S, RIGHT)
+        if (i_n < i_end) & (i_n + COLUMNS > i_begin):
+            i_bh = i_b * heads + i_h
+            o_t, o_n = i_t + tl.arange(0, ROWS)[:, None], i_n + tl.arange(0, COLUMNS)[None, :]
+            p_q, s_q = head(q, i_b, i_h, ALIGNED)
+            p_k, s_k = head(k, i_b, i_h // group, ALIGNED)
+            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
+            b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
+            b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+            p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
+            p_v, s_v = head(v, i_b, i_h // group, ALIGNED)
+            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
+            b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
+            b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+            b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
+            b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
+            _, b_dz, _ = token_gradients(
+                b_s, b_r, b_lse, b_delta, seen, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
+                i_b, i_h, o_t, o_n, i_base, T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, True,
+            )  # fmt: skip
+            b_sum += b_dz
+    # p_sum is contiguous, [B or 1, Hq or 1, T or 1, S or 1].
+    i_length, i_width = (1 if ONE_ROW else T), (1 if ONE_COLUMN else S)
+    o_t = i_row * ROWS + (tl.arange(0, 1) if ONE_ROW else tl.arange(0, ROWS))[:, None]
+    o_n = i_column * COLUMNS + (tl.arange(0, 1) if ONE_COLUMN else tl.arange(0, COLUMNS))[None, :]
+    if ONE_ROW:
+        b_sum = tl.sum(b_sum, 0)[None, :]
+    if ONE_COLUMN:
+        b_sum = tl.sum(b_sum, 1)[:, None]
+    o_sum = (tl.cast(i_bh_sum, tl.int64) * i_length + o_t) * i_width + o_n
+    tl.store(p_sum + o_sum, b_sum.to(p_sum.dtype.element_ty), mask=(o_t < i_length) & (o_n < i_width))
+
+
+def bias_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the bias, in its own shape: no tile is stored that is then only summed."""
+    x, tile = problem.x, problem.tile("bias")
+    batches, bias_heads, queries, keys = x.bias.shape
+    summed = torch.empty(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
+    tiles = count_tiles(queries, tile.rows) * count_tiles(keys, tile.columns)
+    one = [have == 1 for have in x.bias.shape]
+    launch(
+        token_bias_gradient, batches * bias_heads * tiles, tile,
+        problem.query, problem.key, problem.value, d_out, logsumexp, delta, summed, problem.seen, x.seed,
+        x.query.shape[0], **problem.numbers(), **problem.constants(d_out), ROWS=tile.rows, COLUMNS=tile.columns,
+        ONE_BATCH=one[0], ONE_HEAD=one[1], ONE_ROW=one[2], ONE_COLUMN=one[3],
+    )  # fmt: skip
+    return summed

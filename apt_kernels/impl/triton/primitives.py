@@ -1,0 +1,316 @@
+"""The pieces that every kernel is made of.
+
+Names: ``i_`` ids and first indices, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` blocks, ``s_`` strides.
+Index tiles come expanded (``o_t`` ``[T, 1]`` beside ``o_n`` ``[1, N]``, or the other way round), so that each piece
+serves a tile and its transpose. Logits are in base 2. ``W`` is the dtype of sums.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def plain(n):
+    """The number that `arguments.odd` encoded."""
+    return (n - 3) >> 1
+
+
+@triton.jit
+def head(x, i_b, i_h, ALIGNED: tl.constexpr):
+    """Pointer to the first row of a head of `Rows`, and the stride of its rows."""
+    o_head = tl.cast(i_b, tl.int64) * plain(x.b) + tl.cast(i_h, tl.int64) * plain(x.h)
+    s_t = plain(x.t)
+    if ALIGNED:
+        o_head, s_t = tl.multiple_of(o_head, 8), tl.multiple_of(s_t, 8)
+    return x.ptr + o_head, s_t
+
+
+@triton.jit
+def load_rows(p, s_t, i_first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
+    """``[ROWS, WIDTH]`` from row ``i_first``, zero past the ``D`` columns and, where checked, past row ``limit``."""
+    o_r, o_d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    p_tile = p + tl.cast(i_first, tl.int64) * s_t + (o_r * s_t + o_d)
+    if CHECK:
+        b_tile = tl.load(p_tile, mask=(i_first + o_r < limit) & (o_d < D), other=0.0)
+    elif D != WIDTH:
+        b_tile = tl.load(p_tile, mask=o_d < D, other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def store_rows(p, s_t, i_first, limit, b_tile, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Store ``[ROWS, WIDTH]`` from row ``i_first``, up to row ``limit`` and column ``D``."""
+    o_r, o_d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    p_tile = p + tl.cast(i_first, tl.int64) * s_t + (o_r * s_t + o_d)
+    tl.store(p_tile, b_tile.to(p.dtype.element_ty), mask=(i_first + o_r < limit) & (o_d < D))
+
+
+@triton.jit
+def load_row_sums(p, i_bh, o_t, T, other):
+    """Log-sum-exps or deltas, in the shape of ``o_t``."""
+    return tl.load(p + tl.cast(i_bh, tl.int64) * T + o_t, mask=o_t < T, other=other)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, W: tl.constexpr):
+    """``a @ b + acc``. The interpreter keeps bfloat16 as bits and cannot multiply it: ``"upcast"``, exact in ``W``."""
+    if PRECISION == "upcast":
+        a, b = a.to(W), b.to(W)
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=W)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=W)
+
+
+@triton.jit
+def as_tile(x, W: tl.constexpr):
+    """A ``[1, 1]`` tile of a scalar argument: one conversion, and exact in float64."""
+    return (tl.full((1, 1), 1.0, W) * x).to(W)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent, accurate to a few ulp near zero too, where one minus an exponential is not."""
+    square = x * x
+    if x.dtype == tl.float64:
+        b_small = x / (1 + square / (3 + square / (5 + square / (7 + square / (9 + square / (11 + square / 13))))))
+    else:
+        b_small = -5.70498872745e-3 * square + 2.06390887954e-2
+        b_small = (b_small * square - 5.37397155531e-2) * square + 1.33314422036e-1
+        b_small = (b_small * square - 3.33332819422e-1) * square * x + x
+    b_large = 1 - 2 / (1 + tl.exp2(tl.abs(x) * (2 * LOG2E)))
+    b_large = tl.where(x < 0, -b_large, b_large)
+    return tl.where(tl.abs(x) < 0.4, b_small, b_large)
+
+
+@triton.jit
+def exponent(b_s, b_weight, b_cap, CAPPED: tl.constexpr):
+    """Base-2 logits: products times ``b_weight`` (the scale, or scale and gate), soft-capped."""
+    b_x = b_s * (b_weight * LOG2E)
+    if CAPPED:
+        b_x = tanh(b_s * (b_weight / b_cap)) * (b_cap * LOG2E)
+    return b_x
+
+
+@triton.jit
+def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
+    """The gradient of logits brought through the soft-cap that gave ``b_x``."""
+    if CAPPED:
+        b_tanh = b_x / (b_cap * LOG2E)
+        b_dz = b_dz * (1 - b_tanh * b_tanh)
+    return b_dz
+
+
+# The gate.
+
+
+@triton.jit
+def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
+    """``g = lambda * sigmoid(gate)`` of prefix columns ``o_m``; a tile only where each query has its own."""
+    b_g = tl.full((1, 1), 1.0, W)
+    if gate.ptr is not None:
+        i_row = tl.cast(i_b, tl.int64)
+        if PER_QUERY:
+            if gate.index is not None:
+                o_index = i_row * plain(gate.index_b) + o_t * plain(gate.index_t)
+                o_row = tl.load(gate.index + o_index, mask=o_t < T, other=0) * plain(gate.b)
+            else:
+                o_row = i_row * plain(gate.b) + tl.cast(o_t, tl.int64) * plain(gate.t)
+            b_logit = tl.load(gate.ptr + o_row + o_m, mask=(o_t < T) & (o_m < M), other=0.0)
+        else:
+            if gate.index is not None:
+                i_row = tl.load(gate.index + i_row * plain(gate.index_b))
+            b_logit = tl.load(gate.ptr + i_row * plain(gate.b) + o_m, mask=o_m < M, other=0.0)
+        b_g = 1 / (1 + tl.exp2(b_logit.to(W) * -LOG2E))
+    if gate.scale is not None:
+        b_g = b_g * tl.load(gate.scale).to(W)
+    return b_g
+
+
+# What a query sees of the tokens.
+
+
+@triton.jit
+def position(seen, i_b, offset):
+    """Position of query 0 among the keys."""
+    i_base = offset
+    if seen.offset is not None:
+        i_base = tl.load(seen.offset + i_b * plain(seen.offset_b))
+    return i_base
+
+
+@triton.jit
+def within(i, limit):
+    """``i`` clamped to ``0..limit``, in 32 bits."""
+    return tl.minimum(tl.maximum(i, 0), limit).to(tl.int32)
+
+
+@triton.jit
+def first_key(o_t, i_base, left, S, LEFT: tl.constexpr):
+    """The first key that queries ``o_t`` see through the window."""
+    o_first = o_t * 0
+    if LEFT:
+        o_first = within(i_base + o_t - left, S)
+    return o_first
+
+
+@triton.jit
+def end_key(o_t, i_base, right, S, RIGHT: tl.constexpr):
+    """One past the last key that queries ``o_t`` see through causality and window."""
+    o_end = o_t * 0 + S
+    if RIGHT:
+        o_end = within(i_base + o_t + right + 1, S)
+    return o_end
+
+
+@triton.jit
+def narrow(p_ranges, i_range, i_first, i_end):
+    """A range of keys or queries cut to what padding and segments leave of it; an empty one ends at 0."""
+    if p_ranges is not None:
+        p_range = p_ranges + tl.cast(i_range, tl.int64) * 2
+        i_first, i_end = tl.maximum(i_first, tl.load(p_range)), tl.minimum(i_end, tl.load(p_range + 1))
+    i_end = tl.where(i_first < i_end, i_end, 0)
+    return tl.minimum(i_first, i_end), i_end
+
+
+@triton.jit
+def key_tiles(p_ranges, i_range, i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Where the key tiles of queries ``i_t .. i_t + ROWS - 1`` begin, where those that need no check begin and end,
+    and where all end."""
+    i_last = tl.minimum(i_t + ROWS, T) - 1
+    i_first, i_end = narrow(
+        p_ranges, i_range, first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
+    )
+    i_first = i_first // COLUMNS * COLUMNS
+    i_end = tl.maximum(i_end, i_first)
+    i_whole = tl.cdiv(first_key(i_last, i_base, left, S, LEFT), COLUMNS) * COLUMNS
+    i_whole = tl.minimum(tl.maximum(i_whole, i_first), tl.cdiv(i_end, COLUMNS) * COLUMNS)
+    i_whole_end = tl.minimum(end_key(i_t, i_base, right, S, RIGHT), i_end) // COLUMNS * COLUMNS
+    return i_first, i_whole, tl.maximum(i_whole_end, i_whole), i_end
+
+
+@triton.jit
+def query_range(p_ranges, i_range, i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin and end."""
+    i_first, i_end = i_n * 0, i_n * 0 + T
+    if RIGHT:
+        i_first = within(i_n - right - i_base, T)
+    if LEFT:
+        i_end = within(tl.minimum(i_n + COLUMNS, S) + left - i_base, T)
+    i_first, i_end = narrow(p_ranges, i_range, i_first, i_end)
+    return i_first // ROWS * ROWS, i_end
+
+
+@triton.jit
+def mask_tokens(b_x, seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                CHECK: tl.constexpr):  # fmt: skip
+    """Base-2 token logits plus the bias, -inf where hidden. ``CHECK``: positions may hide some of this tile."""
+    if CHECK:
+        m_seen = o_n < end_key(o_t, i_base, right, S, RIGHT)
+        if LEFT:
+            m_seen = m_seen & (o_n >= first_key(o_t, i_base, left, S, LEFT))
+        b_x = tl.where(m_seen, b_x, float("-inf"))
+    i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
+    if seen.padding is not None:
+        m_key = tl.load(seen.padding + i_b * plain(seen.padding_b) + o_n * plain(seen.padding_s), mask=o_n < S, other=0)
+        b_x = tl.where(m_key != 0, b_x, float("-inf"))
+    if seen.query_segment is not None:
+        p_query = seen.query_segment + i_b * plain(seen.query_b) + o_t * plain(seen.query_t)
+        p_key = seen.key_segment + i_b * plain(seen.key_b) + o_n * plain(seen.key_s)
+        m_same = tl.load(p_query, mask=o_t < T, other=0) == tl.load(p_key, mask=o_n < S, other=0)
+        b_x = tl.where(m_same, b_x, float("-inf"))
+    if seen.dense is not None:
+        p_dense = seen.dense + i_b * plain(seen.dense_b) + i_h * plain(seen.dense_h) + o_t64 * plain(seen.dense_t)
+        m_dense = tl.load(p_dense + o_n * plain(seen.dense_s), mask=(o_t < T) & (o_n < S), other=0)
+        b_x = tl.where(m_dense != 0, b_x, float("-inf"))
+    if seen.bias is not None:
+        p_bias = seen.bias + i_b * plain(seen.bias_b) + i_h * plain(seen.bias_h) + o_t64 * plain(seen.bias_t)
+        b_bias = tl.load(p_bias + o_n * plain(seen.bias_s), mask=(o_t < T) & (o_n < S), other=0.0)
+        b_x = b_x + b_bias.to(b_x.dtype) * LOG2E
+    return b_x
+
+
+# Dropout: the stream of `impl.dropout`.
+
+
+@triton.jit
+def mix(x):
+    """The 32-bit finaliser of `impl.dropout.mix`, on uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_keys(p_seed, i_bh, o_t):
+    """`impl.dropout.row_keys` of queries ``o_t``; None without dropout."""
+    b_keys = None
+    if p_seed is not None:
+        seed = tl.load(p_seed)
+        key = mix(mix(seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
+        b_keys = mix(mix(key + tl.cast(i_bh, tl.uint32)) + o_t.to(tl.uint32))
+    return b_keys
+
+
+@triton.jit
+def kept_columns(b_keys, o_column, threshold):
+    """Which columns dropout keeps; None without dropout."""
+    m_kept = None
+    if b_keys is not None:
+        b_hash = mix(b_keys ^ (o_column.to(tl.uint32) * 0x9E3779B9))
+        m_kept = (b_hash >> 8).to(tl.int32) >= threshold
+    return m_kept
+
+
+@triton.jit
+def drop(b, m_kept):
+    """A tile with the dropped columns at zero; the kept ones are not rescaled."""
+    if m_kept is not None:
+        b = tl.where(m_kept, b, 0.0)
+    return b
+
+
+@triton.jit
+def rescale(b, b_kept, p_seed):
+    """A sum over kept columns brought back to scale."""
+    if p_seed is not None:
+        b = b * b_kept
+    return b
+
+
+# Backward, tile by tile: `b_s` are the products of queries and keys, `b_r` those of output gradients and values.
+
+
+@triton.jit
+def token_gradients(
+    b_s, b_r, b_lse, b_delta, seen, b_keys, b_scale, b_cap, b_kept, i_b, i_h, o_t, o_n, i_base,
+    T, S, M, left, right, threshold,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Probabilities after dropout, and the gradients of the logits after and before bias and soft-cap."""
+    b_x = exponent(b_s, b_scale, b_cap, CAPPED)
+    b_masked = mask_tokens(b_x, seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
+    b_p = tl.exp2(b_masked - b_lse)
+    m_kept = kept_columns(b_keys, M + o_n, threshold)
+    b_dz = b_p * (rescale(drop(b_r, m_kept), b_kept, b_keys) - b_delta)
+    return drop(b_p, m_kept), b_dz, uncap(b_dz, b_x, b_cap, CAPPED)
+
+
+@triton.jit
+def prefix_gradients(
+    b_s, b_r, b_g, b_lse, b_delta, b_keys, b_scale, b_cap, b_kept, o_m, M, threshold, CAPPED: tl.constexpr
+):
+    """Probabilities after dropout, the gradient of ``g s`` and that of ``g``, summed over nothing yet."""
+    b_x = exponent(b_s, b_g * b_scale, b_cap, CAPPED)
+    b_p = tl.exp2(tl.where(o_m < M, b_x, float("-inf")) - b_lse)
+    m_kept = kept_columns(b_keys, o_m, threshold)
+    b_r = rescale(drop(b_r, m_kept), b_kept, b_keys)
+    b_dz = uncap(b_p * (b_r * b_g - b_delta), b_x, b_cap, CAPPED)
+    return drop(b_p, m_kept), b_dz, b_dz * b_s * b_scale + b_p * b_r

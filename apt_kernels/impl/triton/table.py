@@ -1,0 +1,117 @@
+"""Tile sizes, warps and pipeline stages: the only place where they stand.
+
+One entry for an architecture, the bytes of an element, a padded head size and a kernel. ``rows`` counts queries,
+``columns`` keys or prefix columns. `bench.compile_report` compiles every entry and checks that none spills registers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: queries, keys, warps, stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias")
+
+
+def _entry(tiles: str) -> dict[str, Tile]:
+    """Tiles of `KERNELS`, each written ``rows x columns / warps / stages``."""
+    return {name: Tile(*map(int, re.split("[x/]", text))) for name, text in zip(KERNELS, tiles.split())}
+
+
+# How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
+PROGRAMS = 512
+# The kernels that hold no heads are cut alike everywhere.
+_EVERYWHERE = {"delta": Tile(64, 0, 4, 1), "index": Tile(64, 64, 4, 1), "range": Tile(0, 1024, 4, 1)}
+# Small, so that small inputs have whole, partial and skipped tiles.
+_INTERPRETER = _entry("16x16/4/1 " * 6)
+
+# Kernels:      forward     query       key_value   prefix      gate       bias
+_IEEE_FLOAT32 = {
+    64: _entry("32x16/8/1   32x16/4/1   16x32/8/1   16x32/8/1   32x32/8/1  32x32/8/1"),
+    128: _entry("32x16/8/1  32x16/8/1   16x32/8/1   16x32/8/1   32x32/8/1  32x32/8/1"),
+    256: _entry("32x16/8/1  32x16/8/1   16x16/8/1   16x16/8/1   16x16/8/1  16x16/8/1"),
+}
+_FLOAT64 = dict.fromkeys((64, 128, 256), _entry("16x16/4/1 " * 6))
+_AMPERE = {
+    64: _entry("128x64/8/2  128x64/8/2  32x128/8/2  32x64/4/1   32x32/4/1  32x32/4/1"),
+    128: _entry("128x64/8/1 64x64/8/2   64x64/8/1   64x64/8/1   32x16/4/1  64x32/8/1"),
+    256: _entry("64x32/8/2  32x32/8/1   16x64/8/1   16x64/8/1   32x16/8/1  32x16/8/1"),
+}
+_HOPPER = {
+    64: _entry("128x128/8/2 128x64/8/2  32x128/8/2  32x64/8/1   64x64/8/1  64x64/8/1"),
+    128: _entry("128x64/8/2 128x64/8/2  32x64/8/1   16x64/8/1   64x64/8/1  64x64/8/1"),
+    256: _entry("128x32/8/1 32x32/8/1   32x32/8/1   32x32/8/1   32x16/8/1  64x32/8/1"),
+}
+_BLACKWELL = {
+    64: _entry("128x128/8/2 128x64/8/2  64x64/8/2   64x64/8/1   64x64/8/1  64x64/8/1"),
+    128: _entry("128x64/8/2 64x64/8/2   64x64/8/1   32x128/8/1  64x64/8/1  64x64/8/1"),
+    256: _entry("64x32/8/1  32x32/8/1   32x32/8/1   32x32/8/1   32x16/8/1  32x16/8/1"),
+}
+_CDNA = {
+    64: _entry("128x64/8/2  128x64/4/2  64x64/4/2   64x64/4/1   64x64/4/1  64x64/4/1"),
+    128: _entry("64x64/4/1  64x64/4/1   32x64/4/1   32x64/4/1   64x64/8/1  64x64/8/1"),
+    256: _entry("32x32/4/1  32x32/4/1   32x32/4/1   32x32/4/1   32x32/4/1  32x32/4/1"),
+}
+# By architecture, bytes of an element, and padded head size.
+_TABLE = {
+    name: {2: halves, 4: _IEEE_FLOAT32, 8: _FLOAT64}
+    for names, halves in (
+        (("sm_80", "sm_86", "sm_120"), _AMPERE),
+        (("sm_90",), _HOPPER),
+        (("sm_100",), _BLACKWELL),
+        (("gfx90a", "gfx942"), _CDNA),
+    )
+    for name in names
+}
+ARCHITECTURES = tuple(sorted(_TABLE))
+WIDTHS = (2, 4, 8)
+HEADS = (64, 128, 256)
+
+
+def padded(dim: int) -> int:
+    """Head size as the kernels hold it: the next power of two, at least 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def architecture(device: torch.device) -> str:
+    """The table's name for a device."""
+    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return name if name in _TABLE else "gfx90a"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
+
+
+def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
+    """The entry that serves a head size."""
+    if kernel in _EVERYWHERE:
+        return _EVERYWHERE[kernel]
+    if architecture == "interpreter":
+        return _INTERPRETER[kernel]
+    return _TABLE[architecture][width][next(head for head in HEADS if dim <= head)][kernel]
+
+
+def prefix_columns(tile: Tile, dim: int) -> int:
+    """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
+    return min(tile.columns, 32 if dim <= 128 else 16)
+
+
+def programs(architecture: str) -> int:
+    """How many programs the prefix's gradient is spread over."""
+    return 8 if architecture == "interpreter" else PROGRAMS

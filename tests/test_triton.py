@@ -1,0 +1,303 @@
+"""The Triton kernels against the specification: interpreted where there is no CUDA device, compiled where there is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy import check, differentiable, evaluate, poisoned_memory
+from cases import CASES, Case, cases
+from hypothesis import given, settings
+from torch.autograd import gradcheck
+
+import apt_kernels
+from apt_kernels import Mask, dispatch
+from apt_kernels.errors import ImplementationError
+from apt_kernels.impl.dropout import keep_mask
+from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORWARD = {"attention_forward"}
+BACKWARD = {"row_deltas", "query_gradient", "key_value_gradient", "prefix_partials"}
+
+
+@pytest.fixture
+def launches():
+    """Counts kernel launches by name, from zero."""
+    from apt_kernels.impl.triton.arguments import LAUNCHES
+
+    LAUNCHES.clear()
+    return LAUNCHES
+
+
+def hold(x: Inputs, wanted=None) -> None:
+    """Hold the kernels to the error rule; a refusal or a path without every kernel is a failure."""
+    from apt_kernels.impl.triton.arguments import LAUNCHES
+
+    assert dispatch.choose(x, "triton").strategy == "fused"
+    LAUNCHES.clear()
+    check(x, "triton", wanted=wanted, generator=torch.Generator().manual_seed(7))
+    expected = FORWARD | BACKWARD
+    if x.gate is not None and max(x.gate.shape[1] if x.gate_index is None else x.gate_index.shape[1], 1) > 1:
+        expected = expected | {"query_gate_gradient"}
+    if x.gate_index is not None:
+        expected = expected | {"indexed_sum"}
+    if x.key_padding is not None or x.query_segments is not None:
+        expected = expected | {"visible_ranges"}
+    if "bias" in differentiable(x):
+        expected = expected | {"token_bias_gradient"}
+    assert set(LAUNCHES) == expected
+
+
+def small(name: str) -> Case:
+    """A named case with few heads, for the interpreter's sake; cases about heads keep theirs."""
+    return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_feature(name):
+    hold(small(name).inputs(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["plain", "causal_gate_query", "everything"])
+def test_dtype(name, dtype):
+    prefix_dtype = None if dtype == torch.float64 else torch.float32
+    hold(replace(small(name), dtype=dtype, prefix_dtype=prefix_dtype).inputs(DEVICE))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (1, 3), (80, 128), (96, 32), (256, 256)])
+def test_head_sizes(head_dim, value_dim):
+    hold(Case(batch=1, kv_heads=1, group=1, head_dim=head_dim, value_dim=value_dim, causal=True).inputs(DEVICE))
+
+
+def test_prefix_of_many_tiles():
+    hold(Case(batch=1, kv_heads=1, group=1, queries=3, keys=3, length=500, gate="row", sinks=True).inputs(DEVICE))
+
+
+@settings(max_examples=10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 300)
+@given(
+    cases(
+        batch=(1, 1, 1, 2),
+        kv_heads=(1, 1, 1, 2),
+        group=(1, 1, 2),
+        queries=(1, 4, 17, 20),
+        keys=(1, 16, 20, 33),
+        length=(1, 7, 18),
+        head_dim=(16, 24, 40),
+        value_dim=(16, 24, 40),
+        dtype=(torch.float32, torch.float32, torch.bfloat16, torch.float16),
+    )
+)
+def test_any_inputs(case):
+    hold(case.inputs(DEVICE))
+
+
+@pytest.mark.parametrize("name", ["everything", "gate_indexed_query", "bias_keys_gradient"])
+def test_same_bits_twice(name):
+    x = small(name).inputs(DEVICE)
+    grad_out = torch.randn(x.query.shape[:3] + x.value.shape[3:]).to(x.query)
+    grad_logsumexp = torch.randn(x.query.shape[:3]).to(x.query)
+
+    def run():
+        def op(x):
+            return torch.ops.apt_kernels.attention(*x.flat(), "triton")
+
+        with poisoned_memory():
+            return evaluate(op, x, differentiable(x), grad_out, grad_logsumexp)
+
+    first, second = run(), run()
+    assert set(first) == {"out", "logsumexp", *differentiable(x)}
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+_TINY = Case(batch=1, kv_heads=1, group=2, queries=2, keys=3, length=2, head_dim=2, value_dim=3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(_TINY, causal=True, sinks=True),
+        replace(_TINY, gate="query", softcap=1.5, spread=2.0),
+        replace(_TINY, gate="indexed_query", dropout=0.3),
+        replace(_TINY, gate="static", bias="1HTS", bias_grad=True, window=(1, 1)),
+    ],
+    ids=["row", "query", "indexed_query", "static"],
+)
+def test_gradcheck(case, launches):
+    x = case.inputs(DEVICE)
+    names = differentiable(x)
+
+    def op(*tensors):
+        return torch.ops.apt_kernels.attention(*Inputs(**{**x.__dict__, **dict(zip(names, tensors))}).flat(), "triton")
+
+    assert gradcheck(op, [getattr(x, name).detach().requires_grad_() for name in names], nondet_tol=0.0)
+    assert launches["attention_forward"] > 2 * sum(getattr(x, name).numel() for name in names)
+    assert launches["prefix_partials"]
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**40) + 12345])
+def test_dropout_is_the_shared_stream(seed, launches):
+    """With identity values the output shows which columns were kept, tokens and prefix alike."""
+    batch, heads, queries, keys, length = 2, 2, 17, 16, 16
+    q, k = torch.randn(batch, heads, queries, 16, device=DEVICE), torch.randn(batch, heads, keys, 16, device=DEVICE)
+    prefix, eye = torch.randn(heads, length, 16, device=DEVICE), torch.eye(keys, device=DEVICE)
+    kept = keep_mask(torch.tensor([seed]), 0.4, batch, heads, 0, queries, 0, length + keys)
+
+    def run(value, prefix_value):
+        return apt_kernels.attention(
+            q, k, value, prefix, prefix_value, dropout_p=0.4, seed=seed, implementation="triton"
+        ).cpu()
+
+    tokens = run(eye.expand(batch, heads, keys, keys), torch.zeros(heads, length, keys, device=DEVICE))
+    columns = run(torch.zeros(batch, heads, keys, length, device=DEVICE), eye.expand(heads, length, length))
+    assert torch.equal(torch.cat([columns, tokens], dim=-1) != 0, kept)
+    assert launches["attention_forward"] == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernels"),
+    [
+        (["query"], {"query_gradient"}),
+        (["key"], {"key_value_gradient"}),
+        (["value"], {"key_value_gradient"}),
+        (["prefix_key"], {"prefix_partials"}),
+        (["prefix_value"], {"prefix_partials"}),
+        (["gate"], {"prefix_partials"}),
+        (["layer_scale"], {"prefix_partials"}),
+        (["sinks"], set()),
+        (["bias"], {"token_bias_gradient"}),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_only_what_is_needed(wanted, kernels, launches):
+    x = replace(small("sinks"), bias="1HTS", bias_grad=True).inputs(DEVICE)
+    check(x, "triton", wanted=wanted, logsumexp_gradient=False)
+    assert set(launches) == FORWARD | {"row_deltas"} | kernels
+
+
+def test_only_a_gate_by_query(launches):
+    check(small("gate_query").inputs(DEVICE), "triton", wanted=["gate"])
+    assert set(launches) == FORWARD | {"row_deltas", "query_gate_gradient"}
+
+
+def _strided(x: Inputs, change) -> Inputs:
+    return Inputs(**{name: change(part) if name in DIFFERENTIABLE[:5] else part for name, part in x.__dict__.items()})
+
+
+def _last_dim_strided(tensor):
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _sliced(tensor):
+    wide = torch.cat([torch.full_like(tensor, torch.nan), tensor, torch.full_like(tensor, torch.nan)], dim=-1)
+    return wide[..., tensor.shape[-1] : 2 * tensor.shape[-1]]
+
+
+@pytest.mark.parametrize("change", [_last_dim_strided, _sliced])
+def test_strides(change):
+    x = _strided(small("causal").inputs(DEVICE), change)
+    assert not x.query.is_contiguous()
+    hold(x)
+
+
+def test_expanded_inputs_and_output_gradient(launches):
+    q = torch.randn(2, 4, 17, 16, device=DEVICE, requires_grad=True)
+    k = torch.randn(1, 1, 17, 16, device=DEVICE).expand(2, 2, 17, 16)
+    p = torch.randn(1, 5, 16, device=DEVICE).expand(2, 5, 16)
+    grads = []
+    for implementation in ("triton", "reference"):
+        out = apt_kernels.attention(q, k, k, p, p, implementation=implementation)
+        grads.append(torch.autograd.grad(out.sum(), q)[0])
+    torch.testing.assert_close(*grads)
+    assert launches["query_gradient"] == 1
+
+
+def test_rows_beyond_32_bit_offsets():
+    """Row 16 of the keys starts 2^31 elements into their storage; memory between the rows is never touched."""
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    x = replace(CASES["plain"], batch=1, kv_heads=1, group=1, dtype=torch.bfloat16).inputs(DEVICE)
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE).as_strided(x.key.shape, (0, 0, 2**27, 1))
+    far.copy_(x.key)
+    near, distant = (torch.ops.apt_kernels.attention(*replace(x, key=key).flat(), "triton")[0] for key in (x.key, far))
+    assert torch.equal(near, distant)
+
+
+@pytest.mark.parametrize("hidden_by", ["causal", "window", "padding", "segments"])
+def test_closed_tiles_are_not_read(hidden_by):
+    """NaN in tiles of keys that a mask closes reaches nothing; the other half of the keys is seen by all queries."""
+    from apt_kernels.impl.triton import table
+
+    architecture = table.architecture(torch.device(DEVICE))
+    half = max(table.tile(kernel, architecture, 4, 16).columns for kernel in ("forward", "query", "key_value"))
+    first, keys = hidden_by == "window", torch.arange(2 * half, device=DEVICE)[None]
+    shown = keys >= half if first else keys < half
+    mask = {
+        "causal": Mask(causal=True, query_offset=half - 1),
+        "window": Mask(window=(half - 1, None), query_offset=2 * half - 1),
+        "padding": Mask(key_padding=shown),
+        "segments": Mask(query_segments=torch.full((1, 1), 7, device=DEVICE), key_segments=torch.where(shown, 7, 9)),
+    }[hidden_by]
+    q, k, v = (torch.randn(1, 1, n, 16, device=DEVICE, requires_grad=True) for n in (1, 2 * half, 2 * half))
+    p = torch.randn(1, 3, 16, device=DEVICE)
+
+    def run(k, v):
+        out = apt_kernels.attention(q, k, v, p, p, mask=mask, implementation="triton")
+        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    poisoned = [torch.where(shown[..., None], t, torch.nan).requires_grad_() for t in (k, v)]
+    for clean, found in zip(run(k, v), run(*poisoned)):
+        assert torch.equal(clean, found)
+
+
+def test_refuses_large_heads():
+    x = Case(batch=1, kv_heads=1, group=1, queries=1, keys=1, length=1, head_dim=264, value_dim=16).inputs(DEVICE)
+    with pytest.raises(ImplementationError, match="head sizes are 264 and 16; it takes up to 256"):
+        dispatch.choose(x, "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about the CPU")
+def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
+    x = CASES["plain"].inputs()
+    assert dispatch.choose(x).name != "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "TRITON_INTERPRET" in dispatch.info()["implementations"]["triton"]
+    with pytest.raises(ImplementationError, match="TRITON_INTERPRET=1 is not set"):
+        dispatch.choose(x, "triton")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_first_choice_on_cuda():
+    assert dispatch.choose(CASES["plain"].inputs("cuda")).name == "triton"
+
+
+def test_query_offset_needs_no_host_sync(launches):
+    """The offset's value is read by the kernel: the same inputs with another value in the same tensor differ."""
+    x = small("causal_offset_row").inputs(DEVICE)
+    before = torch.ops.apt_kernels.attention(*x.flat(), "triton")[0]
+    x.query_offset.add_(7)
+    assert not torch.equal(before, torch.ops.apt_kernels.attention(*x.flat(), "triton")[0])
+    hold(x)
+
+
+def test_torch_compile(launches):
+    x = small("causal_gate_query").inputs(DEVICE)
+    tensors = [getattr(x, name).detach().requires_grad_() for name in DIFFERENTIABLE[:7]]
+
+    def call(*tensors):
+        return apt_kernels.attention(*tensors, mask=Mask(causal=True), return_logsumexp=True, implementation="triton")
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        out, logsumexp = function(*tensors)
+        results.append([out, logsumexp, *torch.autograd.grad(out.square().sum() + logsumexp.sum(), tensors)])
+    for eager, compiled in zip(*results):
+        assert torch.equal(eager, compiled)
+    assert launches["attention_forward"] == 2
