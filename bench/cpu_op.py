@@ -162,7 +162,8 @@ def main() -> None:
         cpu.strategy = lambda x: options.strategy
     print(f"torch {torch.__version__}, {options.threads} threads; forward + backward, float32, ms")
     print(
-        f"{'kind':13}{'B':>3}{'T':>5}{'H/Hkv':>7}{'D':>4}{'M':>4} {'pad':4}{'gate':6}{'naive':>8}{'ours':>8}{'ratio':>7}  way"
+        f"{'kind':13}{'B':>3}{'T':>5}{'H/Hkv':>7}{'D':>4}{'M':>4} {'pad':4}{'gate':6}"
+        f"{'naive':>8}{'ours':>8}{'ratio':>7}  way"
     )
     for shape in SHAPES:
         if not shape.kind.startswith(options.only):
