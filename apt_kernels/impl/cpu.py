@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import cpu_blocks, cpu_blocks_backward, cpu_prefix, cpu_stock
+from .cpu_scratch import Scratch
 from .inputs import DIFFERENTIABLE, Inputs
-
-# Copying the keys pays up to this many key rows for each query row; see bench/NOTES.md.
-CONCAT_KEYS = 2
 
 
 def available() -> str | None:
@@ -29,8 +27,8 @@ def strategy(x: Inputs) -> str:
         return "blockwise"
     if x.gate_per_query or (x.causal and x.query.shape[2] > 1):
         return "merge"
-    _, heads, kv_heads, queries, keys, _, _, _ = x.sizes
-    return "concat" if keys * kv_heads <= CONCAT_KEYS * queries * heads else "merge"
+    rows = x.query.shape[2] * x.query.shape[1] // x.key.shape[1]
+    return "concat" if rows >= cpu_stock.COPY_ROWS else "merge"
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -51,5 +49,7 @@ def backward(
         return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
     if not x.gate_per_query:
         return cpu_prefix.backward(x, way, out, logsumexp, grad_out, needs)
-    of_tokens = cpu_stock.backward(x, out, logsumexp, grad_out) if any(needs[:3]) else None
+    of_tokens = (
+        cpu_stock.backward(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out) if any(needs[:3]) else None
+    )
     return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)

@@ -10,13 +10,12 @@ Matrices are ``[n, group * rows, columns]``, ``n`` streams; seen as ``[B, Hq, ro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cpu_ranges import Rows, key_limits, visible_rows
+from .cpu_ranges import Chunk, Rows, key_limits, visible_rows
+from .cpu_scratch import Scratch
 from .dropout import keep_bits, row_keys
 from .inputs import Inputs, heads_last_empty, part_of
 
@@ -41,43 +40,6 @@ def forward(x: Inputs, of_tokens: tuple[Tensor, Tensor] | None = None) -> tuple[
     return out, logsumexp
 
 
-class Chunk(NamedTuple):
-    """The streams that are computed together: batch rows, query heads, key/value heads; and query rows of a block."""
-
-    batch: slice
-    heads: slice
-    kv_heads: slice
-    rows: int
-
-    def narrow(self, tensor: Tensor | None, *cuts: slice) -> Tensor | None:
-        """Cut the leading dimensions, except those of size 1, which broadcast."""
-        for dim, cut in enumerate(cuts):
-            if tensor is not None and tensor.shape[dim] > 1:
-                tensor = tensor.narrow(dim, cut.start, cut.stop - cut.start)
-        return tensor
-
-    def of(self, x: Inputs) -> Inputs:
-        """The inputs of these streams."""
-        batch, heads, kv_heads = self.batch, self.heads, self.kv_heads
-        return replace(
-            x,
-            query=self.narrow(x.query, batch, heads),
-            key=self.narrow(x.key, batch, kv_heads),
-            value=self.narrow(x.value, batch, kv_heads),
-            prefix_key=self.narrow(x.prefix_key, kv_heads),
-            prefix_value=self.narrow(x.prefix_value, kv_heads),
-            gate=x.gate if x.gate_index is not None else self.narrow(x.gate, batch),
-            sinks=self.narrow(x.sinks, heads),
-            bias=self.narrow(x.bias, batch, heads),
-            gate_index=self.narrow(x.gate_index, batch),
-            dense=self.narrow(x.dense, batch, heads),
-            key_padding=self.narrow(x.key_padding, batch),
-            query_segments=self.narrow(x.query_segments, batch),
-            key_segments=self.narrow(x.key_segments, batch),
-            query_offset=self.narrow(x.query_offset, batch),
-        )
-
-
 def chunks(x: Inputs, tokens: bool) -> Iterator[Chunk]:
     """Cut the streams and the query rows so that one block's logits fit the cache."""
     batch, heads, kv_heads, queries, keys, length, dim, _ = x.sizes
@@ -96,23 +58,6 @@ def chunks(x: Inputs, tokens: bool) -> Iterator[Chunk]:
         for h in range(0, kv_heads, many_heads):
             last = min(h + many_heads, kv_heads)
             yield Chunk(slice(b, min(b + many_batch, batch)), slice(h * group, last * group), slice(h, last), rows)
-
-
-class Scratch:
-    """Buffers by name, kept from block to block: fresh pages cost as much as the arithmetic on them."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype):
-        self.like, self.dtype, self.kept = like, dtype, {}
-
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised contiguous tensor that is valid until the name is taken again."""
-        count = 1
-        for size in shape:
-            count *= size
-        buffer = self.kept.get(name)
-        if buffer is None or buffer.numel() < count:
-            buffer = self.kept[name] = self.like.new_empty(count, dtype=dtype or self.dtype)
-        return buffer[:count].view(shape)
 
 
 class Streams:

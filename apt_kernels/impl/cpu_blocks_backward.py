@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu_blocks import Chunk, Scratch, Streams, chunks
-from .cpu_ranges import Rows
+from .cpu_blocks import Streams, chunks
+from .cpu_ranges import Chunk, Rows
+from .cpu_scratch import Scratch
 from .gate import gate_gradients
 from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty, part_of
 

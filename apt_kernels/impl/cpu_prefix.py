@@ -1,7 +1,8 @@
 """A prefix with one gate a row by the stock kernel: gated and scaled in memory (it is short), then merged or joined.
 
 ``merge``: one call on the tokens, one on the prefix, joined through their log-sum-exps. ``concat``: one call on the
-prefix in front of the keys.
+prefix in front of the keys. Either goes through the batch a few rows at a time, so that what lies between two calls
+stays in the cache, fresh pages are touched for results only, and padding beyond the chunk's longest row costs nothing.
 """
 
 from __future__ import annotations
@@ -10,78 +11,138 @@ import torch
 from torch import Tensor
 
 from . import cpu_stock
+from .cpu_ranges import Chunk, by_batch, key_limits
+from .cpu_scratch import Scratch
 from .gate import gate_gradients
-from .inputs import DIFFERENTIABLE, Inputs, heads_last
+from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+
+# Elements of the keys of a chunk of batch rows, and the least heads a thread in it: see bench/NOTES.md.
+CHUNK_ELEMENTS = 1 << 19
+CHUNK_HEADS = 4
 
 
-def _gated(x: Inputs, weights: Tensor | None, prefix: Tensor) -> Tensor:
-    """``g * prefix``, ``[B, Hkv, M, dim]`` in the query's dtype, rounded once; of stride 0 where all rows share it."""
-    batch, dtype = x.query.shape[0], x.query.dtype
-    if weights is None:
-        return prefix.to(dtype).expand(batch, -1, -1, -1)
-    gated = (prefix.to(x.compute_dtype) * weights.mT[:, None]).to(dtype)
-    return gated.expand(batch, -1, -1, -1)
+def _chunks(x: Inputs) -> list[Chunk]:
+    batch, heads, kv_heads, _, keys, length, dim, _ = x.sizes
+    row = kv_heads * (length + keys) * dim
+    size = max(CHUNK_ELEMENTS // row, -(-CHUNK_HEADS * torch.get_num_threads() // heads), 1)
+    return by_batch(x, min(size, batch))
 
 
-def _operands(x: Inputs, way: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Key, value and additive mask of the call that has the prefix."""
-    weights, length = x.weights(), x.prefix_key.shape[1]
-    key, value = _gated(x, weights, x.prefix_key), _gated(x, weights, x.prefix_value)
-    if way == "merge":
-        return key, value, None
-    return torch.cat([key, x.key], 2), torch.cat([value, x.value], 2), cpu_stock.additive_mask(x, length)
+class _Prefix:
+    """The gated prefix in the query's dtype, rounded once, ``[B, Hkv, M, dim]``, and the calls that use it."""
+
+    def __init__(self, x: Inputs, way: str):
+        self.x, self.way, self.length, self.weights = x, way, x.prefix_key.shape[1], x.weights()
+        self.scratch = Scratch(x.query, x.query.dtype)
+        self.gated = [self._gated(prefix) for prefix in (x.prefix_key, x.prefix_value)]
+
+    def _gated(self, prefix: Tensor) -> Tensor:
+        batch, dtype = self.x.query.shape[0], self.x.query.dtype
+        if self.weights is None:
+            return prefix.to(dtype).expand(batch, -1, -1, -1)
+        return (prefix.to(self.x.compute_dtype) * self.weights.mT[:, None]).to(dtype).expand(batch, -1, -1, -1)
+
+    def call(self, chunk: Chunk, x: Inputs) -> tuple[cpu_stock.Call, int, int]:
+        """The call on the prefix of a chunk, whose inputs are ``x``, and the keys ``low .. high - 1`` that are in it."""
+        key, value = (gated[chunk.batch] for gated in self.gated)
+        low, high = 0, 0
+        if self.way == "concat":
+            limits = key_limits(x)
+            low, high = limits.low, max(limits.low, limits.high)
+            key, value = (
+                self._join("key", key, x.key[:, :, low:high]),
+                self._join("value", value, x.value[:, :, low:high]),
+            )
+        mask = cpu_stock.additive_mask(x, low, high, self.length) if high > low else None
+        return cpu_stock.Call(x.query, key, value, mask, x.scale), low, high
+
+    def _join(self, name: str, prefix: Tensor, tokens: Tensor) -> Tensor:
+        batch, kv_heads, length, dim = prefix.shape
+        # Heads first: the stock kernel is a tenth to a fifth slower on keys whose rows lie far apart.
+        both = self.scratch.take(name, batch, kv_heads, length + tokens.shape[2], dim)
+        return torch.cat([prefix, tokens], 2, out=both)
 
 
 def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
     """The op's output and log-sum-exp. ``way``: ``"merge"`` or ``"concat"``."""
-    out, logsumexp = cpu_stock.call(x.query, *_operands(x, way), x.scale)
-    if x.sinks is not None:
-        whole = torch.logaddexp(logsumexp, x.sinks.to(logsumexp.dtype).view(1, -1, 1))
-        out.mul_(torch.exp(logsumexp - whole)[..., None])
-        logsumexp = whole
-    if way == "merge":
-        for part in cpu_stock.parts(x):
-            cpu_stock.merge_(out, logsumexp, part, x)
-    return heads_last(out), logsumexp.contiguous()
+    batch, heads, _, queries, _, _, _, value_dim = x.sizes
+    prefix = _Prefix(x, way)
+    whole_out = heads_last_empty(x.query, batch, heads, queries, value_dim)
+    whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
+    for chunk in _chunks(x):
+        part = chunk.of(x)
+        out, logsumexp = prefix.call(chunk, part)[0].forward()
+        if x.sinks is not None:
+            alone, sinks = logsumexp, x.sinks.to(logsumexp.dtype).view(1, -1, 1)
+            logsumexp = torch.logaddexp(alone, sinks)
+            out.mul_(torch.exp(alone - logsumexp)[..., None])
+        if way == "merge":
+            for tokens in cpu_stock.parts(part, prefix.scratch):
+                tokens.merge_(out, logsumexp)
+        whole_out[chunk.batch].copy_(out)
+        whole_logsumexp[chunk.batch].copy_(logsumexp)
+    return whole_out, whole_logsumexp
 
 
 def backward(
     x: Inputs, way: str, out: Tensor, logsumexp: Tensor, grad_out: Tensor, needs: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
-    need, length = dict(zip(DIFFERENTIABLE, needs)), x.prefix_key.shape[1]
-    found = {}
-    if any(needs[:7]):
-        key, value, mask = _operands(x, way)
-        d_query, d_key, d_value = cpu_stock.call_backward(grad_out, x.query, key, value, mask, out, logsumexp, x.scale)
-        found = {"query": d_query, **_prefix_gradients(x, d_key[:, :, :length], d_value[:, :, :length], need)}
-        if way == "concat":
-            found |= {"key": d_key[:, :, length:], "value": d_value[:, :, length:]}
-    if way == "merge" and any(needs[:3]):
-        of_tokens = cpu_stock.backward(x, out, logsumexp, grad_out)
-        found |= {"query": of_tokens[0].add_(d_query), "key": of_tokens[1], "value": of_tokens[2]}
+    need, prefix = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way)
+    total = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
+    of_tokens = bool(total)
+    d_gated = [gated.new_empty(prefix.length, len(gated), *gated.shape[1::2]) for gated in prefix.gated]
+    for chunk in _chunks(x):
+        part, rows = chunk.of(x), chunk.batch
+        call, low, high = prefix.call(chunk, part)
+        given = out[rows], logsumexp[rows], grad_out[rows]
+        found = dict(zip(_tokens(x), call.backward(*given)))
+        for whole, name in zip(d_gated, ("key", "value")):
+            whole[:, rows].copy_(found[name][:, :, : prefix.length].permute(2, 0, 1, 3))
+            found[name] = found[name][:, :, prefix.length :]
+        if way == "merge" and of_tokens:
+            d_query = found["query"]
+            found = dict(zip(_tokens(x), cpu_stock.backward(part, prefix.scratch, *given)))
+            found["query"].add_(d_query)
+            low, high = 0, x.key.shape[2]
+        for name, whole in total.items():
+            _store(whole[rows], found[name], low, high if name != "query" else None)
     if need["sinks"]:
-        wide = x.compute_dtype
-        delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
-        found["sinks"] = -(torch.exp(x.sinks.to(wide).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
-    return [found.get(name) if need[name] else None for name in DIFFERENTIABLE]
+        delta = (grad_out.to(x.compute_dtype) * out).sum(-1)
+        total["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
+    total.update(_prefix_gradients(x, prefix.weights, d_gated, need))
+    return [total.get(name) if need[name] else None for name in DIFFERENTIABLE]
 
 
-def _prefix_gradients(x: Inputs, d_key: Tensor, d_value: Tensor, need: dict[str, bool]) -> dict[str, Tensor]:
-    """From the gradients ``[B, Hkv, M, dim]`` of the gated prefix: the prefix's, the gate's and the scale's."""
-    weights, wide, found = x.weights(), x.compute_dtype, {}
+def _tokens(x: Inputs) -> dict[str, Tensor]:
+    return {"query": x.query, "key": x.key, "value": x.value}
+
+
+def _store(whole: Tensor, part: Tensor, low: int, high: int | None) -> None:
+    """Copy a chunk's gradient to its keys, zero elsewhere; ``high`` None: all of it."""
+    if high is None or high - low == whole.shape[2]:
+        whole.copy_(part)
+    else:
+        whole.zero_()[:, :, low:high].copy_(part)
+
+
+def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: list[Tensor], need: dict[str, bool]) -> dict:
+    """From the gradients ``[M, B, Hkv, dim]`` of the gated prefix: the prefix's, the gate's and the scale's.
+
+    Both sums, over the batch and over heads and dims, are matrix products, one for each prefix position.
+    """
+    wide, found, d_weights = x.compute_dtype, {}, 0
     if weights is not None:
-        d_weights = x.query.new_zeros(*weights.shape[:2], x.prefix_key.shape[1], dtype=wide)
-    for name, grad in (("prefix_key", d_key), ("prefix_value", d_value)):
-        if weights is None:
-            found[name] = grad.sum(0, dtype=wide)
-            continue
-        prefix = getattr(x, name).to(wide)
-        found[name] = torch.zeros_like(prefix)
-        rows = grad.sum(0, keepdim=True, dtype=wide) if weights.shape[0] == 1 else grad
-        for row, weight, d_weight in zip(rows, weights, d_weights):
-            found[name].addcmul_(row, weight.mT)
-            d_weight += (row * prefix).sum((0, 2))
+        by_position = weights.expand(-1, -1, x.prefix_key.shape[1]).permute(2, 1, 0).contiguous()
+    for name, grad in zip(("prefix_key", "prefix_value"), d_gated):
+        if weights is None or weights.shape[0] == 1:
+            grad = grad.sum(1, keepdim=True, dtype=wide)
+        grad = grad.flatten(2).to(wide)
+        prefix = getattr(x, name).to(wide).transpose(0, 1)
+        if weights is not None:
+            d_weights = d_weights + torch.bmm(grad, prefix.flatten(1)[..., None])
+            grad = torch.bmm(by_position, grad)
+        found[name] = grad.view(prefix.shape).transpose(0, 1)
     if need["gate"] or need["layer_scale"]:
-        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights)
+        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights.permute(1, 2, 0))
     return found

@@ -1,12 +1,50 @@
-"""Which keys a block of query rows can see at all, so that hidden ones are never computed."""
+"""How a call is cut: into chunks of batch rows and heads, and into query rows with the keys that these can see."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from .inputs import Inputs
+
+
+class Chunk(NamedTuple):
+    """What is computed together: batch rows, query heads, their key/value heads; blocks of at most ``rows`` queries."""
+
+    batch: slice
+    heads: slice
+    kv_heads: slice
+    rows: int
+
+    def narrow(self, tensor: Tensor | None, *cuts: slice) -> Tensor | None:
+        """Cut the leading dimensions, except those of size 1, which broadcast."""
+        for dim, cut in enumerate(cuts):
+            if tensor is not None and tensor.shape[dim] > 1:
+                tensor = tensor.narrow(dim, cut.start, cut.stop - cut.start)
+        return tensor
+
+    def of(self, x: Inputs) -> Inputs:
+        """The inputs of these streams."""
+        batch, heads, kv_heads = self.batch, self.heads, self.kv_heads
+        return replace(
+            x,
+            query=self.narrow(x.query, batch, heads),
+            key=self.narrow(x.key, batch, kv_heads),
+            value=self.narrow(x.value, batch, kv_heads),
+            prefix_key=self.narrow(x.prefix_key, kv_heads),
+            prefix_value=self.narrow(x.prefix_value, kv_heads),
+            gate=x.gate if x.gate_index is not None else self.narrow(x.gate, batch),
+            sinks=self.narrow(x.sinks, heads),
+            bias=self.narrow(x.bias, batch, heads),
+            gate_index=self.narrow(x.gate_index, batch),
+            dense=self.narrow(x.dense, batch, heads),
+            key_padding=self.narrow(x.key_padding, batch),
+            query_segments=self.narrow(x.query_segments, batch),
+            key_segments=self.narrow(x.key_segments, batch),
+            query_offset=self.narrow(x.query_offset, batch),
+        )
 
 
 class Rows(NamedTuple):
@@ -79,7 +117,14 @@ def _of_segments(x: Inputs, first: int, count: int, low: int, high: int) -> tupl
     return low + start, low + stop
 
 
-def _range(wanted: torch.Tensor) -> tuple[int, int]:
+def _range(wanted: Tensor) -> tuple[int, int]:
     """First and one past the last True of a bool vector; (0, 0) where there is none."""
     where = wanted.nonzero()
     return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+
+
+def by_batch(x: Inputs, size: int) -> list[Chunk]:
+    """Chunks of ``size`` batch rows with all heads and queries."""
+    batch, heads, kv_heads, queries, *_ = x.sizes
+    starts = range(0, batch, size)
+    return [Chunk(slice(b, min(b + size, batch)), slice(0, heads), slice(0, kv_heads), queries) for b in starts]

@@ -1,4 +1,4 @@
-"""Attention over the tokens by the stock CPU flash kernel, and what it can and cannot do.
+"""The stock CPU flash kernel on the tokens, and what it can and cannot do.
 
 It takes float32, float64, bfloat16 and float16, any strides, grouped heads, an additive mask that broadcasts, and
 causality from the top left. Its backward uses the output and the log-sum-exp that it is handed, so those of the whole
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .cpu_ranges import key_limits
-from .inputs import Inputs, heads_last, heads_last_empty, part_of
+from .cpu_scratch import Scratch
+from .inputs import Inputs, heads_last_empty, part_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -22,6 +23,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # Added to hidden logits. Finite, so that a row that sees no token has a log-sum-exp that weighs nothing; the kernel
 # returns 0 for both the output and the log-sum-exp of a row of -inf.
 HIDDEN = -1e30
+
+# Query rows for each key from which a copy of the keys that the kernel reads faster pays: see bench/NOTES.md.
+COPY_ROWS = 64
 
 
 def obstacle(x: Inputs) -> str | None:
@@ -48,126 +52,123 @@ def _mask_grows(x: Inputs) -> bool:
     return math.prod(torch.broadcast_shapes(*[part.shape for part in parts])) > max(part.numel() for part in parts)
 
 
-class Part(NamedTuple):
-    """One call of the kernel: queries from ``first`` on, keys ``low .. high - 1``, and what is added to the logits."""
+class Call(NamedTuple):
+    """One call of the kernel. ``mask`` is additive; ``first``: which query of the whole is its first."""
 
-    first: int
-    low: int
-    high: int
-    causal: bool
+    query: Tensor
+    key: Tensor
+    value: Tensor
     mask: Tensor | None
+    scale: float
+    causal: bool = False
+    first: int = 0
+    low: int = 0
 
-    def operands(self, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        keys = slice(self.low, self.high)
-        return x.query[:, :, self.first :], x.key[:, :, keys], x.value[:, :, keys]
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, in layouts of the kernel's choice."""
+        return _flash(self.query, self.key, self.value, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
+
+    def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
+        options = {"attn_mask": self.mask, "scale": self.scale}
+        return _flash_backward(grad_out, self.query, self.key, self.value, out, logsumexp, 0.0, self.causal, **options)
+
+    def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
+        """Add these columns to an output and a log-sum-exp over others, in place."""
+        tokens, tokens_logsumexp = self.forward()
+        out, logsumexp = out[:, :, self.first :], logsumexp[:, :, self.first :]
+        out.lerp_(tokens, torch.sigmoid(tokens_logsumexp - logsumexp)[..., None].to(out.dtype))
+        logsumexp.copy_(torch.logaddexp(logsumexp, tokens_logsumexp))
 
 
-def parts(x: Inputs) -> list[Part]:
+def parts(x: Inputs, scratch: Scratch) -> list[Call]:
     """The calls that together cover every token that any query sees."""
-    queries, keys = x.query.shape[2], x.key.shape[2]
+    _, heads, kv_heads, queries, keys, *_ = x.sizes
     limits = key_limits(x)
-    offset, mask = limits.most_offset, additive_mask(x)
+    offset, low, high = limits.most_offset, limits.low, limits.high
+    copy = queries * heads >= COPY_ROWS * kv_heads
+    key, value = (_heads_first(scratch, *pair, copy) for pair in (("key", x.key), ("value", x.value)))
 
-    def part(first: int, low: int, high: int, causal: bool) -> list[Part]:
-        low, high = max(low, limits.low if not causal else low), min(high, limits.high)
+    def part(first: int, low: int, high: int, causal: bool) -> list[Call]:
         if high <= low or first >= queries:
             return []
-        cut = None if mask is None else part_of(mask, slice(first, None), slice(low, high))
-        return [Part(first, low, high, causal, cut)]
+        mask = additive_mask(x, low, high)
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first:]
+        return [
+            Call(x.query[:, :, first:], key[:, :, low:high], value[:, :, low:high], mask, x.scale, causal, first, low)
+        ]
 
     if not x.causal or queries == 1 or offset >= keys - 1:
-        return part(0, 0, keys, False)
+        return part(0, low, high, False)
     if offset <= 0:
-        return part(-offset, 0, queries + offset, True)
-    return part(0, 0, offset, False) + part(0, offset, queries + offset, True)
+        return part(-offset, 0, min(high, queries + offset), True)
+    return part(0, low, min(high, offset), False) + part(0, offset, min(high, queries + offset), True)
 
 
-def additive_mask(x: Inputs, prefix: int = 0) -> Tensor | None:
-    """What is added to the logits, ``[B|1, Hq|1, T|1, prefix + S]``: zero on prefix columns; None: nothing.
+def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Tensor:
+    if not copy or tensor.is_contiguous():
+        return tensor
+    return scratch.take(name, *tensor.shape).copy_(tensor)
 
-    Causality is not in it unless there is one query.
+
+def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | None:
+    """What is added to the logits of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, prefix + keys]``; None: nothing.
+
+    Zero on prefix columns. Causality is not in it unless there is one query.
     """
+    keys = slice(low, high)
     if x.query.shape[2] == 1:
-        visible = x.visible()
+        visible = x.visible(0, 1, low, high - low)
     else:
-        seen = [part for part in (x.dense, _padding(x)) if part is not None]
+        padding = None if x.key_padding is None else x.key_padding[:, None, None, keys]
+        seen = [] if padding is None or bool(padding.all()) else [padding]
+        if x.dense is not None:
+            seen.append(part_of(x.dense, slice(None), keys))
         visible = seen[0] & seen[1] if len(seen) == 2 else (seen[0] if seen else None)
     if visible is None and x.bias is None:
         return None
-    bias = x.query.new_zeros((), dtype=x.compute_dtype) if x.bias is None else x.bias.to(x.compute_dtype)
-    tokens = bias if visible is None else torch.where(visible, bias, HIDDEN)
-    tokens = tokens.clamp_min(HIDDEN) if x.bias is not None else tokens
-    tokens = tokens.expand(*tokens.shape[:3], x.key.shape[2])
+    if x.bias is None:
+        tokens = torch.where(visible, 0.0, HIDDEN).to(x.compute_dtype)
+    else:
+        tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype).clamp_min(HIDDEN)
+        tokens = tokens if visible is None else torch.where(visible, tokens, HIDDEN)
+    tokens = tokens.expand(*tokens.shape[:3], high - low)
     return torch.nn.functional.pad(tokens, (prefix, 0)) if prefix else tokens
-
-
-def _padding(x: Inputs) -> Tensor | None:
-    return None if x.key_padding is None else x.key_padding[:, None, None]
-
-
-def call(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The stock kernel: output and log-sum-exp, the latter not contiguous."""
-    return _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-
-
-def call_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    causal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The stock backward; ``out`` and ``logsumexp`` may be those of a softmax over more columns."""
-    return _flash_backward(grad_out, query, key, value, out, logsumexp, 0.0, causal, attn_mask=mask, scale=scale)
-
-
-def merge_(out: Tensor, logsumexp: Tensor, part: Part, x: Inputs) -> None:
-    """Add the tokens of a part to an output and a log-sum-exp, in place."""
-    rows = slice(part.first, None)
-    tokens, tokens_logsumexp = call(*part.operands(x), part.mask, x.scale, part.causal)
-    out, logsumexp = out[:, :, rows], logsumexp[:, :, rows]
-    out.lerp_(tokens, torch.sigmoid(tokens_logsumexp - logsumexp)[..., None].to(out.dtype))
-    logsumexp.copy_(torch.logaddexp(logsumexp, tokens_logsumexp))
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Output, stored heads last, and log-sum-exp over the tokens alone.
 
-    Where a row sees no token the output is finite, and the log-sum-exp -inf or so low that it weighs nothing.
+    Where a row sees no token the output is finite, and the log-sum-exp so low that it weighs nothing.
     """
-    calls = parts(x)
-    if not calls or calls[0].first:
-        batch, heads, _, queries, _, _, _, value_dim = x.sizes
-        out = heads_last_empty(x.query, batch, heads, queries, value_dim).zero_()
-        logsumexp = x.query.new_full((batch, heads, queries), HIDDEN, dtype=x.compute_dtype)
+    batch, heads, _, queries, _, _, _, value_dim = x.sizes
+    calls = parts(x, Scratch(x.query, x.query.dtype))
+    out = heads_last_empty(x.query, batch, heads, queries, value_dim)
+    logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
+    if calls and not calls[0].first:
+        for whole, part in zip((out, logsumexp), calls.pop(0).forward()):
+            whole.copy_(part)
     else:
-        first = calls.pop(0)
-        out, logsumexp = call(*first.operands(x), first.mask, x.scale, first.causal)
-    for part in calls:
-        merge_(out, logsumexp, part, x)
-    return heads_last(out), logsumexp
+        out.zero_()
+        logsumexp.fill_(HIDDEN)
+    for call in calls:
+        call.merge_(out, logsumexp)
+    return out, logsumexp
 
 
-def backward(x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    x: Inputs, scratch: Scratch, out: Tensor, logsumexp: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value through the tokens; ``out, logsumexp`` are those of the whole softmax."""
-    calls, total = parts(x), None
-    for part in calls:
-        rows = slice(part.first, None)
-        part_out, part_logsumexp = out[:, :, rows], logsumexp[:, :, rows]
-        grads = call_backward(
-            grad_out[:, :, rows], *part.operands(x), part.mask, part_out, part_logsumexp, x.scale, part.causal
-        )
+    total = None
+    for call in parts(x, scratch):
+        rows = slice(call.first, None)
+        grads = call.backward(out[:, :, rows], logsumexp[:, :, rows], grad_out[:, :, rows])
         if grads[0].shape == x.query.shape and grads[1].shape == x.key.shape:
             return grads
         if total is None:
             total = [heads_last_empty(like, *like.shape).zero_() for like in (x.query, x.key, x.value)]
         total[0][:, :, rows].add_(grads[0])
         for whole, grad in zip(total[1:], grads[1:]):
-            whole[:, :, part.low : part.high].copy_(grad)
+            whole[:, :, call.low : call.low + grad.shape[2]].copy_(grad)
     return tuple(total) if total else tuple(torch.zeros_like(like) for like in (x.query, x.key, x.value))

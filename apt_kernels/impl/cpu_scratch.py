@@ -1,0 +1,23 @@
+"""Memory that one call uses again and again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Buffers by name, kept from block to block: fresh pages cost as much as the arithmetic on them."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self.like, self.dtype, self.kept = like, dtype, {}
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised contiguous tensor that is valid until the name is taken again."""
+        count = 1
+        for size in shape:
+            count *= size
+        buffer = self.kept.get(name)
+        if buffer is None or buffer.numel() < count:
+            buffer = self.kept[name] = self.like.new_empty(count, dtype=dtype or self.dtype)
+        return buffer[:count].view(shape)
