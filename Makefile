@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+# Threads that wait give up their core: where others work beside us, spinning makes small operations many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 

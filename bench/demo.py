@@ -39,6 +39,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=48, help="tokens of a text")
     parser.add_argument("--learning-rate", type=float, default=3e-2)
+    parser.add_argument("--gate-learning-rate", type=float, default=1e-3, help="of gates that read hidden states")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
@@ -75,10 +76,11 @@ class Workshop:
 
     def runs(self, method: str) -> dict[str, Run]:
         """One run for each way, patched for the method, equal to the last bit."""
-        seed, length, found = self.settings.seed, self.settings.prefix_length, {}
+        settings, found = self.settings, {}
         for way in WAYS:
-            model = apt_kernels.patch(self.fresh(seed), prefix_length=length, init_seed=seed, **METHODS[method])
-            found[way] = training.start(model, self.settings.learning_rate)
+            model = self.fresh(settings.seed)
+            apt_kernels.patch(model, prefix_length=settings.prefix_length, init_seed=settings.seed, **METHODS[method])
+            found[way] = training.start(model, settings.learning_rate, settings.gate_learning_rate)
         return found
 
 

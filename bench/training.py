@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -42,9 +43,14 @@ class Run:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def start(model: nn.Module, learning_rate: float) -> Run:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Run(model, torch.optim.AdamW(trained, lr=learning_rate))
+def start(model: nn.Module, learning_rate: float, gate_learning_rate: float) -> Run:
+    """AdamW over what is trained. A step moves a gate's logit by up to rate * width, so gates need a lower rate."""
+    trained = [(name.endswith("gate_weight"), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for is_gate, p in trained if not is_gate], "lr": learning_rate},
+        {"params": [p for is_gate, p in trained if is_gate], "lr": gate_learning_rate},
+    ]
+    return Run(model, torch.optim.AdamW(groups))
 
 
 def train(runs: dict[str, Run], data: Batches, epochs: int, batch_size: int, seed: int, title: str) -> None:
@@ -53,7 +59,8 @@ def train(runs: dict[str, Run], data: Batches, epochs: int, batch_size: int, see
     schedules = [_decay(run.optimizer, len(order)) for run in runs.values()]
     for run in runs.values():
         run.model.train()
-    with tqdm(total=len(order), desc=title, unit="step", dynamic_ncols=True) as bar:
+    interval = 0.5 if sys.stderr.isatty() else 20  # a log file is no terminal
+    with tqdm(total=len(order), desc=title, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
         for i, rows in enumerate(order):
             batch = data.take(rows)
             for way in list(runs) if i % 2 else list(runs)[::-1]:
@@ -62,7 +69,7 @@ def train(runs: dict[str, Run], data: Batches, epochs: int, batch_size: int, see
                     _timed_step(runs[way], batch)
             for schedule in schedules:
                 schedule.step()
-            bar.set_postfix({way: f"{run.losses[-1]:.3f}" for way, run in runs.items()})
+            bar.set_postfix({way: f"{run.losses[-1]:.3f}" for way, run in runs.items()}, refresh=False)
             bar.update()
     for way, run in runs.items():
         with WAYS[way]():
