@@ -87,7 +87,7 @@ def attention(
         dropout_p=dropout_p,
         seed=seed,
     )
-    out, logsumexp = torch.ops.apt_kernels.attention(*x.flat(), dispatch.choose(x, implementation).name)
+    out, logsumexp, *_ = torch.ops.apt_kernels.attention(*x.flat(), dispatch.choose(x, implementation).name)
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -321,56 +321,67 @@ def _finite(name: str, number) -> float:
     return float(number)
 
 
-# Registration. One forward and one backward operator; the last argument names the implementation that runs.
+# Registration. One forward and one backward operator; the last argument names the implementation that runs. Beside
+# the output and the log-sum-exp, the forward returns what an implementation keeps for its backward in place of key and
+# value (the two with the prefix in front), or two empty tensors.
 
-torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
     "apt_kernels::attention_backward",
-    f"(Tensor grad_out, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, bool[] needs, {_ARGUMENTS}) -> Tensor[]",
+    "(Tensor grad_out, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, Tensor? kept_key, Tensor? kept_value, "
+    f"bool[] needs, {_ARGUMENTS}) -> Tensor[]",
 )
 
 
 @torch.library.impl("apt_kernels::attention", "default")
 def _forward(*arguments):
     *flat, implementation = arguments
-    return dispatch.load(implementation).forward(Inputs(*flat))
+    x = Inputs(*flat)
+    found = dispatch.load(implementation).forward(x)
+    return found if len(found) == 4 else (*found, x.query.new_empty(0), x.query.new_empty(0))
 
 
 @torch.library.impl("apt_kernels::attention_backward", "default")
-def _backward(grad_out, grad_logsumexp, out, logsumexp, needs, *arguments):
+def _backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
     *flat, implementation = arguments
-    x = Inputs(*flat)
-    grads = dispatch.load(implementation).backward(x, out, logsumexp, grad_out, grad_logsumexp, list(needs))
-    return [_as_promised(x, i, grad) for i, grad in enumerate(grads)]
+    x, module = Inputs(*flat), dispatch.load(implementation)
+    kept = {} if kept_key is None else {"kept": (kept_key, kept_value)}
+    grads = module.backward(x, out, logsumexp, grad_out, grad_logsumexp, list(needs), **kept)
+    own_layout = hasattr(module, "empty_gradient")
+    return [_as_promised(x, i, grad, own_layout) for i, grad in enumerate(grads)]
 
 
-def _as_promised(x: Inputs, i: int, grad: Tensor | None) -> Tensor:
+def _as_promised(x: Inputs, i: int, grad: Tensor | None, own_layout: bool) -> Tensor:
     """The gradient in the shape, dtype and layout that `_fake_backward` promises; empty where there is none."""
-    like = getattr(x, DIFFERENTIABLE[i])
     if grad is None:
         return x.query.new_empty(0)
-    grad = grad.to(like.dtype)
+    grad = grad.to(getattr(x, DIFFERENTIABLE[i]).dtype)
+    if own_layout and DIFFERENTIABLE[i] in ("key", "value"):
+        return grad
     return heads_last(grad) if i < 3 else grad.contiguous()
 
 
 @torch.library.register_fake("apt_kernels::attention")
 def _fake_forward(*arguments):
-    x = Inputs(*arguments[:-1])
+    x, module = Inputs(*arguments[:-1]), dispatch.load(arguments[-1])
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     out = heads_last_empty(x.query, batch, heads, queries, value_dim)
-    return out, x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
+    logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
+    kept = module.empty_kept(x) if hasattr(module, "empty_kept") else None
+    return out, logsumexp, *(kept or (x.query.new_empty(0), x.query.new_empty(0)))
 
 
 @torch.library.register_fake("apt_kernels::attention_backward")
-def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, needs, *arguments):
-    x, grads = Inputs(*arguments[:-1]), []
+def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
+    x, module, grads = Inputs(*arguments[:-1]), dispatch.load(arguments[-1]), []
     for i, (name, need) in enumerate(zip(DIFFERENTIABLE, needs)):
         like = getattr(x, name)
         if not need:
             grads.append(x.query.new_empty(0))
+        elif name in ("key", "value") and hasattr(module, "empty_gradient"):
+            grads.append(module.empty_gradient(x, name, grad_logsumexp is not None, needs))
         elif i < 3:
-            batch, heads, length, dim = like.shape
-            grads.append(heads_last_empty(like, batch, heads, length, dim))
+            grads.append(heads_last_empty(like, *like.shape))
         else:
             grads.append(like.new_empty(like.shape))
     return grads
@@ -379,13 +390,19 @@ def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, needs, *arguments):
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     *flat, ctx.implementation = inputs
+    out, logsumexp, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.length = flat[3].shape[1] if kept[0].numel() else 0
+    if ctx.length:
+        # The tokens stand in what the forward kept; the inputs themselves may go.
+        flat[1] = flat[2] = None
     ctx.rest = [None if isinstance(part, Tensor) else part for part in flat]
     ctx.is_tensor = [isinstance(part, Tensor) for part in flat]
-    ctx.save_for_backward(*[part for part in flat if isinstance(part, Tensor)], *output)
+    ctx.save_for_backward(*[part for part in flat if isinstance(part, Tensor)], out, logsumexp, *kept)
 
 
-def _autograd(ctx, grad_out, grad_logsumexp):
-    *tensors, out, logsumexp = ctx.saved_tensors
+def _autograd(ctx, grad_out, grad_logsumexp, *_):
+    *tensors, out, logsumexp, kept_key, kept_value = ctx.saved_tensors
     tensors = iter(tensors)
     flat = [next(tensors) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
@@ -394,8 +411,12 @@ def _autograd(ctx, grad_out, grad_logsumexp):
         return (None,) * (len(flat) + 1)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    kept = (None, None)
+    if ctx.length:
+        kept = kept_key, kept_value
+        flat[1], flat[2] = kept_key[:, :, ctx.length :], kept_value[:, :, ctx.length :]
     grads = torch.ops.apt_kernels.attention_backward(
-        grad_out, grad_logsumexp, out, logsumexp, needs, *flat, ctx.implementation
+        grad_out, grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.implementation
     )
     return (*[grad if need else None for need, grad in zip(needs, grads)], *nothing)
 

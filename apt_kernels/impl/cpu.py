@@ -6,7 +6,10 @@ from torch import Tensor
 
 from . import cpu_blocks, cpu_blocks_backward, cpu_prefix, cpu_stock
 from .cpu_scratch import Scratch
-from .inputs import DIFFERENTIABLE, Inputs
+from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+
+# Query rows a key head from which one call on a copy of the keys beats two calls: below, decoding.
+CONCAT_ROWS = 16
 
 
 def available() -> str | None:
@@ -28,28 +31,56 @@ def strategy(x: Inputs) -> str:
     if x.gate_per_query or (x.causal and x.query.shape[2] > 1):
         return "merge"
     rows = x.query.shape[2] * x.query.shape[1] // x.key.shape[1]
-    return "concat" if rows >= cpu_stock.COPY_ROWS else "merge"
+    return "concat" if rows >= CONCAT_ROWS else "merge"
 
 
-def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The op's forward."""
+def forward(x: Inputs) -> tuple[Tensor, ...]:
+    """The op's forward; with ``"concat"``, also what `empty_kept` describes."""
     way = strategy(x)
     if way == "blockwise":
         return cpu_blocks.forward(x)
     return cpu_blocks.forward(x, cpu_stock.forward(x)) if x.gate_per_query else cpu_prefix.forward(x, way)
 
 
+def empty_kept(x: Inputs) -> tuple[Tensor, Tensor] | None:
+    """Uninitialised ``[prefix ; key]``, ``[prefix ; value]``, ``[B, Hkv, M + S, dim]``, where the backward wants them."""
+    if strategy(x) != "concat":
+        return None
+    batch, _, kv_heads, _, keys, length, head_dim, value_dim = x.sizes
+    return tuple(x.query.new_empty(batch, kv_heads, length + keys, dim) for dim in (head_dim, value_dim))
+
+
 def backward(
-    x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None, needs: list[bool]
+    x: Inputs,
+    out: Tensor,
+    logsumexp: Tensor,
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    needs: list[bool],
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed."""
-    way, need = strategy(x), dict(zip(DIFFERENTIABLE, needs))
-    # The stock backward has no place for a gradient of the log-sum-exp, nor one for a bias.
-    if way == "blockwise" or grad_logsumexp is not None or need["bias"]:
+    way = _backward_way(x, grad_logsumexp is not None, needs)
+    if way == "blockwise":
         return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
     if not x.gate_per_query:
-        return cpu_prefix.backward(x, way, out, logsumexp, grad_out, needs)
-    of_tokens = (
-        cpu_stock.backward(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out) if any(needs[:3]) else None
-    )
+        return cpu_prefix.backward(x, way, out, logsumexp, grad_out, needs, kept)
+    of_tokens = None
+    if any(needs[:3]):
+        of_tokens = cpu_stock.backward(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out)
     return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)
+
+
+def _backward_way(x: Inputs, of_logsumexp: bool, needs: list[bool]) -> str:
+    """`strategy` of the backward: the stock one has no place for a gradient of the log-sum-exp, nor one for a bias."""
+    return "blockwise" if of_logsumexp or needs[DIFFERENTIABLE.index("bias")] else strategy(x)
+
+
+def empty_gradient(x: Inputs, name: str, of_logsumexp: bool, needs: list[bool]) -> Tensor:
+    """An uninitialised gradient of ``key`` or ``value`` in the layout that `backward` returns it in."""
+    like, length = getattr(x, name), x.prefix_key.shape[1]
+    batch, kv_heads, keys, dim = like.shape
+    if _backward_way(x, of_logsumexp, needs) != "concat":
+        return heads_last_empty(like, batch, kv_heads, keys, dim)
+    # What the stock kernel returns for the concatenation, less the prefix: uncopied.
+    return heads_last_empty(like, batch, kv_heads, length + keys, dim)[:, :, length:]

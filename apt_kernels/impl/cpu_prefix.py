@@ -1,8 +1,8 @@
 """A prefix with one gate a row by the stock kernel: gated and scaled in memory (it is short), then merged or joined.
 
-``merge``: one call on the tokens, one on the prefix, joined through their log-sum-exps. ``concat``: one call on the
-prefix in front of the keys. Either goes through the batch a few rows at a time, so that what lies between two calls
-stays in the cache, fresh pages are touched for results only, and padding beyond the chunk's longest row costs nothing.
+``concat``: one call on the prefix in front of the keys; results are what the kernel returns, uncopied. ``merge``: one
+call on the tokens, one on the prefix, joined through their log-sum-exps, a few batch rows at a time, so that what lies
+between two calls stays in the cache and padding beyond the chunk's longest row costs nothing.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from . import cpu_stock
-from .cpu_ranges import Chunk, by_batch, key_limits
+from .cpu_ranges import Chunk, by_batch
 from .cpu_scratch import Scratch
 from .gate import gate_gradients
-from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+from .inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 
 # Elements of the keys of a chunk of batch rows, and the least heads a thread in it: see bench/NOTES.md.
 CHUNK_ELEMENTS = 1 << 18
 CHUNK_HEADS = 4
 
 
-def _chunks(x: Inputs) -> list[Chunk]:
+def _chunks(x: Inputs, way: str) -> list[Chunk]:
     batch, heads, kv_heads, _, keys, length, dim, _ = x.sizes
+    if way == "concat":
+        return by_batch(x, batch)
     row = kv_heads * (length + keys) * dim
     size = max(CHUNK_ELEMENTS // row, -(-CHUNK_HEADS * torch.get_num_threads() // heads), 1)
     return by_batch(x, min(size, batch))
@@ -31,10 +33,10 @@ def _chunks(x: Inputs) -> list[Chunk]:
 class _Prefix:
     """The gated prefix in the query's dtype, rounded once, ``[B, Hkv, M, dim]``, and the calls that use it."""
 
-    def __init__(self, x: Inputs, way: str):
+    def __init__(self, x: Inputs, way: str, kept: tuple[Tensor, Tensor] | None = None):
         self.x, self.way, self.length, self.weights = x, way, x.prefix_key.shape[1], x.weights()
-        self.scratch = Scratch(x.query, x.query.dtype)
-        self.gated = [self._gated(prefix) for prefix in (x.prefix_key, x.prefix_value)]
+        self.scratch, self.kept = Scratch(x.query, x.query.dtype), kept
+        self.gated = [] if kept else [self._gated(prefix) for prefix in (x.prefix_key, x.prefix_value)]
 
     def _gated(self, prefix: Tensor) -> Tensor:
         batch, dtype = self.x.query.shape[0], self.x.query.dtype
@@ -42,36 +44,29 @@ class _Prefix:
             return prefix.to(dtype).expand(batch, -1, -1, -1)
         return (prefix.to(self.x.compute_dtype) * self.weights.mT[:, None]).to(dtype).expand(batch, -1, -1, -1)
 
-    def call(self, chunk: Chunk, x: Inputs) -> tuple[cpu_stock.Call, int, int]:
-        """The call on the prefix of a chunk, whose inputs are ``x``, and the keys ``low .. high - 1`` in it."""
-        key, value = (gated[chunk.batch] for gated in self.gated)
-        low, high = 0, 0
+    def call(self, chunk: Chunk, x: Inputs) -> cpu_stock.Call:
+        """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, the tokens stand behind it."""
+        if self.kept is None:
+            key, value = (gated[chunk.batch] for gated in self.gated)
+        mask = None
         if self.way == "concat":
-            limits = key_limits(x)
-            low, high = limits.low, max(limits.low, limits.high)
-            key, value = (
-                self._join("key", key, x.key[:, :, low:high]),
-                self._join("value", value, x.value[:, :, low:high]),
-            )
-        mask = cpu_stock.additive_mask(x, low, high, self.length) if high > low else None
-        return cpu_stock.Call(x.query, key, value, mask, x.scale), low, high
-
-    def _join(self, name: str, prefix: Tensor, tokens: Tensor) -> Tensor:
-        batch, kv_heads, length, dim = prefix.shape
-        # Heads first: the stock kernel is a tenth to a fifth slower on keys whose rows lie far apart.
-        both = self.scratch.take(name, batch, kv_heads, length + tokens.shape[2], dim)
-        return torch.cat([prefix, tokens], 2, out=both)
+            if self.kept is None:
+                self.kept = torch.cat([key, x.key], 2), torch.cat([value, x.value], 2)
+            key, value = self.kept
+            mask = cpu_stock.additive_mask(x, 0, x.key.shape[2], self.length)
+        return cpu_stock.Call(x.query, key, value, mask, x.scale)
 
 
-def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
-    """The op's output and log-sum-exp. ``way``: ``"merge"`` or ``"concat"``."""
+def forward(x: Inputs, way: str) -> tuple[Tensor, ...]:
+    """The op's output and log-sum-exp. ``way``: ``"merge"`` or ``"concat"``, which adds the two concatenations."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    prefix = _Prefix(x, way)
-    whole_out = heads_last_empty(x.query, batch, heads, queries, value_dim)
-    whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
-    for chunk in _chunks(x):
+    prefix, chunks = _Prefix(x, way), _chunks(x, way)
+    if len(chunks) > 1:
+        whole_out = heads_last_empty(x.query, batch, heads, queries, value_dim)
+        whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
+    for chunk in chunks:
         part = chunk.of(x)
-        out, logsumexp = prefix.call(chunk, part)[0].forward()
+        out, logsumexp = prefix.call(chunk, part).forward()
         if x.sinks is not None:
             alone, sinks = logsumexp, x.sinks.to(logsumexp.dtype).view(1, -1, 1)
             logsumexp = torch.logaddexp(alone, sinks)
@@ -79,51 +74,53 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
         if way == "merge":
             for tokens in cpu_stock.parts(part, prefix.scratch):
                 tokens.merge_(out, logsumexp)
+        if len(chunks) == 1:
+            return heads_last(out), logsumexp.contiguous(), *(prefix.kept or ())
         whole_out[chunk.batch].copy_(out)
         whole_logsumexp[chunk.batch].copy_(logsumexp)
     return whole_out, whole_logsumexp
 
 
 def backward(
-    x: Inputs, way: str, out: Tensor, logsumexp: Tensor, grad_out: Tensor, needs: list[bool]
+    x: Inputs,
+    way: str,
+    out: Tensor,
+    logsumexp: Tensor,
+    grad_out: Tensor,
+    needs: list[bool],
+    kept: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
-    need, prefix = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way)
-    total = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
-    of_tokens = bool(total)
-    d_gated = [gated.new_empty(prefix.length, len(gated), *gated.shape[1::2]) for gated in prefix.gated]
-    for chunk in _chunks(x):
+    need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way, kept), _chunks(x, way)
+    d_gated = [t.new_empty(prefix.length, *t.shape[:2], t.shape[3]) for t in (x.key, x.value)]
+    whole = {}
+    if len(chunks) > 1:
+        whole = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
+    for chunk in chunks:
         part, rows = chunk.of(x), chunk.batch
-        call, low, high = prefix.call(chunk, part)
         given = out[rows], logsumexp[rows], grad_out[rows]
-        found = dict(zip(_tokens(x), call.backward(*given)))
-        for whole, name in zip(d_gated, ("key", "value")):
-            whole[:, rows].copy_(found[name][:, :, : prefix.length].permute(2, 0, 1, 3))
+        found = dict(zip(_tokens(x), prefix.call(chunk, part).backward(*given)))
+        for total, name in zip(d_gated, ("key", "value")):
+            total[:, rows].copy_(found[name][:, :, : prefix.length].permute(2, 0, 1, 3))
             found[name] = found[name][:, :, prefix.length :]
-        if way == "merge" and of_tokens:
+        if way == "merge" and any(needs[:3]):
             d_query = found["query"]
             found = dict(zip(_tokens(x), cpu_stock.backward(part, prefix.scratch, *given)))
             found["query"].add_(d_query)
-            low, high = 0, x.key.shape[2]
-        for name, whole in total.items():
-            _store(whole[rows], found[name], *((0, None) if name == "query" else (low, high)))
+        if len(chunks) == 1:
+            whole = found
+        else:
+            for name, total in whole.items():
+                total[rows].copy_(found[name])
     if need["sinks"]:
         delta = (grad_out.to(x.compute_dtype) * out).sum(-1)
-        total["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
-    total.update(_prefix_gradients(x, prefix.weights, d_gated, need))
-    return [total.get(name) if need[name] else None for name in DIFFERENTIABLE]
+        whole["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
+    whole.update(_prefix_gradients(x, prefix.weights, d_gated, need))
+    return [whole.get(name) if need[name] else None for name in DIFFERENTIABLE]
 
 
 def _tokens(x: Inputs) -> dict[str, Tensor]:
     return {"query": x.query, "key": x.key, "value": x.value}
-
-
-def _store(whole: Tensor, part: Tensor, low: int, high: int | None) -> None:
-    """Copy a chunk's gradient to its keys, zero elsewhere; ``high`` None: all of it."""
-    if high is not None:
-        whole[:, :, :low].zero_()
-        whole[:, :, high:].zero_()
-    whole[:, :, low:high].copy_(part)
 
 
 def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: list[Tensor], need: dict[str, bool]) -> dict:
