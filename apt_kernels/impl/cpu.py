@@ -43,7 +43,7 @@ def forward(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def empty_kept(x: Inputs) -> tuple[Tensor, Tensor] | None:
-    """Uninitialised ``[prefix ; key]``, ``[prefix ; value]``, ``[B, Hkv, M + S, dim]``, where the backward wants them."""
+    """Uninitialised ``[prefix ; key], [prefix ; value]``, ``[B, Hkv, M + S, dim]``, where the backward takes them."""
     if strategy(x) != "concat":
         return None
     batch, _, kv_heads, _, keys, length, head_dim, value_dim = x.sizes
