@@ -161,7 +161,9 @@ def make_inputs(
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """Under autocast, activations take its dtype, as in ``scaled_dot_product_attention``."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind) or any(t.dtype == torch.float64 for t in tensors):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    if any(t.dtype == torch.float64 for t in tensors):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) for t in tensors]
