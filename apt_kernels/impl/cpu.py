@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import cpu_blocks, cpu_blocks_backward, cpu_prefix, cpu_stock
 from .cpu_scratch import Scratch
-from .inputs import DIFFERENTIABLE, Inputs
+from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
 
 
 def available() -> str | None:
@@ -49,7 +49,9 @@ def backward(
         return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
     if not x.gate_per_query:
         return cpu_prefix.backward(x, way, out, logsumexp, grad_out, needs)
-    of_tokens = (
-        cpu_stock.backward(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out) if any(needs[:3]) else None
-    )
+    of_tokens = None
+    if any(needs[:3]):
+        tokens = {"query": x.query, "key": x.key, "value": x.value}
+        of_tokens = {name: heads_last_empty(t, *t.shape).zero_() for name, t in tokens.items()}
+        cpu_stock.backward_(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out, of_tokens)
     return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)

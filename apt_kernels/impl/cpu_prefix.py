@@ -42,19 +42,16 @@ class _Prefix:
             return prefix.to(dtype).expand(batch, -1, -1, -1)
         return (prefix.to(self.x.compute_dtype) * self.weights.mT[:, None]).to(dtype).expand(batch, -1, -1, -1)
 
-    def call(self, chunk: Chunk, x: Inputs) -> tuple[cpu_stock.Call, int, int]:
-        """The call on the prefix of a chunk, whose inputs are ``x``, and the keys ``low .. high - 1`` in it."""
+    def call(self, chunk: Chunk, x: Inputs) -> tuple[cpu_stock.Call, slice]:
+        """The call on the prefix of a chunk, whose inputs are ``x``, and the keys that are in it."""
         key, value = (gated[chunk.batch] for gated in self.gated)
-        low, high = 0, 0
-        if self.way == "concat":
-            limits = key_limits(x)
-            low, high = limits.low, max(limits.low, limits.high)
-            key, value = (
-                self._join("key", key, x.key[:, :, low:high]),
-                self._join("value", value, x.value[:, :, low:high]),
-            )
-        mask = cpu_stock.additive_mask(x, low, high, self.length) if high > low else None
-        return cpu_stock.Call(x.query, key, value, mask, x.scale), low, high
+        if self.way == "merge":
+            return cpu_stock.Call(x.query, key, value, None, x.scale), slice(0, 0)
+        limits = key_limits(x)
+        keys = slice(limits.low, limits.high)
+        key, value = self._join("key", key, x.key[:, :, keys]), self._join("value", value, x.value[:, :, keys])
+        mask = cpu_stock.additive_mask(x, limits.low, limits.high, self.length)
+        return cpu_stock.Call(x.query, key, value, mask, x.scale), keys
 
     def _join(self, name: str, prefix: Tensor, tokens: Tensor) -> Tensor:
         batch, kv_heads, length, dim = prefix.shape
@@ -71,7 +68,8 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
     whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
     for chunk in _chunks(x):
         part = chunk.of(x)
-        out, logsumexp = prefix.call(chunk, part)[0].forward()
+        call, _ = prefix.call(chunk, part)
+        out, logsumexp = call.forward()
         if x.sinks is not None:
             alone, sinks = logsumexp, x.sinks.to(logsumexp.dtype).view(1, -1, 1)
             logsumexp = torch.logaddexp(alone, sinks)
@@ -89,24 +87,22 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
     need, prefix = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way)
-    total = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
-    of_tokens = bool(total)
+    tokens = {"query": x.query, "key": x.key, "value": x.value}
+    total = {name: heads_last_empty(t, *t.shape) for name, t in tokens.items() if need[name]}
     d_gated = [gated.new_empty(prefix.length, len(gated), *gated.shape[1::2]) for gated in prefix.gated]
     for chunk in _chunks(x):
         part, rows = chunk.of(x), chunk.batch
-        call, low, high = prefix.call(chunk, part)
+        call, keys = prefix.call(chunk, part)
         given = out[rows], logsumexp[rows], grad_out[rows]
-        found = dict(zip(_tokens(x), call.backward(*given)))
+        found = dict(zip(tokens, call.backward(*given)))
         for whole, name in zip(d_gated, ("key", "value")):
             whole[:, rows].copy_(found[name][:, :, : prefix.length].permute(2, 0, 1, 3))
             found[name] = found[name][:, :, prefix.length :]
-        if way == "merge" and of_tokens:
-            d_query = found["query"]
-            found = dict(zip(_tokens(x), cpu_stock.backward(part, prefix.scratch, *given)))
-            found["query"].add_(d_query)
-            low, high = 0, x.key.shape[2]
-        for name, whole in total.items():
-            _store(whole[rows], found[name], *((0, None) if name == "query" else (low, high)))
+        into = {name: whole[rows] for name, whole in total.items()}
+        for name, whole in into.items():
+            _store(whole, found[name], slice(0, whole.shape[2]) if name == "query" else keys)
+        if way == "merge" and into:
+            cpu_stock.backward_(part, prefix.scratch, *given, into)
     if need["sinks"]:
         delta = (grad_out.to(x.compute_dtype) * out).sum(-1)
         total["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
@@ -114,16 +110,11 @@ def backward(
     return [total.get(name) if need[name] else None for name in DIFFERENTIABLE]
 
 
-def _tokens(x: Inputs) -> dict[str, Tensor]:
-    return {"query": x.query, "key": x.key, "value": x.value}
-
-
-def _store(whole: Tensor, part: Tensor, low: int, high: int | None) -> None:
-    """Copy a chunk's gradient to its keys, zero elsewhere; ``high`` None: all of it."""
-    if high is not None:
-        whole[:, :, :low].zero_()
-        whole[:, :, high:].zero_()
-    whole[:, :, low:high].copy_(part)
+def _store(whole: Tensor, part: Tensor, keys: slice) -> None:
+    """Copy a chunk's gradient to its keys, zero elsewhere."""
+    whole[:, :, : keys.start].zero_()
+    whole[:, :, keys.stop :].zero_()
+    whole[:, :, keys].copy_(part)
 
 
 def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: list[Tensor], need: dict[str, bool]) -> dict:
