@@ -25,10 +25,10 @@ def strategy(x: Inputs) -> str:
     the stock kernel on the prefix put before the keys; ``"blockwise"``: our own blocks."""
     if cpu_stock.obstacle(x):
         return "blockwise"
-    if x.gate_per_query or (x.causal and x.query.shape[2] > 1):
+    _, heads, kv_heads, queries, *_ = x.sizes
+    if x.causal or x.gate_per_query or queries == 1 or queries * heads < cpu_stock.COPY_ROWS * kv_heads:
         return "merge"
-    rows = x.query.shape[2] * x.query.shape[1] // x.key.shape[1]
-    return "concat" if rows >= cpu_stock.COPY_ROWS else "merge"
+    return "concat"
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,6 @@ def backward(
     of_tokens = None
     if any(needs[:3]):
         tokens = {"query": x.query, "key": x.key, "value": x.value}
-        of_tokens = {name: heads_last_empty(t, *t.shape).zero_() for name, t in tokens.items()}
+        of_tokens = {name: heads_last_empty(t, *t.shape, x.compute_dtype).zero_() for name, t in tokens.items()}
         cpu_stock.backward_(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out, of_tokens)
     return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)

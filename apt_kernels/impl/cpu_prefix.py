@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_stock
-from .cpu_ranges import Chunk, by_batch, key_limits
+from .cpu_ranges import Chunk, by_batch, row_ends
 from .cpu_scratch import Scratch
 from .gate import gate_gradients
 from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
@@ -35,6 +35,10 @@ class _Prefix:
         self.x, self.way, self.length, self.weights = x, way, x.prefix_key.shape[1], x.weights()
         self.scratch = Scratch(x.query, x.query.dtype)
         self.gated = [self._gated(prefix) for prefix in (x.prefix_key, x.prefix_value)]
+        self.ends, self.hidden = row_ends(x)
+        self.mask = None
+        if way == "concat" and x.dense is None and x.bias is None:
+            self.mask = cpu_stock.additive_mask(x, 0, x.key.shape[2], self.length)
 
     def _gated(self, prefix: Tensor) -> Tensor:
         batch, dtype = self.x.query.shape[0], self.x.query.dtype
@@ -47,11 +51,16 @@ class _Prefix:
         key, value = (gated[chunk.batch] for gated in self.gated)
         if self.way == "merge":
             return cpu_stock.Call(x.query, key, value, None, x.scale), slice(0, 0)
-        limits = key_limits(x)
-        keys = slice(limits.low, limits.high)
-        key, value = self._join("key", key, x.key[:, :, keys]), self._join("value", value, x.value[:, :, keys])
-        mask = cpu_stock.additive_mask(x, limits.low, limits.high, self.length)
-        return cpu_stock.Call(x.query, key, value, mask, x.scale), keys
+        end = max(self.ends[chunk.batch])
+        key, value = self._join("key", key, x.key[:, :, :end]), self._join("value", value, x.value[:, :, :end])
+        return cpu_stock.Call(x.query, key, value, self._mask(chunk, x, end), x.scale), slice(0, end)
+
+    def _mask(self, chunk: Chunk, x: Inputs, end: int) -> Tensor | None:
+        if x.dense is not None or x.bias is not None:
+            return cpu_stock.additive_mask(x, 0, end, self.length)
+        if self.mask is None or (not any(self.hidden[chunk.batch]) and min(self.ends[chunk.batch]) == end):
+            return None
+        return chunk.narrow(self.mask, chunk.batch)[..., : self.length + end]
 
     def _join(self, name: str, prefix: Tensor, tokens: Tensor) -> Tensor:
         batch, kv_heads, length, dim = prefix.shape
@@ -75,6 +84,7 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
             logsumexp = torch.logaddexp(alone, sinks)
             out.mul_(torch.exp(alone - logsumexp)[..., None])
         if way == "merge":
+            out = out.to(x.compute_dtype)  # so that halves are rounded once, not at every merge
             for tokens in cpu_stock.parts(part, prefix.scratch):
                 tokens.merge_(out, logsumexp)
         whole_out[chunk.batch].copy_(out)
@@ -88,7 +98,8 @@ def backward(
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
     need, prefix = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way)
     tokens = {"query": x.query, "key": x.key, "value": x.value}
-    total = {name: heads_last_empty(t, *t.shape) for name, t in tokens.items() if need[name]}
+    dtype = x.query.dtype if way == "concat" else x.compute_dtype
+    total = {name: heads_last_empty(t, *t.shape, dtype) for name, t in tokens.items() if need[name]}
     d_gated = [gated.new_empty(prefix.length, len(gated), *gated.shape[1::2]) for gated in prefix.gated]
     for chunk in _chunks(x):
         part, rows = chunk.of(x), chunk.batch

@@ -80,10 +80,13 @@ class Call(NamedTuple):
 
     def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
         """Add these columns to an output and a log-sum-exp over others, in place."""
-        tokens, tokens_logsumexp = self.forward()
+        more, more_logsumexp = self.forward()
         out, logsumexp = out[:, :, self.rows], logsumexp[:, :, self.rows]
-        out.lerp_(tokens, torch.sigmoid(tokens_logsumexp - logsumexp)[..., None].to(out.dtype))
-        logsumexp.copy_(torch.logaddexp(logsumexp, tokens_logsumexp))
+        total = torch.logaddexp(logsumexp, more_logsumexp)
+        # Two weights, each exact in relative terms; as "w and 1 - w" the smaller would not be.
+        weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
+        out.mul_(weight).addcmul_(more, more_weight)
+        logsumexp.copy_(total)
 
 
 def parts(x: Inputs, scratch: Scratch) -> list[Call]:
@@ -163,12 +166,12 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Output, stored heads last, and log-sum-exp over the tokens alone.
+    """Output, stored heads last, and log-sum-exp over the tokens alone, both in the dtype of the sums.
 
     Where a row sees no token the output is finite, and the log-sum-exp so low that it weighs nothing.
     """
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    out = heads_last_empty(x.query, batch, heads, queries, value_dim).zero_()
+    out = heads_last_empty(x.query, batch, heads, queries, value_dim, x.compute_dtype).zero_()
     logsumexp = x.query.new_full((batch, heads, queries), HIDDEN, dtype=x.compute_dtype)
     for call in parts(x, Scratch(x.query, x.query.dtype)):
         call.merge_(out, logsumexp)
