@@ -67,7 +67,9 @@ def backward(
         return cpu_prefix.backward(x, way, out, logsumexp, grad_out, needs, kept)
     of_tokens = None
     if any(needs[:3]):
-        of_tokens = cpu_stock.backward(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out)
+        tokens = {"query": x.query, "key": x.key, "value": x.value}
+        of_tokens = {name: heads_last_empty(t, *t.shape).zero_() for name, t in tokens.items()}
+        cpu_stock.backward_(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out, of_tokens)
     return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)
 
 

@@ -25,17 +25,17 @@ BLOCK_ROWS = 128
 
 
 def forward(x: Inputs, of_tokens: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of the op. ``of_tokens``: those over the tokens alone, to fold prefix and sinks into.
-
-    The folding is done in the memory of the given output.
-    """
+    """Output and log-sum-exp of the op. ``of_tokens``: those over the tokens alone, to fold prefix and sinks into."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    out = heads_last_empty(x.query, batch, heads, queries, value_dim) if of_tokens is None else of_tokens[0]
+    if of_tokens is not None and of_tokens[0].dtype == x.query.dtype:
+        out = of_tokens[0]
+    else:
+        out = heads_last_empty(x.query, batch, heads, queries, value_dim)
     logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
     call = Blocks(x, tokens=of_tokens is None)
     for streams in call.streams():
         for rows in streams.blocks():
-            streams.attend(rows, out, logsumexp, None if of_tokens is None else of_tokens[1])
+            streams.attend(rows, out, logsumexp, of_tokens)
     return out, logsumexp
 
 
@@ -188,10 +188,10 @@ class Streams:
         for matrix in matrices:
             matrix.view(bits.dtype).bitwise_and_(bits)
 
-    def attend(self, rows: Rows, out: Tensor, logsumexp: Tensor, of_tokens: Tensor | None) -> None:
+    def attend(self, rows: Rows, out: Tensor, logsumexp: Tensor, of_tokens: tuple[Tensor, Tensor] | None) -> None:
         """Compute a block of the output and of the log-sum-exp.
 
-        ``of_tokens`` is a log-sum-exp whose output stands in ``out``: one more column, with that value.
+        ``of_tokens``, an output and its log-sum-exp, is one more column with that value; it may lie in ``out``.
         """
         query = self.of_rows("query_rows", self.query, rows)
         columns, _ = self.logits(query, self.of_columns("key_columns", self.key, rows), rows)
@@ -199,7 +199,7 @@ class Streams:
         if self.x.sinks is not None:
             extra.append(self.x.sinks.to(columns.dtype).view(1, -1, 1, 1))
         if of_tokens is not None:
-            extra.append(self.place(of_tokens, rows)[..., None])
+            extra.append(self.place(of_tokens[1], rows)[..., None])
         top = self.by_head(columns.amax(-1, keepdim=True))
         for logit in extra:
             torch.maximum(top, logit, out=top)
@@ -211,7 +211,6 @@ class Streams:
         self.drop_(rows, columns)
         self.weigh_(columns, rows)
         sums = self.by_head(self.product("sums", columns, self.of_columns("value_columns", self.value, rows)))
-        place = self.place(out, rows)
         if of_tokens is not None:
-            sums.addcmul_(place.to(sums.dtype), extra[-1])
-        torch.mul(sums, total.mul_(1 - self.x.dropout_p).reciprocal_(), out=place)
+            sums.addcmul_(self.place(of_tokens[0], rows), extra[-1])
+        torch.mul(sums, total.mul_(1 - self.x.dropout_p).reciprocal_(), out=self.place(out, rows))

@@ -24,7 +24,7 @@ def backward(
     grad_out: Tensor,
     grad_logsumexp: Tensor | None,
     needs: list[bool],
-    of_tokens: tuple[Tensor, Tensor, Tensor] | None = None,
+    of_tokens: dict[str, Tensor] | None = None,
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed.
 
@@ -39,15 +39,16 @@ def backward(
 class Gradients:
     """The whole call's gradients while they are summed; None where not needed."""
 
-    def __init__(self, x: Inputs, needs: list[bool], of_tokens: tuple[Tensor, Tensor, Tensor] | None):
+    def __init__(self, x: Inputs, needs: list[bool], of_tokens: dict[str, Tensor] | None):
         self.x, self.needs = x, needs
         need = dict(zip(DIFFERENTIABLE, needs))
         wide = x.compute_dtype
         self.adds_to_query = of_tokens is not None
-        for i, name in enumerate(("query", "key", "value")):
-            like = getattr(x, name) if of_tokens is None else of_tokens[i]
-            part = heads_last_empty(like, *like.shape) if of_tokens is None else like
-            setattr(self, name, part if need[name] else None)
+        for name in ("query", "key", "value"):
+            like, part = getattr(x, name), None
+            if need[name]:
+                part = heads_last_empty(like, *like.shape) if of_tokens is None else of_tokens[name]
+            setattr(self, name, part)
         for name in ("prefix_key", "prefix_value", "sinks", "bias"):
             like = getattr(x, name)
             setattr(self, name, torch.zeros(like.shape, dtype=wide) if need[name] else None)

@@ -94,7 +94,7 @@ def backward(
     need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way, kept), _chunks(x, way)
     d_gated = [t.new_empty(prefix.length, *t.shape[:2], t.shape[3]) for t in (x.key, x.value)]
     whole = {}
-    if len(chunks) > 1:
+    if way == "merge":
         whole = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
     for chunk in chunks:
         part, rows = chunk.of(x), chunk.batch
@@ -103,15 +103,14 @@ def backward(
         for total, name in zip(d_gated, ("key", "value")):
             total[:, rows].copy_(found[name][:, :, : prefix.length].permute(2, 0, 1, 3))
             found[name] = found[name][:, :, prefix.length :]
-        if way == "merge" and any(needs[:3]):
-            d_query = found["query"]
-            found = dict(zip(_tokens(x), cpu_stock.backward(part, prefix.scratch, *given)))
-            found["query"].add_(d_query)
-        if len(chunks) == 1:
+        if way == "concat":
             whole = found
-        else:
-            for name, total in whole.items():
-                total[rows].copy_(found[name])
+            break
+        into = {name: total[rows] for name, total in whole.items()}
+        for name, total in into.items():
+            total.copy_(found[name]) if name == "query" else total.zero_()
+        if into:
+            cpu_stock.backward_(part, prefix.scratch, *given, into)
     if need["sinks"]:
         delta = (grad_out.to(x.compute_dtype) * out).sum(-1)
         whole["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .inputs import Inputs
@@ -84,6 +85,16 @@ def key_limits(x: Inputs) -> Limits:
     if x.key_padding is not None:
         low, high = _range(x.key_padding.any(0))
     return Limits(least, most, low, high)
+
+
+def row_ends(x: Inputs) -> tuple[list[int], list[bool]]:
+    """For each batch row: one past its last key that is not padding, and whether padding lies before that."""
+    batch, keys = x.query.shape[0], x.key.shape[2]
+    if x.key_padding is None:
+        return [keys] * batch, [False] * batch
+    place = torch.arange(1, keys + 1, device=x.key_padding.device)
+    ends = (x.key_padding * place).amax(1)
+    return ends.tolist(), (ends > x.key_padding.sum(1)).tolist()
 
 
 def visible_rows(x: Inputs, limits: Limits, first: int, count: int) -> Rows:

@@ -24,6 +24,10 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # returns 0 for both the output and the log-sum-exp of a row of -inf.
 HIDDEN = -1e30
 
+# The kernel skips hidden keys 512 at a time. A causal square is halved down to this many rows, so that what is left to
+# skip is small, at the price of a merge for each halving: see bench/NOTES.md.
+CAUSAL_ROWS = 128
+
 # Query rows for each key from which a copy of the keys that the kernel reads faster pays: see bench/NOTES.md.
 COPY_ROWS = 64
 
@@ -53,7 +57,7 @@ def _mask_grows(x: Inputs) -> bool:
 
 
 class Call(NamedTuple):
-    """One call of the kernel. ``mask`` is additive; ``first``: which query of the whole is its first."""
+    """One call of the kernel, and which ``rows`` and ``keys`` of the whole it is about. ``mask`` is additive."""
 
     query: Tensor
     key: Tensor
@@ -61,8 +65,8 @@ class Call(NamedTuple):
     mask: Tensor | None
     scale: float
     causal: bool = False
-    first: int = 0
-    low: int = 0
+    rows: slice = slice(None)
+    keys: slice = slice(None)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, in layouts of the kernel's choice."""
@@ -70,39 +74,64 @@ class Call(NamedTuple):
 
     def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
-        options = {"attn_mask": self.mask, "scale": self.scale}
-        return _flash_backward(grad_out, self.query, self.key, self.value, out, logsumexp, 0.0, self.causal, **options)
+        given = (grad_out[:, :, self.rows], self.query, self.key, self.value)
+        given += (out[:, :, self.rows], logsumexp[:, :, self.rows], 0.0, self.causal)
+        return _flash_backward(*given, attn_mask=self.mask, scale=self.scale)
 
     def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
         """Add these columns to an output and a log-sum-exp over others, in place."""
-        tokens, tokens_logsumexp = self.forward()
-        out, logsumexp = out[:, :, self.first :], logsumexp[:, :, self.first :]
-        out.lerp_(tokens, torch.sigmoid(tokens_logsumexp - logsumexp)[..., None].to(out.dtype))
-        logsumexp.copy_(torch.logaddexp(logsumexp, tokens_logsumexp))
+        more, more_logsumexp = self.forward()
+        out, logsumexp = out[:, :, self.rows], logsumexp[:, :, self.rows]
+        total = torch.logaddexp(logsumexp, more_logsumexp)
+        # Two weights, each exact in relative terms; as "w and 1 - w" the smaller would not be.
+        weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
+        out.mul_(weight).addcmul_(more, more_weight)
+        logsumexp.copy_(total)
 
 
 def parts(x: Inputs, scratch: Scratch) -> list[Call]:
     """The calls that together cover every token that any query sees."""
     _, heads, kv_heads, queries, keys, *_ = x.sizes
     limits = key_limits(x)
-    offset, low, high = limits.most_offset, limits.low, limits.high
     copy = queries * heads >= COPY_ROWS * kv_heads
     key, value = (_heads_first(scratch, *pair, copy) for pair in (("key", x.key), ("value", x.value)))
+    found = []
+    for rows, columns, causal in _rectangles(x.causal and queries > 1, limits.most_offset, queries, keys):
+        columns = slice(max(columns.start, 0 if causal else limits.low), min(columns.stop, limits.high))
+        if columns.start < columns.stop:
+            mask = additive_mask(x, columns.start, columns.stop)
+            mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+            operands = (x.query[:, :, rows], key[:, :, columns], value[:, :, columns])
+            found.append(Call(*operands, mask, x.scale, causal, rows, columns))
+    return found
 
-    def part(first: int, low: int, high: int, causal: bool) -> list[Call]:
-        if high <= low or first >= queries:
-            return []
-        mask = additive_mask(x, low, high)
-        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first:]
-        return [
-            Call(x.query[:, :, first:], key[:, :, low:high], value[:, :, low:high], mask, x.scale, causal, first, low)
-        ]
 
-    if not x.causal or queries == 1 or offset >= keys - 1:
-        return part(0, low, high, False)
-    if offset <= 0:
-        return part(-offset, 0, min(high, queries + offset), True)
-    return part(0, low, min(high, offset), False) + part(0, offset, min(high, queries + offset), True)
+def _rectangles(causal: bool, offset: int, queries: int, keys: int) -> list[tuple[slice, slice, bool]]:
+    """Rows, keys, and whether causality from the top left holds among them; together what a causal mask shows."""
+    if not causal or offset >= keys - 1:
+        return [(slice(0, queries), slice(0, keys), False)]
+    # Query ``first`` stands at key ``low``: a causal square from there, with what all rows see before it in keys, and
+    # what later rows see of it.
+    first, low = max(-offset, 0), max(offset, 0)
+    size = min(queries - first, keys - low)
+    if size <= 0:
+        return [(slice(0, queries), slice(0, low), False)] if low else []
+    around = [
+        (slice(0, queries), slice(0, low), False),
+        (slice(first + size, queries), slice(low, low + size), False),
+    ]
+    return [part for part in around if part[0].start < part[0].stop and part[1].stop] + _halved(first, low, size)
+
+
+def _halved(first: int, low: int, size: int) -> list[tuple[slice, slice, bool]]:
+    if size <= CAUSAL_ROWS:
+        return [(slice(first, first + size), slice(low, low + size), True)]
+    half = size // 2
+    return [
+        *_halved(first, low, half),
+        (slice(first + half, first + size), slice(low, low + half), False),
+        *_halved(first + half, low + half, size - half),
+    ]
 
 
 def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Tensor:
@@ -137,38 +166,27 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Output, stored heads last, and log-sum-exp over the tokens alone.
+    """Output, stored heads last, and log-sum-exp over the tokens alone, both in the dtype of the sums.
 
     Where a row sees no token the output is finite, and the log-sum-exp so low that it weighs nothing.
     """
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    calls = parts(x, Scratch(x.query, x.query.dtype))
-    out = heads_last_empty(x.query, batch, heads, queries, value_dim)
-    logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
-    if calls and not calls[0].first:
-        for whole, part in zip((out, logsumexp), calls.pop(0).forward()):
-            whole.copy_(part)
-    else:
-        out.zero_()
-        logsumexp.fill_(HIDDEN)
-    for call in calls:
+    out = heads_last_empty(x.query, batch, heads, queries, value_dim, x.compute_dtype).zero_()
+    logsumexp = x.query.new_full((batch, heads, queries), HIDDEN, dtype=x.compute_dtype)
+    for call in parts(x, Scratch(x.query, x.query.dtype)):
         call.merge_(out, logsumexp)
     return out, logsumexp
 
 
-def backward(
-    x: Inputs, scratch: Scratch, out: Tensor, logsumexp: Tensor, grad_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value through the tokens; ``out, logsumexp`` are those of the whole softmax."""
-    total = None
+def backward_(
+    x: Inputs, scratch: Scratch, out: Tensor, logsumexp: Tensor, grad_out: Tensor, into: dict[str, Tensor]
+) -> None:
+    """Add the gradients through the tokens to those ``into`` has by name, of query, key and value.
+
+    ``out, logsumexp`` are those of the whole softmax.
+    """
     for call in parts(x, scratch):
-        rows = slice(call.first, None)
-        grads = call.backward(out[:, :, rows], logsumexp[:, :, rows], grad_out[:, :, rows])
-        if grads[0].shape == x.query.shape and grads[1].shape == x.key.shape:
-            return grads
-        if total is None:
-            total = [heads_last_empty(like, *like.shape).zero_() for like in (x.query, x.key, x.value)]
-        total[0][:, :, rows].add_(grads[0])
-        for whole, grad in zip(total[1:], grads[1:]):
-            whole[:, :, call.low : call.low + grad.shape[2]].copy_(grad)
-    return tuple(total) if total else tuple(torch.zeros_like(like) for like in (x.query, x.key, x.value))
+        cuts = {"query": call.rows, "key": call.keys, "value": call.keys}
+        for (name, cut), grad in zip(cuts.items(), call.backward(out, logsumexp, grad_out)):
+            if name in into:
+                into[name][:, :, cut].add_(grad)

@@ -143,9 +143,11 @@ def part_of(tensor: Tensor, rows: slice, keys: slice) -> Tensor:
     return tensor if tensor.shape[3] == 1 else tensor[..., keys]
 
 
-def heads_last_empty(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
+def heads_last_empty(
+    like: Tensor, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """An uninitialised ``[B, H, T, D]`` stored as ``[B, T, H, D]``: the layout of every output and of dq, dk, dv."""
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return like.new_empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 def heads_last(tensor: Tensor) -> Tensor:
