@@ -65,7 +65,7 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, ...]:
         whole_out = heads_last_empty(x.query, batch, heads, queries, value_dim)
         whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
     for chunk in chunks:
-        part = chunk.of(x)
+        part = x if len(chunks) == 1 else chunk.of(x)
         out, logsumexp = prefix.call(chunk, part).forward()
         if x.sinks is not None:
             alone, sinks = logsumexp, x.sinks.to(logsumexp.dtype).view(1, -1, 1)
@@ -97,7 +97,7 @@ def backward(
     if way == "merge":
         whole = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
     for chunk in chunks:
-        part, rows = chunk.of(x), chunk.batch
+        part, rows = x if len(chunks) == 1 else chunk.of(x), chunk.batch
         given = out[rows], logsumexp[rows], grad_out[rows]
         found = dict(zip(_tokens(x), prefix.call(chunk, part).backward(*given)))
         for total, name in zip(d_gated, ("key", "value")):

@@ -26,7 +26,7 @@ HIDDEN = -1e30
 
 # The kernel skips hidden keys 512 at a time. A causal square is halved down to this many rows, so that what is left to
 # skip is small, at the price of a merge for each halving: see bench/NOTES.md.
-CAUSAL_ROWS = 128
+CAUSAL_ROWS = 256
 
 # Query rows for each key from which a copy of the keys that the kernel reads faster pays: see bench/NOTES.md.
 COPY_ROWS = 64
