@@ -33,7 +33,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=MINILM, help="a local folder or a hub name (default: the packaged MiniLM)")
     parser.add_argument("--data", default="docstrings", help="a folder with train/test .jsonl or .csv, or a hub name")
     parser.add_argument("--prefix-length", type=int, default=16)
-    parser.add_argument("--train", type=int, default=1200, help="most training texts")
+    parser.add_argument("--train", type=int, default=800, help="most training texts")
     parser.add_argument("--test", type=int, default=400, help="most test texts")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -37,7 +37,7 @@ _NAMES = {name.split(".")[0] for modules in GROUPS.values() for name in modules}
 _NAMED = re.compile(rf"\b(?:{'|'.join(sorted(_NAMES))})\b", re.IGNORECASE)
 
 
-def load(train: int = 1200, test: int = 400) -> dict[str, list[tuple[str, str]]]:
+def load(train: int = 800, test: int = 400) -> dict[str, list[tuple[str, str]]]:
     """``{"train": [(text, label)], "test": ...}``, every group in equal number, no text in both."""
     found = {group: _texts(group) for group in GROUPS}
     groups_of = Counter(key for texts in found.values() for key in texts)
