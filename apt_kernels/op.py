@@ -318,6 +318,8 @@ def _softcap(softcap) -> float:
 
 
 def _finite(name: str, number) -> float:
+    if torch.compiler.is_compiling() and isinstance(number, (float, torch.SymFloat)):
+        return number  # with dynamic shapes a float of the model is a symbol, and its value is not known yet
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         raise ArgumentError(f"{name} is {number!r}; it needs a finite number")
     return float(number)

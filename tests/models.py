@@ -1,5 +1,7 @@
 """Tiny random models of the supported families, by name."""
 
+import os
+
 import torch
 import transformers as t
 
@@ -28,6 +30,14 @@ DECODERS = (
 )
 SEQ2SEQ = ("t5", "bart")
 FAMILIES = ENCODERS + DECODERS + SEQ2SEQ
+# Between them: learned and rotary positions, grouped heads, windows, layers that differ, soft-caps, relative biases.
+EVERY = bool(os.environ.get("APT_TEST_EVERY_FAMILY"))
+_TELLING = ("bert", "gpt2", "llama", "mistral", "gemma2", "t5", "bart")
+
+
+def some(families: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of ``families`` that differ most; all of them with `EVERY`, as for the table in the documents."""
+    return tuple(f for f in families if EVERY or f in _TELLING)
 
 
 def config(family: str):

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from functools import cache as memoise
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import PatchError
+
+
+class Kept(NamedTuple):
+    """The gate of one module, and which rows have had a real token; None: all. The others still wait for theirs."""
+
+    gate: Tensor  # [B, M]
+    begun: Tensor | None  # [B] bool
+
+    def map(self, change) -> Kept:
+        return Kept(change(self.gate), None if self.begun is None else change(self.begun))
 
 
 class _KeepsGates:
@@ -14,15 +26,15 @@ class _KeepsGates:
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self._select(lambda gate: gate.index_select(0, beam_idx.to(gate.device)))
+        self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats):
         super().batch_repeat_interleave(repeats)
-        self._select(lambda gate: gate.repeat_interleave(repeats, dim=0))
+        self._select(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
-        self._select(lambda gate: gate[indices.to(gate.device)])
+        self._select(lambda rows: rows[indices.to(rows.device)])
 
     def crop(self, *args, **kwargs):
         super().crop(*args, **kwargs)
@@ -34,7 +46,7 @@ class _KeepsGates:
         self.apt_gates = {}
 
     def _select(self, change):
-        self.apt_gates = {name: change(gate) for name, gate in self.apt_gates.items()}
+        self.apt_gates = {name: kept.map(change) for name, kept in self.apt_gates.items()}
 
     def __reduce_ex__(self, protocol):
         # The class is made on the fly: pickle its base and make it again.
@@ -53,16 +65,41 @@ def _restore(base: type, state: dict):
     return cache
 
 
-def keep(cache, name: str, gate: Tensor) -> None:
-    """Remember ``gate [B, M]`` of the attention module ``name`` on ``cache``."""
+def keep(cache, name: str, gate: Tensor, begun: Tensor | None, add: bool) -> Tensor:
+    """Remember ``gate [B, M]`` of the attention module ``name`` on ``cache``, and return the gate that now counts.
+
+    ``begun [B]``: which rows had a real token (a chunk of a left-padded prompt may be all padding); None: every row.
+    With ``add``, rows that had one in an earlier chunk keep their gate.
+    """
     if not isinstance(cache, _KeepsGates):
         cache.__class__ = _keeping(type(cache))
         cache.apt_gates = {}
-    cache.apt_gates[name] = gate
+    if add:
+        earlier = cache.apt_gates[name]
+        gate = torch.where(earlier.begun[:, None], earlier.gate, gate)
+        begun = None if begun is None else earlier.begun | begun
+    # Asked only where it needs no wait for a device.
+    if begun is not None and _is_here(begun) and bool(begun.all()):
+        begun = None
+    cache.apt_gates[name] = Kept(gate, begun)
+    return gate
+
+
+def _is_here(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def waits(cache, name: str) -> bool:
+    """Whether some row of ``cache`` may have had no real token yet."""
+    return _kept(cache, name).begun is not None
 
 
 def recall(cache, name: str) -> Tensor:
     """The gate that the prompt left on ``cache``."""
+    return _kept(cache, name).gate
+
+
+def _kept(cache, name: str) -> Kept:
     gates = getattr(cache, "apt_gates", {})
     if name not in gates:
         raise PatchError(

@@ -18,18 +18,26 @@ class AttentionMask:
 
     ndim = 4
 
-    def __init__(self, mask: Mask, shape: tuple[int, int, int, int], padding: Tensor | None, kv_offset: int = 0):
+    def __init__(
+        self,
+        mask: Mask,
+        shape: tuple[int, int, int, int],
+        padding: Tensor | None,
+        kv_offset: int = 0,
+        query_offset: int | Tensor = 0,
+    ):
         self.mask = mask
         self.shape = shape
         self.padding = padding  # [B, S], True at real tokens, whatever `mask` made of it
         self.kv_offset = kv_offset
+        self.query_offset = query_offset  # of query 0 among the keys
 
     def contiguous(self) -> AttentionMask:
         return self
 
     def to(self, *args, **kwargs) -> AttentionMask:
         padding = self.padding if self.padding is None else self.padding.to(*args, **kwargs).to(torch.bool)
-        return AttentionMask(self.mask.to(*args, **kwargs), self.shape, padding, self.kv_offset)
+        return AttentionMask(self.mask.to(*args, **kwargs), self.shape, padding, self.kv_offset, self.query_offset)
 
     def dim(self) -> int:
         return self.ndim
@@ -38,8 +46,19 @@ class AttentionMask:
         return self.shape if dim is None else self.shape[dim]
 
     def real_tokens(self, queries: int) -> Tensor | None:
-        """``[B, T]`` bool for self-attention without earlier tokens: which queries are no padding; None: all."""
-        return None if self.padding is None else self.padding[:, :queries]
+        """``[B, T]`` bool for self-attention: which queries are no padding; None: all of them."""
+        if self.padding is None:
+            return None
+        if isinstance(self.query_offset, int):
+            return self.padding[:, self.query_offset : self.query_offset + queries]
+        return self.padding[:, torch.arange(queries, device=self.padding.device) + self.query_offset]
+
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query sees every key, however many there are."""
+        mask = self.mask
+        parts = (mask.window, mask.key_padding, mask.query_segments, mask.dense, mask.bias)
+        return not mask.causal and all(part is None for part in parts)
 
 
 def describe(
@@ -63,18 +82,18 @@ def describe(
         parts = _recognise_traced(mask_function, batch_size, q_length, alone, device, kwargs)
     else:
         parts = _recognise(mask_function)
+    offset = q_offset - kv_offset
     if parts is None:
-        return AttentionMask(_dense(locals(), kwargs), shape, padding, kv_offset)
-    offset = q_offset - kv_offset if parts.has_positions else None
+        return AttentionMask(_dense(locals(), kwargs), shape, padding, kv_offset, offset)
     mask = Mask(
         causal=parts.causal,
         window=parts.window,
-        query_offset=offset,
+        query_offset=offset if parts.has_positions else None,
         key_padding=padding,
         query_segments=parts.segments,
         key_segments=parts.segments,
     )
-    return AttentionMask(mask, shape, padding, kv_offset)
+    return AttentionMask(mask, shape, padding, kv_offset, offset)
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:

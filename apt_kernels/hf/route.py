@@ -100,7 +100,7 @@ def _gate(prefix, attention_mask, query: Tensor) -> Tensor | None:
     hidden_states, cache, filled = prefix.pending
     if prefix.gate in ("none", "static"):
         return prefix.logits(None)
-    if filled:
+    if filled and not gate_memory.waits(cache, prefix.name):
         return gate_memory.recall(cache, prefix.name)
     # A model spread over devices moves its inputs in a hook that may run after ours.
     hidden_states = hidden_states.to(query.device).reshape(query.shape[0], query.shape[2], -1)
@@ -111,9 +111,10 @@ def _gate(prefix, attention_mask, query: Tensor) -> Tensor | None:
         seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
         real = seen.any(dim=2).any(dim=1)[:, : query.shape[2]].expand(query.shape[0], -1)
     gate = prefix.logits(hidden_states, real, segments)
-    if cache is not None:
-        gate_memory.keep(cache, prefix.name, gate)
-    return gate
+    if cache is None:
+        return gate
+    begun = None if real is None else real.any(dim=1)
+    return gate_memory.keep(cache, prefix.name, gate, begun, add=filled)
 
 
 def _closed(mask: Tensor) -> float:
@@ -125,7 +126,7 @@ def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, positio
     """What the op is told of visibility; conventions for plain tensors and None as in transformers' sdpa function."""
     if isinstance(attention_mask, AttentionMask):
         mask = attention_mask.mask
-        if attention_mask.shape[3] != key.shape[2]:
+        if attention_mask.shape[3] != key.shape[2] and not attention_mask.hides_nothing:
             raise PatchError(f"the mask is for {attention_mask.shape[3]} keys; the layer has {key.shape[2]}")
     elif isinstance(attention_mask, Tensor):
         dense = attention_mask.dtype == torch.bool
