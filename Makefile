@@ -9,10 +9,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test lint format fuzz cuda clean
+.PHONY: help demo bench test lint format fuzz cuda clean
 
 help:
 	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
+	@echo 'make bench  ours against every peer on this machine, ten minutes at most; table and plots in bench-output/'
 	@echo 'make test   all tests that run on this machine'
 	@echo 'make lint   ruff: rules and formatting'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
@@ -21,6 +22,9 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m bench.demo $(ARGS)
+
+bench: $(VENV)/stamp
+	$(RUN) -m bench.run $(ARGS)
 
 test: $(VENV)/stamp
 	$(PYTEST) $(ARGS)
@@ -40,7 +44,7 @@ cuda: $(VENV)/stamp
 	$(RUN) -m pytest -m cuda $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info demo-output bench-output .pytest_cache .hypothesis .benchmarks .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -41,9 +41,14 @@ def flops(shape: Shape, which: str = "both") -> float:
     return attention_flops(shape, visible(shape) + shape.length, which) + gate_flops(shape, which)
 
 
+def flops_without(shape: Shape, which: str = "both") -> float:
+    """Of the same attention with no prefix."""
+    return attention_flops(shape, visible(shape), which)
+
+
 def share(shape: Shape, which: str = "both") -> float:
     """What the prefix adds, gate product included, as a fraction of the attention without it."""
-    without = attention_flops(shape, visible(shape), which)
+    without = flops_without(shape, which)
     return (flops(shape, which) - without) / without
 
 

@@ -1,30 +1,53 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and no network: the machine, the tests compiled on the device, then the op against its peers.
-# Each stage leaves its results under $APT_OUT (default bench/results/latest) as it ends. About nine minutes in all.
-#   APT_STAGES="machine tests op"   which stages to run
-#   APT_TEST_SECONDS, APT_OP_SECONDS   their budgets;  APT_SHAPES   gpu, cpu or tiny;  APT_ONLY   part of a shape's name
+# On a machine with a GPU and no network: the machine line, the GPU tests, then the benchmark. At most nine minutes.
+# Each stage leaves its results under $APT_OUT as it ends (default: $OUT, or else bench/results/latest). A subset:
+#   APT_STAGES      default: machine tests, the benchmark's stages, table  (one or more of them, in this order)
+#   APT_MINUTES     for everything (default 9);  APT_TEST_SECONDS  for the tests (default 170)
+#   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
+#   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
+#   APT_REGISTRY    gpu, cpu or tiny;  APT_DEVICE  cuda or cpu;  APT_COMMIT  the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out="${APT_OUT:-bench/results/latest}"
-stages="${APT_STAGES:-machine tests op}"
+out="${APT_OUT:-${OUT:-bench/results/latest}}"
+benchmarks="causal encoder query long decode training generation compilation compiled"
+stages=" ${APT_STAGES:-machine tests $benchmarks table} "
+python="${PYTHON:-python3}"
+end=$((SECONDS + $(printf '%.0f' "$(echo "${APT_MINUTES:-9}" | awk '{print $1 * 60}')")))
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=""
 
-if [[ $stages == *machine* ]]; then
+left() { echo $((end - SECONDS - 10)); }
+wanted() { [[ $stages == *" $1 "* ]]; }
+
+if wanted machine; then
     { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || echo "no nvidia-smi"; } |
         tee "$out/machine.txt"
-    python3 -c 'import apt_kernels, json; print(json.dumps(apt_kernels.info(), indent=1))' | tee -a "$out/machine.txt"
+    "$python" -c 'import apt_kernels, json; print(json.dumps(apt_kernels.info()))' | tee -a "$out/machine.txt"
 fi
-if [[ $stages == *tests* ]]; then
+if wanted tests; then
     # The device's own cases first; then the kernel tests, which compile on the device where there is one.
-    timeout "${APT_TEST_SECONDS:-270}" python3 -m pytest -q --maxfail=20 -n "${APT_WORKERS:-4}" \
-        tests/test_cuda.py tests/test_triton*.py -p no:cacheprovider --junitxml "$out/tests.xml" 2>&1 |
-        tee "$out/tests.log" | tail -n 40 || failed="$failed tests"
+    workers="${APT_WORKERS:-4}"
+    "$python" -c 'import xdist' 2>/dev/null || workers=""
+    timeout "${APT_TEST_SECONDS:-170}" "$python" -m pytest -q --maxfail=20 ${workers:+-n "$workers"} \
+        ${APT_TESTS:-tests/test_cuda.py tests/test_triton*.py} -p no:cacheprovider --junitxml "$out/tests.xml" \
+        > "$out/tests.log" 2>&1 || failed="$failed tests"
+    tail -n 5 "$out/tests.log"
 fi
-if [[ $stages == *op* ]]; then
-    timeout "$((${APT_OP_SECONDS:-200} + 60))" python3 -m bench.op ${APT_SHAPES:+--shapes "$APT_SHAPES"} \
-        ${APT_ONLY:+--only "$APT_ONLY"} --seconds "${APT_OP_SECONDS:-200}" --out "$out/op.json" 2>&1 |
-        tee "$out/op.log" || failed="$failed op"
+for stage in $benchmarks; do
+    wanted "$stage" || continue
+    if (($(left) < 20)); then
+        echo "$stage: no time left"
+        failed="$failed $stage"
+        continue
+    fi
+    timeout "$(left)" "$python" -m bench.run --stage "$stage" --out "$out/json" --details \
+        ${APT_REGISTRY:+--registry "$APT_REGISTRY"} ${APT_DEVICE:+--device "$APT_DEVICE"} ${APT_ONLY:+--only "$APT_ONLY"} \
+        ${APT_PEERS:+--peers "$APT_PEERS"} ${APT_SECONDS:+--seconds "$APT_SECONDS"} \
+        > "$out/$stage.log" 2>&1 || failed="$failed $stage"
+    grep -E "^$stage: |passed|FAILED" "$out/$stage.log" | tail -n 12
+done
+if wanted table && compgen -G "$out/json/*.json" > /dev/null; then
+    "$python" -m bench.report "$out/json" --out "$out" | tee "$out/table.txt" | cut -c1-"${COLUMNS:-220}"
 fi
-[[ -z $failed ]] || { echo "failed:$failed"; exit 1; }
+[[ -z $failed ]] || { echo "failed or cut short:$failed"; exit 1; }

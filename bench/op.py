@@ -76,7 +76,7 @@ def _prepare(peer: Peer, problem: Problem, right: dict, found: Measured, ready: 
         return f"wrong: {error}"
     except (RuntimeError, NotImplementedError, ValueError) as error:  # a stock kernel that does not take these inputs
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    found.figures[peer.name] = {"error": worst, "note": peer.note(problem)}
+    found.figures[peer.name] = {"error": worst, "note": peer.note(problem), "automatic": peer.automatic(problem)}
     ready[peer.name] = (*steps, peer.has_prefix)
     return None
 
@@ -138,20 +138,24 @@ def _decoding_runner(forward, has_prefix, data, clock):
     return run
 
 
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call, after one on a side stream, as capturing asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
 @torch.no_grad()
 def _graph_runner(forward, has_prefix, data, clock, eager):
     """A runner that also replays CUDA graphs of the calls, or why none could be captured."""
-    graphs = []
     try:
-        for leaves, _ in data:
-            graphs.append(torch.cuda.CUDAGraph())
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                forward(_prepared(leaves, has_prefix))
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graphs[-1]):
-                forward(_prepared(leaves, has_prefix))
+        graphs = [captured(lambda given=leaves: forward(_prepared(given, has_prefix))) for leaves, _ in data]
     except RuntimeError as error:
         return f"not captured: {' '.join(str(error).split())[:160]}"
 

@@ -71,6 +71,10 @@ class Peer:
     note: Callable[[Problem], str] = lambda problem: ""
     around: Callable[[], AbstractContextManager] = nullcontext
 
+    def automatic(self, problem: Problem) -> bool:
+        """Whether this is what users get: the implementation that the op chooses by itself here."""
+        return self.name == f"ours:{dispatch.choose(_inputs(problem)).name}"
+
     def setup(self, problem: Problem) -> tuple[Callable, Callable]:
         """``(forward, backward)`` for a problem; masks and the like are built here, once, as for all layers."""
         forward = self.attend(problem)
@@ -153,7 +157,7 @@ def _concat_flash_obstacle(problem: Problem) -> str | None:
 
 
 def _in_cache(problem: Problem) -> Callable[[Operands], Tensor]:
-    """Decoding after a prompt that put the prefix into the cache, a copy for every row: only the stock kernel is left."""
+    """Decoding after a prompt that put the prefix into the cache, a copy a row: only the stock kernel is left."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forward(given: Operands) -> Tensor:
@@ -214,7 +218,7 @@ def _ours(implementation: str, problem: Problem) -> Callable[[Operands], Tensor]
 
 
 def _inputs(problem: Problem):
-    """The op's inputs without their data: meta tensors would be on another device, so one row of one batch it is."""
+    """The op's inputs, for questions about them."""
     given = {n: None if t is None else t.detach() for n, t in operands(problem.leaves(0)).items()}
     return apt_kernels.op.make_inputs(**given, mask=problem.shape.mask(problem.device))
 
@@ -243,13 +247,15 @@ def _forced_obstacle(implementation: str, way: str, problem: Problem) -> str | N
 
 
 def _forced(implementation: str, way: str) -> AbstractContextManager:
-    return mock.patch.object(dispatch.load(implementation), "strategy", lambda x: way)
+    return mock.patch.object(dispatch.load(implementation), "strategy", return_value=way)
 
 
 def _own_peers() -> list[Peer]:
     found = []
     for name in dispatch.names():
-        found.append(Peer(f"ours:{name}", partial(_ours, name), partial(_obstacle, name), note=partial(_strategy, name)))
+        found.append(
+            Peer(f"ours:{name}", partial(_ours, name), partial(_obstacle, name), note=partial(_strategy, name))
+        )
         for way in STRATEGIES.get(name, ()):
             found.append(
                 Peer(

@@ -1,46 +1,194 @@
-"""The benchmark measures what it says: every peer is checked, a wrong one is not timed."""
+"""The benchmark measures what it says: everyone is checked, a wrong one is not timed, and turns are kept."""
 
-import json
+from __future__ import annotations
 
+import accuracy
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import op, peers
-from bench.shapes import REGISTRIES, TINY
+import apt_kernels
+from apt_kernels.impl import reference
+from apt_kernels.op import make_inputs
+from bench import checking, counts, models, naive, op, peers, registry, steps, timing
+from bench.shapes import REGISTRIES, Shape, causal, encoder, operands
 
 CPU = torch.device("cpu")
+TINY = {shape.name: shape for shapes in REGISTRIES["tiny"].values() for shape in shapes}
+WHO = ("no_prefix", "naive", "ours:cpu")
 
 
-@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
-def test_every_shape_times_its_peers_or_says_why_not(shape, tmp_path):
-    result = op.measure(shape, CPU, torch.float32, seconds=0)
-    assert {"no_prefix", "naive", "ours:cpu"} <= set(result["peers"])
-    assert set(result["peers"]) | set(result["skipped"]) == {peer.name for peer in peers.peers(CPU)}
-    assert all(result["skipped"].values())
-    for peer in result["peers"].values():
-        assert peer["forward"]["median"] > 0
-        assert peer["both"]["median"] > 0
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
 
 
-def test_a_wrong_peer_is_not_timed(monkeypatch):
-    def wrong(tensors, mask, shape):
-        return peers._naive(tensors, None, shape)
+@pytest.mark.parametrize("name", TINY)
+def test_every_shape_times_its_peers_or_says_why_not(name, monkeypatch):
+    shape = TINY[name]
+    if shape.kind != "decode":  # interpreted kernels take their time, and are timed once
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = op.measure(shape, CPU, torch.float32, seconds=0)
+    assert set(WHO) <= set(found.samples)
+    assert not found.wrong
+    assert set(found.samples) | set(found.skipped) == {peer.name for peer in peers.peers()}
+    assert all(found.skipped.values())
+    for peer, samples in found.samples.items():
+        assert set(samples) == set(shape.passes)
+        assert all(len(taken) == 5 and min(taken) > 0 for taken in samples.values())
+        assert found.figures[peer]["peak_bytes"] > 0
+        assert 0 < found.figures[peer]["error"] <= 1
+    assert [peer for peer, figures in found.figures.items() if figures["automatic"]] == ["ours:cpu"]
 
-    monkeypatch.setattr(op, "peers", lambda device: [peers.Peer("wrong", wrong, lambda shape, device: None)])
-    result = op.measure(TINY[0], CPU, torch.float32, seconds=0)
-    assert result["peers"] == {}
-    assert "off by" in result["skipped"]["wrong"]
+
+def _wrong_mask(problem):
+    return lambda given: naive.attention(**given)
 
 
-def test_results_are_written_with_the_machine(tmp_path):
-    op.main(
-        ["--shapes", "tiny", "--only", "decode", "--seconds", "0", "--device", "cpu", "--out", f"{tmp_path}/o.json"]
+def _wrong_gradient(problem):
+    right = peers._naive(problem)
+    return lambda given: right({**given, "value": given["value"] * 1.001 - 0.001 * given["value"].detach()})
+
+
+def _nan(problem):
+    right = peers._naive(problem)
+    return lambda given: right(given).index_fill(2, torch.tensor([3]), torch.nan)
+
+
+@pytest.mark.parametrize(("attend", "name"), [(_wrong_mask, "out"), (_wrong_gradient, "value"), (_nan, "out")])
+def test_a_wrong_peer_is_not_timed(monkeypatch, attend, name):
+    monkeypatch.setattr(op, "peers", lambda: [peers.Peer("wrong", attend)])
+    found = op.measure(TINY["causal-b1-h4.2-t32-s32-d16-m4-static"], CPU, torch.float32, seconds=0)
+    assert not found.samples
+    assert found.wrong["wrong"].startswith(f"{name} is off by")
+    assert found.skipped["wrong"].startswith("wrong: ")
+
+
+@pytest.mark.parametrize("shape", [causal(2, 4, 2, 13, 16, 5, "query", padded=True), encoder(3, 2, 11, 4)], ids=str)
+def test_blocks_give_the_rule_of_the_tests(shape, monkeypatch):
+    given, grad_out = operands(shape.leaves(CPU, torch.float32, 0)), shape.grad_out(CPU, torch.float32, 0)
+    x = checking._detached(make_inputs(**given, mask=shape.mask(CPU)))
+    allowed, truth = accuracy.allowed_errors(x, accuracy.differentiable(x), grad_out, None)
+    whole = checking.expected(shape, given, grad_out, True, True)
+    monkeypatch.setitem(checking._BLOCK, "cpu", 90)
+    assert len(list(checking._blocks(x))) > 8
+    blocks = checking.expected(shape, given, grad_out, True, True)
+    for name in whole.truth:
+        torch.testing.assert_close(whole.truth[name], truth[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(blocks.truth[name], truth[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(whole.allowed[name], allowed[name], rtol=0.5, atol=0)
+        torch.testing.assert_close(blocks.allowed[name], allowed[name], rtol=0.5, atol=0)
+
+
+def test_missing_results_are_wrong():
+    shape = TINY["decode-b2-h4.2-t1-s24-d16-m4-query"]
+    given, grad_out = operands(shape.leaves(CPU, torch.float32, 0)), shape.grad_out(CPU, torch.float32, 0)
+    with pytest.raises(checking.Wrong, match=r"results are \[\]; expected \['out'\]"):
+        checking.expected(shape, given, grad_out, True, False).check({})
+
+
+def test_everyone_runs_in_every_round_in_turn():
+    calls = []
+
+    def runner(name):
+        return lambda round_: calls.append((round_, name)) or {"step": float(round_)}
+
+    found = timing.in_turn({name: runner(name) for name in "abc"}, CPU, deadline=0, warm_up=2, least=4)
+    rounds = [[name for round_, name in calls if round_ == i] for i in range(6)]
+    assert rounds[:4] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+    assert all(samples == {"step": [2.0, 3.0, 4.0, 5.0]} for samples in found.values())
+
+
+def test_inputs_turn_until_the_last_cache_is_past(monkeypatch):
+    monkeypatch.setattr(timing, "last_cache", lambda device: 1000)
+    assert [timing.input_sets(size, CPU) for size in (1, 400, 5000)] == [8, 6, 1]
+    monkeypatch.undo()
+    assert timing.last_cache(CPU) >= 1 << 18
+
+
+@pytest.mark.parametrize("gate", ["none", "row", "query"])
+def test_counted_flops_are_those_that_torch_counts(gate):
+    shape = encoder(2, 3, 24, 8, gate, padded=False)
+    leaves = shape.leaves(CPU, torch.float32, 0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference.attend(make_inputs(**operands(leaves)))
+    assert counts.flops(shape, "forward") == counter.get_total_flops()
+    assert counts.flops(shape) == 3.5 * counts.attention_flops(shape, 32, "forward") + 3 * counts.gate_flops(
+        shape, "forward"
     )
-    written = json.loads((tmp_path / "o.json").read_text())
-    assert written["machine"]["torch"] == torch.__version__
-    assert [result["name"] for result in written["results"]] == [s.name for s in TINY if s.kind == "decode"]
+    assert counts.share(shape, "forward") == pytest.approx(counter.get_total_flops() / (4 * 2 * 3 * 24 * 24 * 64) - 1)
 
 
-def test_shape_names_are_unique():
-    for shapes in REGISTRIES.values():
-        assert len({shape.name for shape in shapes}) == len(shapes)
+def test_visible_columns_are_those_of_the_mask():
+    for shape in (causal(3, 2, 2, 9, 16, 4), causal(3, 2, 2, 9, 16, 4, padded=True), encoder(3, 2, 10, 4)):
+        seen = shape.mask(CPU).visible(shape.batch, shape.tokens, shape.keys, CPU).expand(shape.batch, -1, -1, -1)
+        assert counts.visible(shape) == pytest.approx(float(seen.double().sum(-1).mean()))
+
+
+def test_counted_bytes_are_those_of_the_tensors():
+    shape = causal(2, 4, 2, 16, 32, 8, "query")
+    leaves, out = shape.leaves(CPU, torch.float32, 0), shape.grad_out(CPU, torch.float32, 0)
+    size = sum(t.nbytes for name, t in leaves.items() if name != "layer_scale") + out.nbytes
+    sums = 2 * 4 * 16 * 4
+    assert counts.fewest_bytes(shape, torch.float32, "forward") == size + sums
+    gradients = sum(t.nbytes for name, t in leaves.items() if name != "layer_scale")
+    assert counts.fewest_bytes(shape, torch.float32, "backward") == size + out.nbytes + gradients + sums
+
+
+def test_case_names_are_unique():
+    for name in ("gpu", "cpu", "tiny"):
+        names = [case.name for cases in registry.cases(name).values() for case in cases]
+        assert len(set(names)) == len(names)
+        assert set(registry.cases(name)) == set(registry.STAGES) == set(registry.SECONDS[name])
+
+
+def test_the_registry_covers_what_it_must():
+    shapes = [shape for shapes in REGISTRIES["gpu"].values() for shape in shapes]
+
+    def values(field: str, kind: str) -> set:
+        return {getattr(shape, field) for shape in shapes if shape.kind == kind}
+
+    assert {64, 512} <= values("tokens", "encoder")
+    assert values("dim", "encoder") == {64}
+    assert {64, 128, 256} <= values("dim", "causal")
+    assert {512, 2048, 8192, 16384} <= values("tokens", "causal")
+    assert {1024, 32768} <= values("keys", "decode")
+    assert {1, 64} <= values("batch", "decode")
+    assert {1, 16, 128, 1024, 4096} <= {shape.length for shape in shapes}
+    assert {shape.gate for shape in shapes} == {"none", "static", "row", "query"}
+    assert {shape.heads == shape.kv_heads for shape in shapes if shape.kind == "causal"} == {True, False}
+    sizes = {case.size for case in registry.TRAINING["gpu"]["training"]}
+    assert sizes == {"bert-large", "roberta-large", "llama-1b", "llama-8b"}
+
+
+def test_a_wrong_model_is_not_timed(monkeypatch):
+    def wrong(base, shape):
+        contender = models._ours(base, shape)
+        for prefix in apt_kernels.prefixes(contender.model).values():
+            prefix.layer_scale.data.mul_(1.001)
+        return contender
+
+    monkeypatch.setitem(models.TRAINING_PEERS, "naive", wrong)
+    found = steps.measure(models.ModelShape("llama-tiny", 2, 12, 4), CPU, torch.float32, 0, ("ours", "naive"))
+    assert set(found.samples) == {"ours"}
+    assert "is off by" in found.wrong["naive"]
+
+
+def test_peft_computes_what_we_do_and_drops_its_prefix_under_checkpoints():
+    pytest.importorskip("peft", reason="peft is not installed")
+    only = ("peft", "cartridge")
+    for size in ("bert-tiny", "llama-tiny"):
+        shape = models.ModelShape(size, 2, 12, 4, "none")
+        assert set(steps.measure(shape, CPU, torch.float32, 0, only).samples) == {"peft"}
+    long = models.ModelShape("llama-tiny", 1, 12, 1024, "none")
+    assert set(steps.measure(long, CPU, torch.float32, 0, only).samples) == {"peft", "cartridge"}
+    kept = models.ModelShape("bert-tiny", 2, 12, 4, "none", checkpointing=True)
+    found = steps.measure(kept, CPU, torch.float32, 0, only)
+    assert not found.samples
+    assert found.skipped["peft"]
+
+
+def test_shapes_say_what_is_timed():
+    assert Shape("decode", 1, 2, 2, 1, 8, 16, 4).passes == ("forward",)
+    assert op.passes(Shape("decode", 1, 2, 2, 1, 8, 16, 4), torch.device("cuda")) == ("forward", "graph")
+    assert causal(1, 2, 2, 8, 16, 4).passes == ("forward", "backward", "both")

@@ -1,16 +1,16 @@
 """The op: forward, backward and both, by shape and peer. Stages: `bench.shapes.OP_STAGES`."""
 
 import pytest
-from conftest import TAPE, parametrize
 
 from bench import counts, op
+from bench.harness import TAPE, parametrize
 from bench.peers import peers
 from bench.shapes import REGISTRIES
 
 
 def pytest_generate_tests(metafunc):
     settings = metafunc.config.apt.settings
-    names = [p.name for p in peers() if not settings.peers or any(op.is_called(p.name, n) for n in settings.peers)]
+    names = [peer.name for peer in peers() if settings.wants(peer.name)]
     cases = settings.chosen(REGISTRIES[settings.registry])
     parametrize(metafunc, cases, names, lambda shape: op.passes(shape, settings.device))
 
@@ -22,9 +22,10 @@ def test_op(stage, case, peer, which, settings, enter):
 
     counted = "forward" if which == "graph" else which
     has_prefix = not peer.startswith("no_prefix")
+    flops = counts.flops(case, counted) if has_prefix else counts.flops_without(case, counted)
     extra = {
         "shape": vars(case),
-        "flops": counts.flops(case, counted) if has_prefix else counts.attention_flops(case, counts.visible(case), counted),
+        "flops": flops,
         "fewest_bytes": counts.fewest_bytes(case, settings.dtype, counted, has_prefix),
         "share": counts.share(case, counted),
     }

@@ -1,0 +1,72 @@
+"""What the tests of bench/suite share: their options, the measuring of a case at its first test, and the entering."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from .op import Measured, is_called
+
+
+class Tape:
+    """A timer that is told how long things took."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+TAPE = Tape()
+
+
+class Settings:
+    """The options, resolved."""
+
+    def __init__(self, config):
+        self.device = torch.device(config.getoption("device"))
+        cuda = self.device.type == "cuda"
+        name = config.getoption("dtype") or ("bfloat16" if cuda else "float32")
+        self.dtype = getattr(torch, name)
+        self.registry = config.getoption("registry") or ("gpu" if cuda else "cpu")
+        self.stage, self.only = config.getoption("stage"), config.getoption("only")
+        self.peers = tuple(filter(None, config.getoption("peers").split(",")))
+        self.seconds = config.getoption("seconds")
+
+    def wants(self, peer: str) -> bool:
+        """Whether a peer was asked for, itself or as a variant."""
+        return not self.peers or any(is_called(peer, name) for name in self.peers)
+
+    def chosen(self, cases: dict[str, list]) -> list[tuple[str, object]]:
+        """``(stage, case)`` of the stages and cases asked for."""
+        stages = [name for name in cases if self.stage in (None, name)]
+        return [(name, case) for name in stages for case in cases[name] if self.only in case.name]
+
+
+class Measurements:
+    """What was measured so far: a case is measured when its first test asks, within its part of the stage's time."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.begin = settings, time.perf_counter()
+        self.total = self.done = 0
+        self.current: tuple[str, Measured] | None = None
+        self.skipped: list[dict] = []
+
+    def of(self, name: str, measure: Callable[[float], Measured]) -> Measured:
+        if self.current is None or self.current[0] != name:
+            # What earlier cases left unused goes to the later ones.
+            left = self.settings.seconds - (time.perf_counter() - self.begin)
+            self.current = name, measure(max(0.0, left) / max(1, self.total - self.done))
+            self.done += 1
+        return self.current[1]
+
+
+def parametrize(metafunc, cases: list[tuple[str, object]], peers: list[str], passes: Callable[[object], tuple]) -> None:
+    """A test for every case, peer and pass, those of a case side by side."""
+    metafunc.config.apt.total += len(cases)
+    found = [(stage, case, peer, which) for stage, case in cases for peer in peers for which in passes(case)]
+    identities = [f"{case.name}|{peer}|{which}" for _, case, peer, which in found]
+    metafunc.parametrize(("stage", "case", "peer", "which"), found, ids=identities)

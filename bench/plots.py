@@ -1,0 +1,109 @@
+"""Results as pictures: time and memory against length, the share of the floor's rate, ours against each peer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from .tables import ORDER, Results, Row, main_rows
+
+_NAMES = ("ours", "naive", "concat_flash", "flex", "no prefix")
+_COLOURS = dict(zip((*_NAMES, *ORDER), ("C0", "C1", "C2", "C4", "C7", "C1", "C2", "C4", "C3", "C5", "C6")))
+
+
+def _times(row: Row) -> dict[str, float]:
+    found = {"ours": row.ours.median, **({"no prefix": row.floor.median} if row.floor else {})}
+    return found | {name: row.peers[name].median for name in _NAMES if name in row.peers}
+
+
+def _memory(row: Row) -> dict[str, float]:
+    peers = {
+        "ours": row.ours,
+        "no prefix": row.floor,
+        **{n: row.peers[n] for n in _NAMES if n in row.peers and n != "ours"},
+    }
+    return {name: entry.info["peak_bytes"] for name, entry in peers.items() if entry and entry.info.get("peak_bytes")}
+
+
+def series(results: Results) -> dict:
+    """All that is drawn, as plain numbers: what a picture's fingerprint is of."""
+    rows = main_rows(results)
+    lengths: dict[str, dict[str, list]] = {"time": {}, "memory": {}}
+    for row in rows:
+        if row.stage not in ("encoder", "causal"):
+            continue
+        tokens = row.shape["tokens"] * row.shape["batch"] * row.shape["heads"]
+        for kind, values in (("time", _times(row)), ("memory", _memory(row))):
+            for name, value in values.items():
+                points = lengths[kind].setdefault(f"{row.stage}: {name}", [])
+                points.append((row.shape["tokens"], value / tokens))
+    ratios = {peer: [(row.case, r) for row in rows if (r := row.against(peer)) is not None] for peer in ORDER}
+    floor = [(row.case, row.of_floor) for row in rows if row.of_floor is not None]
+    return {
+        **{kind: {name: sorted(points) for name, points in found.items()} for kind, found in lengths.items()},
+        "floor": floor,
+        "ratios": {peer: found for peer, found in ratios.items() if found},
+    }
+
+
+def fingerprint(drawn: dict) -> str:
+    """Of the numbers, to four digits; it stands in the picture's metadata."""
+    rounded = json.loads(json.dumps(drawn), parse_float=lambda text: f"{float(text):.4g}")
+    return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(path: Path) -> str:
+    """What `draw` wrote into a picture."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.text["Description"]
+
+
+def draw(results: Results, path: Path, title: str) -> None:
+    """The four panels as one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = series(results)
+    cases = [case for case, _ in drawn["floor"]] + [c for found in drawn["ratios"].values() for c, _ in found]
+    cases = list(dict.fromkeys(cases))
+    figure = Figure(figsize=(13, 5 + 0.17 * len(cases)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, 2, height_ratios=[4, 1 + 0.17 * len(cases)])
+    _against_length(figure.add_subplot(grid[0, 0]), drawn["time"], 1e9, "ns per token and head, forward + backward")
+    _against_length(figure.add_subplot(grid[0, 1]), drawn["memory"], 1, "peak bytes per token and head")
+    _dots(figure.add_subplot(grid[1, 0]), cases, drawn["ratios"], "time of a peer / ours (right of 1: ours is faster)")
+    floor = {"of the floor's rate": drawn["floor"]}
+    _dots(
+        figure.add_subplot(grid[1, 1]), cases, floor, "arithmetic per second / that of attention without prefix", False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Software": None, "Description": fingerprint(drawn)}
+    figure.savefig(path, dpi=80, metadata=metadata)
+
+
+def _against_length(axes, found: dict[str, list], scale: float, label: str) -> None:
+    for name, points in found.items():
+        kind, _, peer = name.partition(": ")
+        style = {"marker": "o" if kind == "encoder" else "^", "linestyle": "none", "alpha": 0.7}
+        colour = _COLOURS.get(peer, "C9")
+        axes.plot([t for t, _ in points], [v * scale for _, v in points], label=name, color=colour, **style)
+    if found:
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        axes.legend(fontsize=7, ncols=2)
+
+
+def _dots(axes, cases: list[str], found: dict[str, list], label: str, names: bool = True) -> None:
+    places = {case: i for i, case in enumerate(reversed(cases))}
+    for name, points in found.items():
+        colour = _COLOURS.get(name, "C0")
+        axes.plot([v for _, v in points], [places[c] for c, _ in points], "o", label=name, color=colour, markersize=4)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(yticks=list(places.values()), xlabel=label, ylim=(-1, len(cases)))
+    axes.set_yticklabels(list(places) if names else [], fontsize=6)
+    axes.grid(axis="y", linewidth=0.3)
+    if names and found:
+        axes.legend(fontsize=7)

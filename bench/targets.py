@@ -1,0 +1,113 @@
+"""What the kernels are to reach, each target next to its measured figure, or ``not measured``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .tables import Results, Row, markdown
+
+NOT_MEASURED = "not measured"
+H200, CPU = "H200", "CPU"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``figure`` of the worst row among those that ``rows`` picks has to be ``limit`` or better."""
+
+    text: str
+    machine: str
+    rows: Callable[[Row], bool]
+    figure: Callable[[Row], float | None]
+    limit: float
+    at_most: bool
+
+    def worst(self, results: list[Results]) -> tuple[float, str, int] | None:
+        """The worst figure, its case, and how many cases there are."""
+        found = []
+        for result in results:
+            here = H200 in result.machine["device"] if self.machine == H200 else not result.cuda
+            for row in result.rows if here else []:
+                value = self.figure(row) if row.ours is not None and self.rows(row) else None
+                if value is not None:
+                    found.append((value, row.case))
+        if not found:
+            return None
+        return (*(max if self.at_most else min)(found), len(found))
+
+
+def _beyond_share(row: Row) -> float | None:
+    return None if row.by_floor is None or row.share is None else row.by_floor - row.share
+
+
+def _against(*peers: str) -> Callable[[Row], float | None]:
+    def figure(row: Row) -> float | None:
+        return min((ratio for ratio in map(row.against, peers) if ratio is not None), default=None)
+
+    return figure
+
+
+def _long(row: Row) -> bool:
+    return row.stage in ("causal", "query") and row.which == "both" and row.shape["tokens"] >= 2048
+
+
+def _peft(row: Row) -> bool:
+    shape = row.shape
+    return row.stage == "training" and (shape["size"], shape["tokens"], shape["length"]) == ("llama-1b", 2048, 64)
+
+
+def _is(stage: str, which: str) -> Callable[[Row], bool]:
+    return lambda row: (row.stage, row.which) == (stage, which)
+
+
+def _memory(peer: str) -> Callable[[Row], float | None]:
+    return lambda row: row.memory_against(peer)
+
+
+def _many_columns(row: Row) -> bool:
+    return row.stage == "long" and row.which == "both" and row.shape["length"] == 4096
+
+
+def _any_both(row: Row) -> bool:
+    return row.which == "both"
+
+
+def _causal_1k(row: Row) -> bool:
+    return row.stage == "causal" and row.which == "both" and row.shape["tokens"] >= 1024
+
+
+_STOCK = _against("concat_flash", "flex")
+_ON_H200 = (
+    ("causal, gates none, static, row: time / no prefix - share", _is("causal", "both"), _beyond_share, 1.05, True),
+    ("causal, per-query gates: time / no prefix - share", _is("query", "both"), _beyond_share, 1.10, True),
+    ("encoder, padded: time / no prefix - share", _is("encoder", "both"), _beyond_share, 1.10, True),
+    ("causal, T >= 2k: naive / ours", _long, _against("naive"), 2.0, False),
+    ("causal, T >= 2k: memory / naive", _long, _memory("naive"), 0.7, True),
+    ("all shapes: concat_flash, flex / ours", _any_both, _STOCK, 1.0, False),
+    ("encoder: concat_flash, flex / ours", _is("encoder", "both"), _STOCK, 1.15, False),
+    ("M = 4096, batch 32: concat_flash / ours", _many_columns, _against("concat_flash"), 1.3, False),
+    ("training step, Llama 1B, T = 2048, M = 64: peft / ours", _peft, _against("peft"), 1.5, False),
+    ("the same: memory / peft", _peft, _memory("peft"), 0.7, True),
+    ("decoding op, CUDA graph: time / no prefix", _is("decode", "graph"), lambda row: row.by_floor, 1.05, True),
+    ("decoding model: tokens a second / unpatched", _is("generation", "graph"), _against("no_prefix"), 0.98, False),
+)
+TARGETS = (
+    *(Target(text, H200, *rest) for text, *rest in _ON_H200),
+    Target("two cores, float32, all shapes: naive / ours", CPU, _any_both, _against("naive"), 0.95, False),
+    Target("two cores, float32, causal, T >= 1024: naive / ours", CPU, _causal_1k, _against("naive"), 1.15, False),
+)
+
+
+def table(results: list[Results]) -> str:
+    """Every target with its worst measured figure."""
+    lines = []
+    for target in TARGETS:
+        worst, sign = target.worst(results), "at most" if target.at_most else "at least"
+        cells = [target.machine, target.text, f"{sign} {target.limit:.2f}"]
+        if worst is None:
+            lines.append([*cells, NOT_MEASURED, "", ""])
+            continue
+        value, case, count = worst
+        met = value <= target.limit if target.at_most else value >= target.limit
+        lines.append([*cells, f"{value:.2f}", "met" if met else "missed", f"{case} (worst of {count})"])
+    return markdown(["machine", "row", "target", "measured", "", "case"], lines)
