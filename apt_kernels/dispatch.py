@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 
 from .errors import ImplementationError
-from .impl import cpu, reference, triton
+from .impl import cpu, cuda, reference, triton
 from .impl.inputs import Inputs
 
 VARIABLE = "APT_KERNELS_IMPLEMENTATION"
 
 # Each module has ``available, unsupported, strategy, forward, backward``, and importing it needs torch alone.
 # The automatic choice takes the first that serves.
-_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton, "reference": reference}
+_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 
 
 class Choice(NamedTuple):
@@ -67,6 +67,11 @@ def choose(x: Inputs, implementation: str = "auto") -> Choice:
     raise ImplementationError("no implementation can serve this call: " + "; ".join(passed))
 
 
+def _usable(name: str) -> str:
+    details = getattr(load(name), "details", None)
+    return f"usable ({details()})" if details else "usable"
+
+
 def info() -> dict:
     """Versions, devices, and for each implementation ``"usable"`` or why it is not. Initialises no device."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -79,5 +84,5 @@ def info() -> dict:
         "versions": versions,
         "threads": torch.get_num_threads(),
         "asked": os.environ.get(VARIABLE) or "auto",
-        "implementations": {name: load(name).available() or "usable" for name in _IMPLEMENTATIONS},
+        "implementations": {name: load(name).available() or _usable(name) for name in _IMPLEMENTATIONS},
     }

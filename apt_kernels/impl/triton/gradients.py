@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+from ..sinks import sinks_gradient
 from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
 from .bias import bias_gradient
 from .prefix import gate_gradient, prefix_gradient
@@ -241,11 +242,6 @@ def _key_value_gradient(
     return dk, dv
 
 
-def _sinks_gradient(x: Inputs, logsumexp: Tensor, delta: Tensor) -> Tensor:
-    probability = torch.exp(x.sinks.to(logsumexp.dtype)[:, None] - logsumexp)
-    return -(probability * delta).sum((0, 2))
-
-
 def backward(
     x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
@@ -268,7 +264,7 @@ def backward(
     if gate_needed:
         grads["gate"], grads["layer_scale"] = gate_gradient(*rest, d_weights)
     if need["sinks"]:
-        grads["sinks"] = _sinks_gradient(x, logsumexp, delta)
+        grads["sinks"] = sinks_gradient(x, logsumexp, delta)
     if need["bias"]:
         grads["bias"] = bias_gradient(*rest)
     return [grads[name] if need[name] else None for name in DIFFERENTIABLE]

@@ -1,0 +1,59 @@
+"""The built library: where it lies, whether it loads, and what it was built for."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+PATH = Path(__file__).parent / "libapt_kernels_cuda.so"
+
+# The operators of a build for the host, where `use_host` loaded one: the tests run the same kernels there.
+host = None
+
+
+@functools.cache
+def _load() -> tuple[object | None, str | None]:
+    """The operators, or why there are none."""
+    if not PATH.exists():
+        return None, "its library is not built: install where there is a CUDA compiler (nvcc), see README.md"
+    try:
+        torch.ops.load_library(PATH)
+    except OSError as error:
+        return None, f"its library does not load: {error}"
+    return torch.ops.apt_kernels_cuda, None
+
+
+def device():
+    """The operators for CUDA devices; None: `obstacle` says why."""
+    return _load()[0]
+
+
+def obstacle() -> str | None:
+    """Why there is no library; None: there is."""
+    return _load()[1]
+
+
+def use_host(path: Path) -> None:
+    """Load a build of the same kernels for the host: from then on they serve CPU tensors, when asked for by name."""
+    global host
+    torch.ops.load_library(path)
+    host = torch.ops.apt_kernels_cuda_host
+
+
+def architectures() -> list[str]:
+    """What the library was built for: ``"7.5"``: that chip; ``"9.0+PTX"``: others too, compiled by the driver."""
+    operators = device() or host
+    return operators.architectures().split()
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether a device can run it: code for its own major version and no later minor one, or PTX for an older chip."""
+    for built in architectures():
+        major, minor = map(int, built.removesuffix("+PTX").split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if built.endswith("+PTX") and (major, minor) <= capability:
+            return True
+    return False

@@ -1,0 +1,143 @@
+// What the kernels ask of the machine, on the host: the threads of a block run as fibers (as threads of the system with
+// APT_THREADS), shared memory is poisoned before every block, and the matrix instructions do what the PTX manual says.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "block.h"
+
+#define APT_DEVICE inline
+#define APT_KERNEL(threads) void
+#define APT_PROBLEM const Problem
+#define APT_SHARED(name) char* const name = host::shared_memory()
+#define APT_UNROLL
+#define APT_UNROLL_BY_TWO
+
+namespace apt {
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+using std::fmax;
+inline int thread_index() { return host::thread(); }
+inline int block_index() { return host::block(); }
+inline void sync_block() { host::meet_block(); }
+inline void sync_warp() { host::meet_warp(); }
+
+// Every lane of a warp hands over `mine` and sees what the others handed over.
+template <class Value>
+const Value* exchange(const Value& mine) {
+    static_assert(sizeof(Value) <= host::kExchangeBytes);
+    char* slots = host::next_exchange();
+    std::memcpy(slots + host::thread() % 32 * sizeof(Value), &mine, sizeof(Value));
+    host::meet_warp();
+    return reinterpret_cast<const Value*>(slots);
+}
+
+inline float shuffle_xor(float x, int mask) { return exchange(x)[(host::thread() % 32) ^ mask]; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(half_t x) { return c10::detail::fp16_ieee_to_fp32_value(x.bits); }
+inline float to_float(bfloat_t x) { return c10::detail::f32_from_bits(x.bits); }
+
+template <class T>
+T from_float(float x) {
+    if constexpr (std::is_same_v<T, half_t>) {
+        return {c10::detail::fp16_ieee_from_fp32_value(x)};
+    } else if constexpr (std::is_same_v<T, bfloat_t>) {
+        return {c10::detail::round_to_nearest_even(x)};
+    } else {
+        return x;
+    }
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+    return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+template <class T>
+float unpack(uint32_t pair, int i) {
+    return to_float(T{static_cast<uint16_t>(pair >> (16 * i))});
+}
+inline float2 load_float2(const float* p) { return *reinterpret_cast<const float2*>(p); }
+inline float4 load_float4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+
+template <class T>
+constexpr bool kRuns = true;
+
+// ldmatrix.x4, see device.cuh.
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+    const uint16_t* const* rows = reinterpret_cast<const uint16_t* const*>(exchange(row));
+    const int lane = host::thread() % 32;
+    for (int i = 0; i < 4; ++i) {
+        const uint16_t* p = rows[8 * i + lane / 4] + lane % 4 * 2;
+        r[i] = p[0] | uint32_t(p[1]) << 16;
+    }
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    const uint16_t* const* rows = reinterpret_cast<const uint16_t* const*>(exchange(row));
+    const int lane = host::thread() % 32;
+    for (int i = 0; i < 4; ++i) {
+        const uint16_t *const *p = rows + 8 * i + lane % 4 * 2;
+        r[i] = p[0][lane / 4] | uint32_t(p[1][lane / 4]) << 16;
+    }
+}
+
+// mma.m16n8kK with K = 8 * REGISTERS: lane i holds rows i / 4 and i / 4 + 8 of a, column i / 4 of b, and of the inner
+// dimension elements 2 * (i % 4) and the next, of each group of eight.
+template <class T, int GROUPS>
+void multiply_groups(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    struct Operands {
+        float a[GROUPS][2][2], b[GROUPS][2];
+    } mine;
+    for (int g = 0; g < GROUPS; ++g) {
+        for (int e = 0; e < 2; ++e) {
+            mine.a[g][0][e] = unpack<T>(a[2 * g], e);
+            mine.a[g][1][e] = unpack<T>(a[2 * g + 1], e);
+            mine.b[g][e] = unpack<T>(b[g], e);
+        }
+    }
+    const Operands* all = exchange(mine);
+    const int row = host::thread() % 32 / 4, column = host::thread() % 4 * 2;
+    for (int e = 0; e < 4; ++e) {
+        for (int k = 0; k < 8 * GROUPS; ++k) {
+            const Operands& left = all[4 * row + k % 8 / 2];
+            const Operands& right = all[4 * (column + e % 2) + k % 8 / 2];
+            c[e] += left.a[k / 8][e / 2][k % 2] * right.b[k / 8][k % 2];
+        }
+    }
+}
+
+template <class T>
+void multiply_k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t b[2] = {b0, b1};
+    if (std::is_same_v<T, half_t> && APT_HALF_STEP == 8) {
+        multiply_groups<T, 1>(c, a, b);
+        multiply_groups<T, 1>(c, a + 2, b + 1);
+    } else {
+        multiply_groups<T, 2>(c, a, b);
+    }
+}
+
+inline void copy_vector(void* shared, const void* global) { std::memcpy(shared, global, 16); }
+inline void commit_copies() {}
+template <int pending>
+void wait_for_copies() {}
+
+template <class Function>
+void launch(Function* kernel, int64_t blocks, int threads, int shared, const Problem& problem, void*) {
+    host::run_blocks(static_cast<int>(blocks), threads, shared, [&] { kernel(problem); });
+}
+
+}  // namespace apt

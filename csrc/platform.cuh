@@ -1,0 +1,10 @@
+// The machine that is compiled for.
+#pragma once
+
+#include "problem.h"
+
+#ifdef __CUDACC__
+#include "device.cuh"
+#else
+#include "host/shim.h"
+#endif

@@ -1,0 +1,44 @@
+"""The kernels of csrc/ built for the host, so that they run where there is no CUDA device."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import build  # noqa: E402
+
+PLAIN = ("-O1",)
+
+
+def library(options: tuple[str, ...] = PLAIN, threads: bool = False) -> Path:
+    """The host build with these options, built where its sources changed; tests side by side wait for one another."""
+    digest = hashlib.sha256(repr((options, threads, str(build.find_torch()))).encode())
+    for source in sorted(path for path in build.CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py")):
+        digest.update(source.read_bytes())
+    folder = ROOT / "build" / "host"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"libapt_kernels_cuda_host_{digest.hexdigest()[:16]}.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            build.build_host(out, options, threads)
+    return out
+
+
+def use() -> None:
+    """Let the host build serve CPU tensors in this process; skips the test where there is no C++ compiler."""
+    from apt_kernels.impl.cuda import library as loaded
+
+    if loaded.host is None:
+        try:
+            build._cxx()
+        except build.BuildError as error:
+            pytest.skip(str(error))
+        loaded.use_host(library())
