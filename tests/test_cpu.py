@@ -24,6 +24,17 @@ def test_every_case(name, dtype, logsumexp_gradient):
     accuracy.check(x, "cpu", logsumexp_gradient=logsumexp_gradient, generator=GENERATOR().manual_seed(0))
 
 
+@pytest.mark.parametrize("name", ["plain", "causal", "gate_query", "causal_gate_query", "bias", "window"])
+def test_rows_that_are_not_contiguous(name):
+    x = CASES[name].inputs()
+    columns = {
+        part: getattr(x, part).mT.contiguous().mT
+        for part in ("query", "key", "value", "prefix_key", "prefix_value", "bias")
+        if getattr(x, part) is not None
+    }
+    accuracy.check(replace(x, **columns), "cpu", generator=GENERATOR().manual_seed(0))
+
+
 @settings(max_examples=max(150, settings.default.max_examples))
 @given(cases())
 def test_any_inputs(case):

@@ -361,14 +361,32 @@ def test_mean_is_refused_on_cross_attention():
 
 
 def test_models_that_cannot_be_patched_are_refused_by_name_and_unchanged():
-    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=50, max_seq_len=16)
-    model = transformers.MptForCausalLM(config)
+    model = transformers.FNetForMaskedLM(transformers.FNetConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50))
     before = snapshot(model)
-    with pytest.raises(apt_kernels.PatchError, match="MptForCausalLM has no attention"):
+    with pytest.raises(apt_kernels.PatchError, match="FNetForMaskedLM has no attention"):
         apt_kernels.patch(model)
     assert_unchanged(model, before)
     with pytest.raises(apt_kernels.PatchError, match="Linear"):
         apt_kernels.patch(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("gate", ["first", "token", "static"])
+def test_attention_that_is_written_out_keeps_its_class_and_travels(gate, tmp_path):
+    config = transformers.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=99, n_positions=32)
+    model = transformers.GPTJForCausalLM(config).eval()
+    given, before = models.inputs("gpt2"), snapshot(model)
+    expected = model(**given).logits
+    apt_kernels.patch(model, prefix_length=3, gate=gate)
+    randomise(model)
+    assert {type(m).__name__ for m in model.modules()} >= {"GPTJAttention"}
+    found = model(**given).logits
+    assert not torch.allclose(found, expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**given).logits, found)
+        assert torch.equal(apt_kernels.unpatch(twin)(**given).logits, expected)
+    apt_kernels.unpatch(model)
+    assert_unchanged(model, before)
+    assert all(isinstance(type(m), type) and "apt" not in type(m).__module__ for m in model.modules())
 
 
 def test_a_failing_recording_pass_says_what_to_give():

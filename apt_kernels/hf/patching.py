@@ -15,7 +15,7 @@ from .. import dispatch
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
-from . import route
+from . import inline, route
 from .record import Site, record
 
 
@@ -58,10 +58,10 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     if config.implementation != "auto":
         dispatch.load(config.implementation)
-    sites = _sites(model, example_inputs)
+    sites, described = _sites(model, example_inputs)
     lengths = [config.length_of(i, len(sites)) for i in range(len(sites))]
     built = _build(config, sites, lengths)
-    _commit(model, config, built)
+    _commit(model, config, built, route.NAME if described else "eager")
     return model
 
 
@@ -72,14 +72,13 @@ def _config(config: AptConfig | None, settings: dict) -> AptConfig:
     return AptConfig(**settings) if config is None else replace(config, **settings)
 
 
-def _sites(model, example_inputs: dict | None) -> list[Site]:
+def _sites(model, example_inputs: dict | None) -> tuple[list[Site], bool]:
     before = [config._attn_implementation for config in _configs(model)]
     try:
-        sites = record(model, lambda name: _set_implementation(model, name), example_inputs)
+        return record(model, lambda name: _set_implementation(model, name), example_inputs)
     finally:
         for config, name in zip(_configs(model), before):
             config._attn_implementation_internal = name
-    return sites
 
 
 def _set_implementation(model, name: str) -> None:
@@ -109,7 +108,7 @@ def _build(config: AptConfig, sites: list[Site], lengths: list[int]) -> list[tup
                 site.kv_heads,
                 site.head_dim,
                 site.value_head_dim,
-                site.hidden_size,
+                site.hidden_size or 0,
                 gate,
                 config.layer_scale,
                 config.init_std,
@@ -122,6 +121,12 @@ def _build(config: AptConfig, sites: list[Site], lengths: list[int]) -> list[tup
 
 
 def _gate(gate: str, site: Site) -> str:
+    if gate == "auto" and site.hidden_size is None:
+        return "static"
+    if gate in ("first", "mean", "token") and site.hidden_size is None:
+        raise ConfigError(
+            f"gate is {gate!r}, but {site.name} is not handed one hidden state for every query; use 'static' or 'none'"
+        )
     if gate == "auto":
         return "token" if site.causal or site.cross else "first"
     if gate == "mean" and (site.causal or site.cross):
@@ -132,7 +137,7 @@ def _gate(gate: str, site: Site) -> str:
     return gate
 
 
-def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | None]]) -> None:
+def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | None]], implementation: str) -> None:
     modules = dict(model.named_modules())
     state = State(config, [own._attn_implementation for own in _configs(model)])
     state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -148,8 +153,10 @@ def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | N
         module.apt = prefix.train(module.training)
         module.register_forward_pre_hook(route.before, with_kwargs=True)
         module.register_forward_hook(route.after)
+        if site.inline is not None:
+            inline.defer(module, site.inline)
         state.sites.append(site.name)
-    _set_implementation(model, route.NAME)
+    _set_implementation(model, implementation)
     _let_reentrant_checkpoints_train(model)
     model._apt_state = state
 
@@ -220,6 +227,7 @@ def unpatch(model):
         if isinstance(module._modules.get("apt"), AdaptivePrefix):
             del module.apt
         module.__dict__.pop("apt_before", None)
+        inline.restore(module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
     for config, name in zip(_configs(model), state.implementations):

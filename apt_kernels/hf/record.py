@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,11 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from ..errors import PatchError
+from . import inline
+from .deferred import Deferring
 from .masks import AttentionMask, describe, trust_tracing_only_where_it_agrees
 
 RECORDER = "apt_kernels_record"
 # Different lengths on the two sides tell cross-attention from self-attention.
-_QUERIES, _ENCODER_TOKENS = 3, 4
+_QUERIES, _ENCODER_TOKENS, _BATCH = 7, 8, 2
 
 
 @dataclass(frozen=True)
@@ -29,37 +30,56 @@ class Site:
     kv_heads: int
     head_dim: int
     value_head_dim: int
-    hidden_size: int
+    hidden_size: int | None  # of the hidden states that a gate can read; None: the module is handed none
     cross: bool
     causal: bool
     device: torch.device
+    inline: inline.Inline | None = None  # None: it attends through transformers' attention interface
 
     @property
     def kind(self) -> str:
         return "cross-attention" if self.cross else "causal self-attention" if self.causal else "self-attention"
 
 
-_INLINE = (
-    "{} has no attention that goes through transformers' attention interface (it attends inline, or not at all); "
-    "it cannot be patched"
-)
+_PREFIX_SHAPE = ("kv_heads", "head_dim", "value_head_dim")
 
 
 class _Recorder:
     """Takes the place of the attention function for one pass."""
 
-    def __init__(self):
+    def __init__(self, model):
         self.calls: dict[nn.Module, dict] = {}
         self.inputs: dict[nn.Module, Tensor] = {}
+        self.running: list[nn.Module] = []
+        self.results: list[tuple[nn.Module, Tensor]] = []
+        self.factors = inline.KeyFactors(lambda: tuple(self.running))
+        self.handles = []
+        for module in model.modules():
+            self.handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self.leave, always_call=True))
 
-    def note_input(self, module, args, kwargs):
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for module, result in self.results:
+            if result._version:
+                self.calls[module]["inline"] = self.calls[module]["inline"]._replace(changed=True)
+
+    def enter(self, module, args, kwargs):
+        self.running.append(module)
         tensor = kwargs.get("hidden_states", args[0] if args else None)
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             self.inputs[module] = tensor
 
+    def leave(self, module, args, output):
+        if self.running and self.running[-1] is module:
+            self.running.pop()
+
     def attend(self, module, query, key, value, attention_mask, is_causal=None, **kwargs):
         batch, heads, queries, head_dim = query.shape
         if isinstance(attention_mask, AttentionMask):
+            if attention_mask.shape[3] != key.shape[2] and not attention_mask.hides_nothing:
+                raise PatchError(f"a mask for {attention_mask.shape[3]} keys meets {key.shape[2]}")
             causal = attention_mask.mask.causal
             if attention_mask.mask.dense is not None:
                 causal = _hides_the_future(attention_mask.mask.dense)
@@ -67,16 +87,75 @@ class _Recorder:
             causal = _hides_the_future(attention_mask == 0 if attention_mask.is_floating_point() else attention_mask)
         else:
             causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-        self.calls[module] = {
+        found = {
             "heads": heads,
             "kv_heads": key.shape[1],
             "head_dim": head_dim,
             "value_head_dim": value.shape[3],
+            "hidden_size": self.hidden_size(module, batch, queries),
             "cross": queries != key.shape[2],
             "causal": causal,
             "device": query.device,
         }
+        self.note(module, found)
         return query.new_zeros(batch, queries, heads, value.shape[3]), None
+
+    def attend_inline(self, probabilities, value):
+        """The same of an attention that was computed inline: it belongs to the innermost module around it."""
+        scores = probabilities.scores
+        factor, there = scores.note
+        module = [a for a, b in zip(there, self.running) if a is b][-1]
+        hidden_states, queries = self.inputs.get(module), scores.query.shape[-2]
+        time_major = (
+            hidden_states is not None
+            and hidden_states.ndim == 3
+            and hidden_states.shape[0] == queries != hidden_states.shape[1]
+        )
+        batch = inline.rows_of(scores, hidden_states, time_major)
+        laid = inline.lay_out(probabilities, value, batch)
+        seen = laid.seen()
+        if any(bool((part.to(torch.bool) & seen).any()) for part in inline.zeroed(probabilities, batch)):
+            raise PatchError("its attention probabilities are set to zero where the scores were not hidden")
+        found = {
+            "heads": laid.query.shape[1],
+            "kv_heads": laid.key.shape[1],
+            "head_dim": laid.query.shape[3],
+            "value_head_dim": laid.value.shape[3],
+            "hidden_size": self.hidden_size(module, batch, queries, time_major),
+            "cross": queries != laid.key.shape[2],
+            "causal": queries > 1 and _hides_the_future(seen),
+            "device": laid.query.device,
+            "inline": inline.Inline(time_major, factor, from_end=laid.counts_from_end()),
+        }
+        self.note(module, found)
+        self.results.append((module, laid.query.new_zeros(*probabilities.lead, queries, laid.value.shape[3])))
+        return self.results[-1][1]
+
+    def note(self, module, found: dict) -> None:
+        """A module may attend more than once in a forward, with one prefix."""
+        before = self.calls.setdefault(module, found)
+        if any(before[name] != found[name] for name in _PREFIX_SHAPE):
+            raise PatchError("it attends more than once in one module, with keys and values of different shapes")
+        before["causal"] &= found["causal"]
+        before["cross"] |= found["cross"]
+        if before["hidden_size"] != found["hidden_size"]:
+            before["hidden_size"] = None
+
+    def drop_where_unlike(self, other: _Recorder) -> None:
+        """Forget what attends over something else than tokens: its heads or their size follow the input's length."""
+        for module, call in list(self.calls.items()):
+            again = other.calls.get(module)
+            if "inline" in call and (again is None or any(again[name] != call[name] for name in _PREFIX_SHAPE)):
+                del self.calls[module]
+
+    def hidden_size(self, module, batch: int, queries: int, time_major: bool = False) -> int | None:
+        """Width of the module's input, if it has one row for every query."""
+        hidden_states = self.inputs.get(module)
+        if hidden_states is None or hidden_states.ndim not in (2, 3):
+            return None
+        rows = tuple(hidden_states.shape[:-1])
+        fits = rows == ((queries, batch) if time_major else (batch, queries)) or rows == (batch * queries,)
+        return hidden_states.shape[-1] if fits else None
 
 
 def _hides_the_future(seen: Tensor) -> bool:
@@ -99,49 +178,62 @@ AttentionInterface.register(RECORDER, _attend)
 AttentionMaskInterface.register(RECORDER, _describe)
 
 
-def record(model, set_implementation, example_inputs: dict | None = None) -> list[Site]:
-    """Every attention module of ``model`` in module order. The model is left as it was.
+def record(model, set_implementation, example_inputs: dict | None = None) -> tuple[list[Site], bool]:
+    """Every attention module of ``model`` in module order, and whether the model takes masks as descriptions; if not,
+    it needs those of eager attention. The model is left as it was.
 
     ``set_implementation(name)`` switches the model's attention; ``example_inputs`` are keyword arguments of the
     model's forward, for models that do not take token ids alone.
     """
-    recorder = _Recorder()
-    handles = [
-        module.register_forward_pre_hook(recorder.note_input, with_kwargs=True)
-        for module in model.modules()
-        if not isinstance(module, nn.ModuleList)
-    ]
+    body, inputs = (model, example_inputs) if example_inputs else (_body(model), _token_inputs(model))
+    longer = None if example_inputs else _token_inputs(model, 1)
+    with _evaluating(model), torch.no_grad():
+        described = True
+        again = None
+        recorder, failure = _pass(model, body, inputs, lambda: set_implementation(RECORDER))
+        if failure is not None or not recorder.calls:
+            # Models that compute attention inline may need the masks of eager attention.
+            second, again = _pass(model, body, inputs, lambda: set_implementation("eager"))
+            if again is None:
+                recorder, failure, described = second, None, False
+        if failure is None and longer is not None and any("inline" in call for call in recorder.calls.values()):
+            other, _ = _pass(model, body, longer, lambda: set_implementation(RECORDER if described else "eager"))
+            recorder.drop_where_unlike(other)
+    name = type(model).__name__
+    if failure is not None:
+        raise PatchError(
+            f"{name}: the recording pass failed ({_said(failure)}{_said(again, '; with eager masks: ')}). "
+            "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
+        ) from failure
+    if again is not None:
+        raise PatchError(f"{name} attends inline in a way that cannot be followed: {_said(again)}") from again
+    if not recorder.calls:
+        raise PatchError(
+            f"{name} has no attention that can be patched: neither through transformers' attention interface nor as a "
+            "softmax over a product of queries and keys, weighing values"
+        )
+    calls = recorder.calls
+    return [Site(name=name, **calls[module]) for name, module in model.named_modules() if module in calls], described
+
+
+def _said(error: Exception | None, before: str = "") -> str:
+    return "" if error is None else f"{before}{type(error).__name__}: {error}"
+
+
+def _pass(model, body, inputs: dict, prepare) -> tuple[_Recorder, Exception | None]:
+    """One recorded forward, and the error that ended it."""
+    recorder = _Recorder(model)
     _active.append(recorder)
     try:
-        with _evaluating(model), torch.no_grad():
-            set_implementation(RECORDER)
-            body, inputs = (model, example_inputs) if example_inputs else (_body(model), _token_inputs(model))
-            try:
-                body(**inputs)
-            except Exception as error:
-                if not recorder.calls and not _uses_the_interface(model):
-                    raise PatchError(_INLINE.format(type(model).__name__)) from error
-                raise PatchError(
-                    f"{type(model).__name__}: the recording pass failed ({type(error).__name__}: {error}). "
-                    "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
-                ) from error
+        prepare()
+        with Deferring(recorder.attend_inline, recorder.factors):
+            body(**inputs)
+    except Exception as error:
+        return recorder, error
     finally:
         _active.pop()
-        for handle in handles:
-            handle.remove()
-    if not recorder.calls:
-        raise PatchError(_INLINE.format(type(model).__name__))
-    return [
-        Site(name=name, hidden_size=recorder.inputs[module].shape[-1], **recorder.calls[module])
-        for name, module in model.named_modules()
-        if module in recorder.calls and module in recorder.inputs
-    ]
-
-
-def _uses_the_interface(model) -> bool:
-    """Whether the model's source looks up its attention function in transformers' attention interface."""
-    source = sys.modules[type(_body(model)).__module__]
-    return hasattr(source, "ALL_ATTENTION_FUNCTIONS")
+        recorder.close()
+    return recorder, None
 
 
 def _body(model):
@@ -149,14 +241,14 @@ def _body(model):
     return getattr(model, "base_model", model)
 
 
-def _token_inputs(model) -> dict:
+def _token_inputs(model, more: int = 0) -> dict:
     config = _body(model).config
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     token = 1 if pad == 0 else 0
     device = _device(model)
-    inputs = {"input_ids": torch.full((1, _ENCODER_TOKENS), token, device=device)}
+    inputs = {"input_ids": torch.full((_BATCH, _ENCODER_TOKENS + more), token, device=device)}
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.full((1, _QUERIES), token, device=device)
+        inputs["decoder_input_ids"] = torch.full((_BATCH, _QUERIES + more), token, device=device)
     if "attention_mask" in inspect.signature(_body(model).forward).parameters:
         # With a padding mask, transformers does not look for packed documents: meta tensors could not say.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

@@ -97,20 +97,41 @@ def attention_forward(
 
 
 def _gate(prefix, attention_mask, query: Tensor) -> Tensor | None:
+    real = segments = None
+    if isinstance(attention_mask, AttentionMask) and not prefix.cross:
+        real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments
+    elif isinstance(attention_mask, Tensor) and not prefix.cross and attention_mask.ndim == 4:
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
+        real = _real(seen, query)
+    return _logits(prefix, query, real, segments)
+
+
+def gate_of(prefix, seen: Tensor | None, query: Tensor, time_major: bool) -> Tensor | None:
+    """The gate's logits of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
+    if seen is not None and prefix.pending.filled:
+        seen = seen[..., -query.shape[2] :]  # the queries stand behind what the cache held
+    return _logits(prefix, query, None if seen is None else _real(seen, query), None, time_major)
+
+
+def _real(seen: Tensor, query: Tensor) -> Tensor:
+    """``[B, T]``: tokens that no other query may see are padding (some models let padding see itself)."""
+    batch, queries = query.shape[0], query.shape[2]
+    seen = seen[..., :queries].any(dim=1)
+    own = torch.eye(queries, seen.shape[-1], dtype=torch.bool, device=seen.device)
+    by_others, at_all = (part.any(dim=1).expand(batch, -1) for part in (seen & ~own, seen))
+    return torch.where(by_others.any(dim=1, keepdim=True), by_others, at_all)
+
+
+def _logits(prefix, query: Tensor, real, segments, time_major: bool = False) -> Tensor | None:
     hidden_states, cache, filled = prefix.pending
     if prefix.gate in ("none", "static"):
         return prefix.logits(None)
     if filled and not gate_memory.waits(cache, prefix.name):
         return gate_memory.recall(cache, prefix.name)
     # A model spread over devices moves its inputs in a hook that may run after ours.
-    hidden_states = hidden_states.to(query.device).reshape(query.shape[0], query.shape[2], -1)
-    real = segments = None
-    if isinstance(attention_mask, AttentionMask) and not prefix.cross:
-        real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments
-    elif isinstance(attention_mask, Tensor) and not prefix.cross and attention_mask.ndim == 4:
-        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
-        real = seen.any(dim=2).any(dim=1)[:, : query.shape[2]].expand(query.shape[0], -1)
-    gate = prefix.logits(hidden_states, real, segments)
+    hidden_states = hidden_states.to(query.device)
+    hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
+    gate = prefix.logits(hidden_states.reshape(query.shape[0], query.shape[2], -1), real, segments)
     if cache is None:
         return gate
     begun = None if real is None else real.any(dim=1)

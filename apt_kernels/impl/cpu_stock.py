@@ -1,8 +1,9 @@
 """The stock CPU flash kernel on the tokens, and what it can and cannot do.
 
-It takes float32, float64, bfloat16 and float16, any strides, grouped heads, an additive mask that broadcasts, and
-causality from the top left. Its backward uses the output and the log-sum-exp that it is handed, so those of the whole
-softmax give the exact gradients of a part of its columns. It refuses dropout and values of another size.
+It takes float32, float64, bfloat16 and float16, rows that lie anywhere but are contiguous, grouped heads, an additive
+mask that broadcasts, and causality from the top left. Its backward uses the output and the log-sum-exp that it is
+handed, so those of the whole softmax give the exact gradients of a part of its columns. It refuses dropout and values
+of another size.
 """
 
 from __future__ import annotations
@@ -70,13 +71,14 @@ class Call(NamedTuple):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, in layouts of the kernel's choice."""
-        return _flash(self.query, self.key, self.value, 0.0, self.causal, attn_mask=self.mask, scale=self.scale)
+        given = (_rows(self.query), _rows(self.key), _rows(self.value))
+        return _flash(*given, 0.0, self.causal, attn_mask=_rows(self.mask), scale=self.scale)
 
     def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
-        given = (grad_out[:, :, self.rows], self.query, self.key, self.value)
-        given += (out[:, :, self.rows], logsumexp[:, :, self.rows], 0.0, self.causal)
-        return _flash_backward(*given, attn_mask=self.mask, scale=self.scale)
+        given = (grad_out[:, :, self.rows], self.query, self.key, self.value, out[:, :, self.rows])
+        given = (*map(_rows, given), logsumexp[:, :, self.rows], 0.0, self.causal)
+        return _flash_backward(*given, attn_mask=_rows(self.mask), scale=self.scale)
 
     def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
         """Add these columns to an output and a log-sum-exp over others, in place."""
@@ -87,6 +89,12 @@ class Call(NamedTuple):
         weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
         out.mul_(weight).addcmul_(more, more_weight)
         logsumexp.copy_(total)
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The kernel takes the last stride for 1 without looking (0 in a mask as well) and would read other memory."""
+    strided = tensor is not None and tensor.stride(-1) > 1 and tensor.shape[-1] > 1
+    return tensor.contiguous() if strided else tensor
 
 
 def parts(x: Inputs, scratch: Scratch) -> list[Call]:

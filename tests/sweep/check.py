@@ -1,0 +1,272 @@
+"""One architecture: built tiny, patched, and compared with the oracle."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from contextlib import contextmanager
+
+import columns
+import torch
+import transformers
+from torch import Tensor
+
+import apt_kernels
+import apt_kernels.hf.patching
+
+from . import feeds, shrink
+from . import overrides as overrides_of
+
+# Everything runs in float64: what is left is the order of sums, and ill-conditioned tiny models.
+RTOL, ATOL = 1e-8, 1e-9
+PREFIX = 5
+
+
+class Failed(Exception):
+    """A check that did not hold: at which stage, and why."""
+
+    def __init__(self, stage: str, why: str):
+        super().__init__(why)
+        self.stage, self.why = stage, why
+
+
+def everything_in_float64() -> None:
+    """Make torch's float32 mean float64 in this process, so that models which compute in float32 are exact too."""
+    torch.set_default_dtype(torch.float64)
+    for name in ("float32", "float", "bfloat16", "float16", "half"):
+        setattr(torch, name, torch.float64)
+    Tensor.float = Tensor.double
+
+
+@contextmanager
+def stage(name: str):
+    """Turns any error inside into `Failed` at this stage."""
+    try:
+        yield
+    except Failed:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise Failed(name, f"{type(error).__name__}: {lines[0][:300]}") from error
+
+
+def check(model_type: str, kind: str, overrides: dict | None = None) -> dict:
+    """``{"green": bool, "stage": ..., "reason": ..., "checks": [...], ...}`` of one architecture."""
+    started = time.monotonic()
+    result = {"type": model_type, "kind": kind, "green": False, "checks": []}
+    try:
+        _check(model_type, kind, overrides or {}, result)
+        result["green"] = True
+    except Failed as failure:
+        result.update(stage=failure.stage, reason=failure.why)
+        cause = failure.__cause__
+        if cause is not None:
+            import traceback
+
+            result["traceback"] = "".join(traceback.format_exception(cause))[-3000:]
+    result["seconds"] = round(time.monotonic() - started, 2)
+    return result
+
+
+def build(model_type: str, kind: str, overrides: dict):
+    """A perturbed tiny model in evaluation mode."""
+    config = shrink.tiny(model_type, copy.deepcopy(overrides))
+    if kind == "causal" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+        config.is_decoder = True
+    config._experts_implementation = "eager"  # the grouped kernels have no float64
+    auto = getattr(transformers, feeds.KINDS[kind].auto)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in auto.from_config(copy.deepcopy(config)).parameters())
+    if size > 20e6:
+        raise Failed("build", f"the tiny config still has {size / 1e6:.0f} million parameters")
+    torch.manual_seed(0)
+    model = auto.from_config(config).double().eval()
+    shrink.perturb(model)
+    return model
+
+
+def _check(model_type: str, kind: str, overrides: dict, result: dict) -> None:
+    with stage("build"):
+        plain = build(model_type, kind, overrides)
+        result["class"] = type(plain).__name__
+        kind = feeds.style(plain, kind)
+    with stage("run unpatched"):
+        given = feeds.feeds(plain, kind)
+        with torch.no_grad():
+            unpatched = [_output(plain, feed) for feed in given]
+    with stage("patch"):
+        patched = apt_kernels.patch(
+            copy.deepcopy(plain), prefix_length=PREFIX, init_seed=0, trainable=".", **feeds.patch_options(plain, kind)
+        ).double()
+        _randomise(patched)
+        prefixes = apt_kernels.prefixes(patched)
+        result["sites"] = len(prefixes)
+    with stage("oracle"):
+        expecting, params, context = columns.build(plain, prefixes, from_end=model_type in overrides_of.FROM_END)
+    for parameter in expecting.parameters():
+        parameter.requires_grad_()
+    expected_loss = found_loss = 0.0
+    for index, feed in enumerate(given):
+        rows = feeds.rows(feed, kind)
+        with stage("oracle"):
+            feeds.tell_padding(expecting, feed, kind)
+            with context():
+                expected = _output(expecting, feed)
+        with stage("outputs"):
+            found = _output(patched, feed)
+            _same("outputs", found[rows], expected[rows])
+        moved = (expected - unpatched[index])[rows].abs().max().item()
+        if not moved > 1e-4:
+            raise Failed("influence", f"the prefix moves the output by {moved:.1g} only")
+        weight = torch.randn(found[rows].shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+        expected_loss = expected_loss + (expected[rows] * weight).sum()
+        found_loss = found_loss + (found[rows] * weight).sum()
+    result["checks"] += ["outputs", "influence"]
+    with stage("gradients"):
+        expected_loss.backward()
+        found_loss.backward()
+        _gradients(patched, expecting, params)
+    result["checks"].append("gradients")
+    if kind == "causal":
+        with stage("causality"):
+            try:
+                _causality(plain, given[0])
+            except Failed:
+                result["causality"] = "the unpatched model is not causal"
+            else:
+                _causality(patched, given[0])
+                result["checks"].append("causality")
+    if kind in ("causal", "seq2seq"):
+        with stage("cache"):
+            cached = _cached_equals_uncached(plain, patched, given[0], kind)
+        result["cache"] = cached
+        if cached == "equal":
+            result["checks"].append("cache")
+
+
+def _output(model, feed: dict) -> Tensor:
+    out = model(**feed)
+    for name in ("logits", "prediction_logits", "last_hidden_state"):
+        found = getattr(out, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return next(x for x in out.to_tuple() if isinstance(x, Tensor) and x.is_floating_point())
+
+
+def _randomise(model) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for prefix in apt_kernels.prefixes(model).values():
+            for name, parameter in prefix.named_parameters():
+                draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.add_(draw * {"layer_scale": 0.3, "gate_weight": 0.1}.get(name, 0.7))
+
+
+def _same(name: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise Failed(name, f"shape {list(found.shape)} for {list(expected.shape)}")
+    if not bool(expected.isfinite().all()):
+        raise Failed(name, "the oracle is not finite")
+    error = (found - expected).abs()
+    allowed = ATOL * max(1.0, expected.abs().max().item()) + RTOL * expected.abs()
+    if not bool((error <= allowed).all()):
+        raise Failed(name, f"off by {error.max():.2g} where values reach {expected.abs().max():.2g}")
+
+
+def _gradients(patched, expecting, params: dict) -> None:
+    found = dict(patched.named_parameters())
+    wanted = {**params, **{n: p for n, p in expecting.named_parameters()}}
+    missing = set(found) - set(wanted)
+    if missing:
+        raise Failed("gradients", f"{sorted(missing)[0]} has no counterpart")
+    scale = max(p.grad.abs().max().item() for p in wanted.values() if p.grad is not None and p.numel())
+    for name, parameter in wanted.items():
+        mine = found[name].grad
+        if parameter.numel() == 0:
+            continue
+        if name in params and (parameter.grad is None or not parameter.grad.abs().max() > 0):
+            raise Failed("influence", f"{name} has no gradient: that prefix has no influence")
+        if parameter.grad is None:
+            if mine is not None and mine.abs().max() > ATOL * scale:
+                raise Failed("gradients", f"{name} has a gradient, the oracle's has none")
+            continue
+        if mine is None:
+            if parameter.grad.abs().max() > ATOL * scale:
+                raise Failed("gradients", f"{name} has no gradient, the oracle's has one")
+            continue
+        error = (mine - parameter.grad).abs()
+        allowed = (
+            10 * ATOL * max(1.0, parameter.grad.abs().max().item(), 1e-2 * scale) + 10 * RTOL * parameter.grad.abs()
+        )
+        if not bool((error <= allowed).all()):
+            raise Failed(
+                "gradients", f"{name} is off by {error.max():.2g}; it reaches {parameter.grad.abs().max():.2g}"
+            )
+
+
+def _causality(model, feed: dict) -> None:
+    """The first tokens' outputs do not depend on later tokens."""
+    kept = feeds.LENGTH - 4
+    later = dict(feed)
+    later["input_ids"] = feed["input_ids"].clone()
+    later["input_ids"][:, kept:] = later["input_ids"][:, kept:].flip(1).roll(1, 0) + 1
+    with torch.no_grad():
+        a, b = _output(model, feed), _output(model, later)
+    _same("causality", b[:, :kept], a[:, :kept])
+    if torch.equal(a[:, kept:], b[:, kept:]):
+        raise Failed("causality", "later tokens have no influence on themselves")
+    with torch.no_grad():
+        alone = _output(model, {**feed, "input_ids": feed["input_ids"][:, :kept]})
+    _same("causality", alone, a[:, :kept])
+
+
+def _cached_equals_uncached(plain, patched, feed: dict, kind: str) -> str:
+    """``"equal"``, or why the model's own cache cannot be compared."""
+    own = _decode(plain, feed, kind)
+    if isinstance(own, str):
+        return own
+    try:
+        _same("cache", *own)
+    except Failed as failure:
+        return f"the unpatched model's cached decoding differs from uncached ({failure.why})"
+    ours = _decode(patched, feed, kind)
+    if isinstance(ours, str):
+        raise Failed("cache", ours)
+    _same("cache", *ours)
+    return "equal"
+
+
+def _decode(model, feed: dict, kind: str) -> tuple[Tensor, Tensor] | str:
+    """Logits of a prompt and two single steps through the cache, and of one pass without."""
+    name = "decoder_input_ids" if kind == "seq2seq" else "input_ids"
+    ids, accepted = feed[name], inspect.signature(model.forward).parameters
+    prompt = ids.shape[1] - 2
+    fixed = {k: v for k, v in feed.items() if k not in (name, "attention_mask", "use_cache")}
+    with torch.no_grad():
+        whole = _output(model, feed)
+        pieces, cache = [], None
+        for start, stop in ((0, prompt), (prompt, prompt + 1), (prompt + 1, prompt + 2)):
+            step = {**fixed, name: ids[:, start:stop], "use_cache": True}
+            if kind == "seq2seq":
+                if "attention_mask" in feed:
+                    step["attention_mask"] = feed["attention_mask"]
+            elif "attention_mask" in accepted:
+                step["attention_mask"] = torch.ones_like(ids[:, :stop])
+            if cache is not None:
+                step["past_key_values"] = cache
+            try:
+                out = model(**step)
+            except Exception as error:
+                if apt_kernels.hf.patching.is_patched(model):
+                    raise
+                return f"no cached decoding step by hand ({type(error).__name__})"
+            cache = getattr(out, "past_key_values", None)
+            if cache is None:
+                return "the model returns no cache"
+            pieces.append(_output_of(out))
+    return torch.cat(pieces, 1)[:, -2:], whole[:, -2:]
+
+
+def _output_of(out) -> Tensor:
+    return out.logits

@@ -1,0 +1,92 @@
+"""What the shrinking rules cannot know, by model type: fields that depend on one another or that have no default."""
+
+_DISENTANGLED = {
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "max_relative_positions": 8,
+    "type_vocab_size": 0,
+}
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_ssm": None}
+_TWO_HEAD_SIZES = {
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 2,
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 8,
+}
+_HEADS = {"head_dim": 8, "num_key_value_heads": 2}
+_GEMMA3N = {
+    "num_hidden_layers": 5,
+    "layer_types": _TWO_HEAD_SIZES["layer_types"],
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": [40] * 5,
+    "activation_sparsity_pattern": [0.0] * 5,
+}
+_INDEXED = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}
+_FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+OVERRIDES: dict[str, dict] = {
+    "bailing_hybrid": {**_FEW_EXPERTS, "n_group": 1, "topk_group": 1},
+    "kimi_linear": _FEW_EXPERTS,
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "qwen4_exp": {"text_config": _INDEXED},
+    "gemma4_unified_assistant": {"text_config": {**_TWO_HEAD_SIZES, "num_kv_shared_layers": 0}},
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        }
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deberta": _DISENTANGLED,
+    "deberta-v2": {**_DISENTANGLED, "position_buckets": 4, "share_att_key": True},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "esm": {"vocab_size": 99, "pad_token_id": 1, "mask_token_id": 98, "token_dropout": False},
+    "esmc": {"vocab_size": 99},
+    "falcon_h1": {**_MAMBA2, "mamba_d_ssm": 64},
+    "gemma3n_text": _GEMMA3N,
+    "gemma4_text": _TWO_HEAD_SIZES,
+    "gemma4_unified_text": _TWO_HEAD_SIZES,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": _HEADS,
+    "hunyuan_v1_moe": _HEADS,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "mamba2": {"num_heads": 8},
+    "ministral": _HEADS,
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "nemotron": _HEADS,
+    "neomme": {"head_dim": 16},
+    "qwen4_exp_text": _INDEXED,
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 16], "attn_layers": ["local", "lsh"], "num_buckets": 4,
+    },
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]},
+}  # fmt: skip
+
+# Models whose position bias counts from the last key there is.
+FROM_END = {"mpt"}
+
+
+def of(model_type: str, kind: str) -> dict:
+    """Overrides of one architecture."""
+    found = dict(OVERRIDES.get(model_type, {}))
+    if kind == "causal" and model_type == "reformer":
+        found["is_decoder"] = True
+    if kind == "causal" and model_type == "xlm":
+        found["causal"] = True
+    return found

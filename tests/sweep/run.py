@@ -1,0 +1,126 @@
+"""Run architectures side by side, each in a process of its own with a time limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from multiprocessing import get_context
+
+LIMIT = 60  # seconds for one architecture
+
+
+def _child(pipe, model_type: str, kind: str) -> None:
+    import logging
+    import warnings
+
+    from . import check, overrides
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    check.everything_in_float64()
+    pipe.send(check.check(model_type, kind, overrides.of(model_type, kind)))
+
+
+def sweep(
+    jobs: list[tuple[str, str]], workers: int, progress=lambda done: done, note=lambda result: None
+) -> list[dict]:
+    """Results in the order of ``jobs``, pairs of model type and kind; ``note`` is called with each as it comes."""
+    import torch
+
+    from . import check  # noqa: F401 - loaded once, inherited by every child
+
+    torch.set_num_threads(1)
+    context = get_context("fork")
+    waiting, running, results = list(enumerate(jobs)), {}, {}
+    bar = progress(len(jobs))
+    while waiting or running:
+        while waiting and len(running) < workers:
+            index, (model_type, kind) = waiting.pop(0)
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(send, model_type, kind))
+            process.start()
+            send.close()
+            running[index] = (process, receive, time.monotonic())
+        time.sleep(0.02)
+        for index, (process, receive, started) in list(running.items()):
+            late = time.monotonic() - started > LIMIT
+            if not (receive.poll() or late or not process.is_alive()):
+                continue
+            results[index] = _collect(process, receive, jobs[index], late)
+            del running[index]
+            note(results[index])
+            bar.update()
+    return [results[index] for index in range(len(jobs))]
+
+
+def _collect(process, receive, job: tuple[str, str], late: bool) -> dict:
+    result = None
+    try:
+        if receive.poll():
+            result = receive.recv()
+    except EOFError:
+        pass
+    if process.is_alive():
+        process.join(timeout=1)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if result is None:
+        why = f"took longer than {LIMIT} s" if late else f"the process died ({process.exitcode})"
+        result = {"type": job[0], "kind": job[1], "green": False, "stage": "run", "reason": why, "checks": []}
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import argparse
+    import json
+
+    from tqdm import tqdm
+
+    from . import feeds
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--kind", action="append", choices=list(feeds.KINDS))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", default="sweep.json")
+    parser.add_argument("--inside", action="store_true", help="in this process, with tracebacks")
+    given = parser.parse_args(arguments)
+    jobs = [
+        (t, k)
+        for k in (given.kind or feeds.KINDS)
+        for t in feeds.architectures(k)
+        if not given.types or t in given.types
+    ]
+    if given.inside:
+        from . import check, overrides
+
+        check.everything_in_float64()
+        results = [check.check(t, k, overrides.of(t, k)) for t, k in jobs]
+    else:
+        with open(given.json + "l", "w", buffering=1) as lines:
+            results = sweep(
+                jobs,
+                given.workers,
+                lambda count: tqdm(total=count, unit="model"),
+                lambda result: lines.write(json.dumps(result) + "\n"),
+            )
+    with open(given.json, "w") as file:
+        json.dump(results, file, indent=1)
+    for result in results:
+        if not result["green"]:
+            print(f"{result['kind']:8} {result['type']:28} {result['stage']:14} {result['reason']}")
+            if given.inside and "traceback" in result:
+                print(result["traceback"])
+    green = sum(result["green"] for result in results)
+    print(f"{green} of {len(results)} green")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
