@@ -174,19 +174,15 @@ class Streams:
         bias = part_of(self.x.bias, rows.here, keys).to(self.query.dtype)
         return bias if visible is None else torch.where(visible, bias, -torch.inf)
 
-    def drop_(self, rows: Rows, *matrices: Tensor) -> None:
-        """Zero the dropped columns of a block's matrices, by an integer "and" on their bits."""
+    def keep(self, rows: Rows, like: Tensor) -> Tensor | None:
+        """Integers of the size of ``like``'s elements, all bits set where dropout keeps a column, else 0."""
         if self.row_keys is None:
-            return
-        shape = matrices[0].shape
-        bits, scratch = (self.scratch.take(name, *shape, dtype=torch.int32) for name in ("keep", "keep_scratch"))
-        column = torch.arange(shape[2], dtype=torch.int32)
+            return None
+        bits, scratch = (self.scratch.take(name, *like.shape, dtype=torch.int32) for name in ("keep", "keep_scratch"))
+        column = torch.arange(like.shape[2], dtype=torch.int32)
         column[self.length :] += rows.low
-        keep_bits(self.row_keys[:, :, rows.here].reshape(shape[:2]), column, self.x.dropout_p, bits, scratch)
-        if matrices[0].dtype == torch.float64:
-            bits = bits.to(torch.int64)
-        for matrix in matrices:
-            matrix.view(bits.dtype).bitwise_and_(bits)
+        keep_bits(self.row_keys[:, :, rows.here].reshape(like.shape[:2]), column, self.x.dropout_p, bits, scratch)
+        return bits if like.dtype == torch.float32 else bits.to(torch.int64)
 
     def attend(self, rows: Rows, out: Tensor, logsumexp: Tensor, of_tokens: tuple[Tensor, Tensor] | None) -> None:
         """Compute a block of the output and of the log-sum-exp.
@@ -208,7 +204,9 @@ class Streams:
         for column in extra:
             total.add_(column)
         self.place(logsumexp, rows).copy_(total.log().add_(top)[..., 0])
-        self.drop_(rows, columns)
+        bits = self.keep(rows, columns)
+        if bits is not None:
+            columns.view(bits.dtype).bitwise_and_(bits)
         self.weigh_(columns, rows)
         sums = self.by_head(self.product("sums", columns, self.of_columns("value_columns", self.value, rows)))
         if of_tokens is not None:

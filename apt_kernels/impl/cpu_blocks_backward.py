@@ -130,10 +130,11 @@ class Backward:
         p, tanh = streams.logits(query, key, rows, s)
         streams.by_head(p).sub_(streams.place(self.logsumexp, rows)[..., None]).exp_()
         dz = streams.product("dz", grad, streams.of_columns("value_columns", streams.value, rows).mT)
-        kept = p
-        if streams.row_keys is not None:
-            kept = scratch.take("kept", *p.shape).copy_(p)
-            streams.drop_(rows, dz, kept)
+        kept, bits = p, streams.keep(rows, p)
+        if bits is not None:
+            kept = scratch.take("kept", *p.shape)
+            torch.bitwise_and(p.view(bits.dtype), bits, out=kept.view(bits.dtype))
+            dz.view(bits.dtype).bitwise_and_(bits)
         r = scratch.take("prefix_r", *shape).copy_(dz[..., :length]) if gated else None
         streams.weigh_(dz, rows)
         streams.by_head(dz).sub_(delta[:, :, rows.here, None])
@@ -159,15 +160,21 @@ class Backward:
 
     def accumulate(self, sums: Tensor | None, rows: Rows, columns: Tensor, operand: Tensor) -> None:
         """Add ``columns^T @ operand`` to the sums over the block's columns."""
-        length = self.streams.length
         if sums is None:
             return
+        length = self.streams.length
         if sums.shape[1] == length:
-            sums.baddbmm_(columns[..., :length].mT, operand)
-        elif rows.low == 0 or rows.high == rows.low:
-            sums[:, : length + rows.high - rows.low].baddbmm_(columns.mT, operand)
+            columns, target = columns[..., :length], sums
         else:
-            part = self.streams.product("part", columns.mT, operand)
+            target = sums[:, : length + rows.high - rows.low] if rows.low == 0 or rows.high == rows.low else None
+        if target is not None and target.is_contiguous():
+            target.baddbmm_(columns.mT, operand)
+            return
+        # The batched product takes a contiguous result alone; others it would make one by one.
+        part = self.streams.product("part", columns.mT, operand)
+        if target is not None:
+            target.add_(part)
+        else:
             sums[:, :length].add_(part[:, :length])
             sums[:, length + rows.low : length + rows.high].add_(part[:, length:])
 

@@ -21,24 +21,33 @@ def _signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def _mix_(x: Tensor, scratch: Tensor) -> Tensor:
-    """`mix` in place (torch has no unsigned shifts: the sign's copies are masked off)."""
+def _constant(value: int) -> Tensor:
+    return torch.tensor(_signed(value), dtype=torch.int32, device="cpu")
 
-    def fold(shift: int) -> None:
-        torch.bitwise_right_shift(x, shift, out=scratch)
-        x.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
 
-    fold(16)
-    x.mul_(_signed(MIX_MULTIPLIERS[0]))
-    fold(15)
-    x.mul_(_signed(MIX_MULTIPLIERS[1]))
-    fold(16)
-    return x
+# A Python number would be made a tensor, and cast, at every call.
+_SHIFTS = {n: (_constant(n), _constant((1 << (32 - n)) - 1)) for n in (8, 15, 16)}
+_FIRST, _SECOND = map(_constant, MIX_MULTIPLIERS)
+_STEP, _SIGN = _constant(COLUMN_STEP), _constant(31)
+
+
+def _shift(x: Tensor, n: int, out: Tensor) -> Tensor:
+    """The unsigned shift (torch has none: the sign's copies are masked off)."""
+    places, left = _SHIFTS[n]
+    return torch.bitwise_right_shift(x, places, out=out).bitwise_and_(left)
+
+
+def _stir_(x: Tensor, scratch: Tensor) -> Tensor:
+    """`mix` in place, up to its last step."""
+    x.bitwise_xor_(_shift(x, 16, scratch)).mul_(_FIRST)
+    return x.bitwise_xor_(_shift(x, 15, scratch)).mul_(_SECOND)
 
 
 def mix(x: Tensor) -> Tensor:
     """The 32-bit finaliser on int32 bit patterns."""
-    return _mix_(x.clone(), torch.empty_like(x))
+    scratch = torch.empty_like(x)
+    x = _stir_(x.clone(), scratch)
+    return x.bitwise_xor_(_shift(x, 16, scratch))
 
 
 def threshold(p: float) -> int:
@@ -61,10 +70,12 @@ def keep_bits(keys: Tensor, columns: Tensor, p: float, out: Tensor, scratch: Ten
 
     ``keys``: the `row_keys`, ``[...]``; ``columns``: int32, their numbers. ``scratch`` has the shape of ``out``.
     """
-    torch.bitwise_xor(keys[..., None], columns * _signed(COLUMN_STEP), out=out)
-    _mix_(out, scratch).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    torch.bitwise_xor(keys[..., None], columns * _STEP, out=out)
+    # The last step on the 24 bits that decide: mix(x) >> 8 == y ^ (y >> 16) with y = x >> 8.
+    _shift(_stir_(out, scratch), 8, out)
+    out.bitwise_xor_(torch.bitwise_right_shift(out, _SHIFTS[16][0], out=scratch))
     torch.sub(threshold(p) - 1, out, out=out)
-    return out.bitwise_right_shift_(31)
+    return out.bitwise_right_shift_(_SIGN)
 
 
 def keep_mask(
