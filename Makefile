@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
-# Threads that wait give up their core: where others work beside us, spinning makes small operations many times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
@@ -25,6 +23,9 @@ demo: $(VENV)/demo.stamp
 
 bench: $(VENV)/stamp
 	$(RUN) -m bench.run $(ARGS)
+
+# Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
+test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/stamp
 	$(PYTEST) $(ARGS)

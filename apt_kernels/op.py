@@ -87,7 +87,7 @@ def attention(
         dropout_p=dropout_p,
         seed=seed,
     )
-    out, logsumexp, *_ = torch.ops.apt_kernels.attention(*x.flat(), dispatch.choose(x, implementation).name)
+    out, logsumexp, *_ = torch.ops.apt_kernels.attention.default(*x.flat(), dispatch.choose(x, implementation).name)
     return (out, logsumexp) if return_logsumexp else out
 
 
@@ -391,38 +391,50 @@ def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_valu
     return grads
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    *flat, ctx.implementation = inputs
-    out, logsumexp, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.length = flat[3].shape[1] if kept[0].numel() else 0
-    if ctx.length:
-        # The tokens stand in what the forward kept; the inputs themselves may go.
-        flat[1] = flat[2] = None
-    ctx.rest = [None if isinstance(part, Tensor) else part for part in flat]
-    ctx.is_tensor = [isinstance(part, Tensor) for part in flat]
-    ctx.save_for_backward(*[part for part in flat if isinstance(part, Tensor)], out, logsumexp, *kept)
+class _Attention(torch.autograd.Function):
+    """The autograd of the forward operator, by hand: torch's own helper reads the whole schema at every call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.apt_kernels.attention.default(*inputs)
+        ctx.set_materialize_grads(False)
+        *flat, ctx.implementation = inputs
+        out, logsumexp, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.length = flat[3].shape[1] if kept[0].numel() else 0
+        if ctx.length:
+            # The tokens stand in what the forward kept; the inputs themselves may go.
+            flat[1] = flat[2] = None
+        ctx.rest = [None if isinstance(part, Tensor) else part for part in flat]
+        ctx.is_tensor = [isinstance(part, Tensor) for part in flat]
+        ctx.save_for_backward(*[part for part in flat if isinstance(part, Tensor)], out, logsumexp, *kept)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_logsumexp, *_):
+        nothing = (None,) * (len(ctx.rest) + 1 - len(DIFFERENTIABLE))
+        if grad_out is None and grad_logsumexp is None:
+            return (None,) * len(DIFFERENTIABLE) + nothing
+        *tensors, out, logsumexp, kept_key, kept_value = ctx.saved_tensors
+        tensors = iter(tensors)
+        flat = [next(tensors) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
+        needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+        kept = (None, None)
+        if ctx.length:
+            kept = kept_key, kept_value
+            flat[1], flat[2] = kept_key[:, :, ctx.length :], kept_value[:, :, ctx.length :]
+        grads = torch.ops.apt_kernels.attention_backward.default(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.implementation),
+        )
+        return (*[grad if need else None for need, grad in zip(needs, grads)], *nothing)
 
 
-def _autograd(ctx, grad_out, grad_logsumexp, *_):
-    *tensors, out, logsumexp, kept_key, kept_value = ctx.saved_tensors
-    tensors = iter(tensors)
-    flat = [next(tensors) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
-    needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
-    nothing = [None] * (len(flat) + 1 - len(DIFFERENTIABLE))
-    if grad_out is None and grad_logsumexp is None:
-        return (None,) * (len(flat) + 1)
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    kept = (None, None)
-    if ctx.length:
-        kept = kept_key, kept_value
-        flat[1], flat[2] = kept_key[:, :, ctx.length :], kept_value[:, :, ctx.length :]
-    grads = torch.ops.apt_kernels.attention_backward(
-        grad_out, grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.implementation
-    )
-    return (*[grad if need else None for need, grad in zip(needs, grads)], *nothing)
-
-
-torch.library.register_autograd("apt_kernels::attention", _autograd, setup_context=_setup_context)
+@torch.library.impl("apt_kernels::attention", "Autograd")
+def _autograd(*arguments):
+    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in arguments):
+        return _Attention.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.apt_kernels.attention.default(*arguments)

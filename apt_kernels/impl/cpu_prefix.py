@@ -36,25 +36,36 @@ class _Prefix:
     def __init__(self, x: Inputs, way: str, kept: tuple[Tensor, Tensor] | None = None):
         self.x, self.way, self.length, self.weights = x, way, x.prefix_key.shape[1], x.weights()
         self.scratch, self.kept = Scratch(x.query, x.query.dtype), kept
-        self.gated = [] if kept else [self._gated(prefix) for prefix in (x.prefix_key, x.prefix_value)]
+        self.gated = None if kept or way == "concat" else [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
 
-    def _gated(self, prefix: Tensor) -> Tensor:
-        batch, dtype = self.x.query.shape[0], self.x.query.dtype
+    def _gated(self, prefix: Tensor, out: Tensor | None = None) -> Tensor:
+        batch, dtype, wide = self.x.query.shape[0], self.x.query.dtype, self.x.compute_dtype
         if self.weights is None:
-            return prefix.to(dtype).expand(batch, -1, -1, -1)
-        return (prefix.to(self.x.compute_dtype) * self.weights.mT[:, None]).to(dtype).expand(batch, -1, -1, -1)
+            prefix = prefix.to(dtype).expand(batch, -1, -1, -1)
+            return prefix if out is None else out.copy_(prefix)
+        prefix, weights = prefix.to(wide), self.weights.mT[:, None]
+        if out is not None and dtype == wide:
+            return torch.mul(prefix.expand(batch, -1, -1, -1), weights, out=out)
+        gated = (prefix * weights).to(dtype).expand(batch, -1, -1, -1)
+        return gated if out is None else out.copy_(gated)
+
+    def _joined(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """``[gated prefix ; tokens]``, written once."""
+        batch, kv_heads, keys, dim = tokens.shape
+        both = tokens.new_empty(batch, kv_heads, self.length + keys, dim)
+        self._gated(prefix, both[:, :, : self.length])
+        both[:, :, self.length :].copy_(tokens)
+        return both
 
     def call(self, chunk: Chunk, x: Inputs) -> cpu_stock.Call:
         """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, the tokens stand behind it."""
-        if self.kept is None:
+        if self.way != "concat":
             key, value = (gated[chunk.batch] for gated in self.gated)
-        mask = None
-        if self.way == "concat":
-            if self.kept is None:
-                self.kept = torch.cat([key, x.key], 2), torch.cat([value, x.value], 2)
-            key, value = self.kept
-            mask = cpu_stock.additive_mask(x, 0, x.key.shape[2], self.length)
-        return cpu_stock.Call(x.query, key, value, mask, x.scale)
+            return cpu_stock.Call(x.query, key, value, None, x.scale)
+        if self.kept is None:
+            self.kept = self._joined(x.prefix_key, x.key), self._joined(x.prefix_value, x.value)
+        mask = cpu_stock.additive_mask(x, 0, x.key.shape[2], self.length)
+        return cpu_stock.Call(x.query, *self.kept, mask, x.scale)
 
 
 def forward(x: Inputs, way: str) -> tuple[Tensor, ...]:
@@ -92,7 +103,11 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
     need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way, kept), _chunks(x, way)
-    d_gated = [t.new_empty(prefix.length, *t.shape[:2], t.shape[3]) for t in (x.key, x.value)]
+    batch, _, kv_heads, _, _, length, dim, value_dim = x.sizes
+    # By position, so that both sums over it are batched products: see _prefix_gradients.
+    d_gated = x.query.new_empty(length, batch, kv_heads * (dim + value_dim))
+    parts = d_gated[..., : kv_heads * dim], d_gated[..., kv_heads * dim :]
+    d_parts = [part.unflatten(2, (kv_heads, -1)) for part in parts]
     whole = {}
     if way == "merge":
         whole = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
@@ -100,9 +115,9 @@ def backward(
         part, rows = x if len(chunks) == 1 else chunk.of(x), chunk.batch
         given = out[rows], logsumexp[rows], grad_out[rows]
         found = dict(zip(_tokens(x), prefix.call(chunk, part).backward(*given)))
-        for total, name in zip(d_gated, ("key", "value")):
-            total[:, rows].copy_(found[name][:, :, : prefix.length].permute(2, 0, 1, 3))
-            found[name] = found[name][:, :, prefix.length :]
+        for total, name in zip(d_parts, ("key", "value")):
+            total[:, rows].copy_(found[name][:, :, :length].permute(2, 0, 1, 3))
+            found[name] = found[name][:, :, length:]
         if way == "concat":
             whole = found
             break
@@ -122,23 +137,24 @@ def _tokens(x: Inputs) -> dict[str, Tensor]:
     return {"query": x.query, "key": x.key, "value": x.value}
 
 
-def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: list[Tensor], need: dict[str, bool]) -> dict:
-    """From the gradients ``[M, B, Hkv, dim]`` of the gated prefix: the prefix's, the gate's and the scale's.
+def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: dict[str, bool]) -> dict:
+    """From the gradient ``[M, B, Hkv * (D + Dv)]`` of the gated prefix: the prefix's, the gate's and the scale's.
 
     Both sums, over the batch and over heads and dims, are matrix products, one for each prefix position.
     """
-    wide, found, d_weights = x.compute_dtype, {}, 0
-    if weights is not None:
-        by_position = weights.expand(-1, -1, x.prefix_key.shape[1]).permute(2, 1, 0).contiguous()
-    for name, grad in zip(("prefix_key", "prefix_value"), d_gated):
-        if weights is None or weights.shape[0] == 1:
-            grad = grad.sum(1, keepdim=True, dtype=wide)
-        grad = grad.flatten(2).to(wide)
-        prefix = getattr(x, name).to(wide).transpose(0, 1)
-        if weights is not None:
-            d_weights = d_weights + torch.bmm(grad, prefix.flatten(1)[..., None])
-            grad = torch.bmm(by_position, grad)
-        found[name] = grad.view(prefix.shape).transpose(0, 1)
+    _, _, kv_heads, _, _, length, dim, value_dim = x.sizes
+    wide, found = x.compute_dtype, {}
+    if weights is None or weights.shape[0] == 1:
+        d_gated = d_gated.sum(1, keepdim=True, dtype=wide)
+    d_gated = d_gated.to(wide)
     if need["gate"] or need["layer_scale"]:
-        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights.permute(1, 2, 0))
+        prefix = torch.cat([part.transpose(0, 1).flatten(1) for part in (x.prefix_key, x.prefix_value)], 1).to(wide)
+        # As rows: the product with a column is twice as slow.
+        d_weights = torch.bmm(prefix[:, None], d_gated.mT).permute(2, 1, 0)
+        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights)
+    if weights is not None:
+        d_gated = torch.bmm(weights.expand(-1, -1, length).permute(2, 1, 0).contiguous(), d_gated)
+    parts = d_gated[:, 0].split([kv_heads * dim, kv_heads * value_dim], 1)
+    for name, part in zip(("prefix_key", "prefix_value"), parts):
+        found[name] = part.unflatten(1, (kv_heads, -1)).transpose(0, 1)
     return found

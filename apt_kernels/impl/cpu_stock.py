@@ -35,17 +35,21 @@ COPY_ROWS = 64
 
 def obstacle(x: Inputs) -> str | None:
     """Why the stock kernel cannot serve these inputs; None: it can."""
-    one_query = x.query.shape[2] == 1
-    checks = {
-        "dropout": x.dropout_p > 0,
-        "softcap": x.softcap > 0,
-        "value size": x.value.shape[3] != x.query.shape[3],
-        "window": not one_query and (x.window_left >= 0 or x.window_right >= 0),
-        "segments": not one_query and x.query_segments is not None,
-        "offset per row": not one_query and x.causal and x.query_offset is not None and x.query_offset.numel() > 1,
-        "mask larger than its parts": not one_query and _mask_grows(x),
-    }
-    return next((name for name, found in checks.items() if found), None)
+    if x.dropout_p > 0:
+        return "dropout"
+    if x.softcap > 0:
+        return "softcap"
+    if x.value.shape[3] != x.query.shape[3]:
+        return "value size"
+    if x.query.shape[2] == 1:
+        return None
+    if x.window_left >= 0 or x.window_right >= 0:
+        return "window"
+    if x.query_segments is not None:
+        return "segments"
+    if x.causal and x.query_offset is not None and x.query_offset.numel() > 1:
+        return "offset per row"
+    return "mask larger than its parts" if _mask_grows(x) else None
 
 
 def _mask_grows(x: Inputs) -> bool:
