@@ -16,6 +16,11 @@ _HUGGING_FACE = {
     "prefixes": ".hf.patching",
     "save": ".checkpoint",
     "load": ".checkpoint",
+    "probe": ".probing",
+    "prune": ".probing",
+    "Probe": ".probing",
+    "patch_from_text": ".hf.initialise",
+    "patch_from_peft": ".hf.initialise",
 }
 
 __all__ = [
@@ -27,11 +32,16 @@ __all__ = [
     "ImplementationError",
     "Mask",
     "PatchError",
+    "Probe",
     "attention",
     "info",
     "load",
     "patch",
+    "patch_from_peft",
+    "patch_from_text",
     "prefixes",
+    "probe",
+    "prune",
     "save",
     "selected",
     "unpatch",

@@ -23,6 +23,8 @@ CONFIG = "apt_config.json"
 def save(model, folder: str | os.PathLike) -> None:
     """Write the trained weights of a patched model (prefixes, and every other trainable parameter) to ``folder``.
 
+    A reparameterised prefix is written as the key and value that it gives; the model keeps its MLP.
+
     Both files are written beside their places and then moved there, so that a crash leaves the old ones whole.
 
     Raises:
@@ -31,9 +33,10 @@ def save(model, folder: str | os.PathLike) -> None:
     state = state_of(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _trained(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _folded(model).items()}
     lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
     config = {**state.config.to_json(), "model": type(model).__name__, "lengths": lengths}
+    config["reparameterisation"] = None  # folded away
     del config["implementation"]  # a choice of this machine, not of the adapter
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
@@ -61,6 +64,18 @@ def _trained(model) -> dict[str, Tensor]:
     """Prefix parameters, frozen by the user or not, and all that is trainable beside them, by parameter name."""
     ours = {id(parameter) for prefix in prefixes(model).values() for parameter in prefix.parameters()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in ours}
+
+
+def _folded(model) -> dict[str, Tensor]:
+    """`_trained`, with the key and value of reparameterised prefixes in the place of what makes them."""
+    tensors = _trained(model)
+    for name, prefix in prefixes(model).items():
+        if prefix.mlp is None:
+            continue
+        tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{name}.apt.mlp.")}
+        with torch.no_grad():
+            tensors[f"{name}.apt.key"], tensors[f"{name}.apt.value"] = prefix.mlp()
+    return tensors
 
 
 def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None):
@@ -101,7 +116,7 @@ def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None
 
 def _shape_of(config: AptConfig) -> tuple:
     """The settings on which the set of weights and their meaning depend."""
-    return config.prefix_length, config.gate, config.layer_scale
+    return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation
 
 
 def _read_config(path: Path) -> AptConfig:

@@ -26,6 +26,10 @@ class AptConfig:
         layer_scale: learn the layer's scale lambda; False: lambda is 1.
         init_std: standard deviation of the prefix's normal initialisation.
         init_seed: seed of that initialisation; None: torch's global generator.
+        reparameterisation: width of a two-layer tanh MLP that makes key and value from an embedding while training;
+            `save` writes its result, so that a loaded adapter has none. None: key and value are trained themselves.
+        prefix_dropout: probability with which an element of the prefix's key and value is zeroed in training (the
+            others grow accordingly), once a forward, for all rows of the batch alike.
         trainable: regular expressions; exactly the parameters whose name one of them matches (``re.search``) stay
             trainable beside the prefix. None: the parameters of new task heads.
         implementation: which implementation of the op runs; see `apt_kernels.attention`.
@@ -39,6 +43,8 @@ class AptConfig:
     layer_scale: bool = True
     init_std: float = 0.02
     init_seed: int | None = None
+    reparameterisation: int | None = None
+    prefix_dropout: float = 0.0
     trainable: tuple[str, ...] | None = None
     implementation: str = "auto"
 
@@ -52,6 +58,12 @@ class AptConfig:
             raise ConfigError(f"init_std is {self.init_std!r}; it needs a number >= 0")
         if self.init_seed is not None and (isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int)):
             raise ConfigError(f"init_seed is {self.init_seed!r}; it needs an int or None")
+        width = self.reparameterisation
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
+            raise ConfigError(f"reparameterisation is {width!r}; it needs an int >= 1 or None")
+        rate = self.prefix_dropout
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ConfigError(f"prefix_dropout is {rate!r}; it needs a number from 0 to below 1")
         object.__setattr__(self, "trainable", _patterns(self.trainable))
         if not isinstance(self.implementation, str):
             raise ConfigError(f"implementation is {self.implementation!r}; it needs a string")

@@ -22,6 +22,9 @@ class AdaptivePrefix(nn.Module):
 
     With a gate, the start ``gate_weight = 0, layer_scale = 2`` makes every weight exactly 1: training begins as plain
     prefix tuning. ``.to(dtype)`` casts these parameters like any others; the gate's logits stay float32 at least.
+
+    With ``reparameterisation=W``, key and value are None while training; ``mlp`` makes them (`Reparameterisation`)
+    until `fold` puts its result in their place. `tokens` gives both either way.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class AdaptivePrefix(nn.Module):
         init_std: float = 0.02,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
+        reparameterisation: int | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if gate not in (*HIDDEN_GATES, "static", "none"):
@@ -47,8 +52,13 @@ class AdaptivePrefix(nn.Module):
             # Drawn on the CPU, so that a seed gives the same prefix on every device.
             return nn.Parameter((torch.randn(shape, generator=generator) * init_std).to(device))
 
-        self.key = draw(num_key_value_heads, length, head_dim)
-        self.value = draw(num_key_value_heads, length, value_head_dim)
+        self.dropout, self.key, self.value, self.mlp = dropout, None, None, None
+        if reparameterisation is None:
+            self.key = draw(num_key_value_heads, length, head_dim)
+            self.value = draw(num_key_value_heads, length, value_head_dim)
+        else:
+            widths = reparameterisation, num_key_value_heads, head_dim, value_head_dim
+            self.mlp = Reparameterisation(length, *widths, init_std, generator).to(device)
         self.gate_weight = self.gate_logits = self.layer_scale = None
         if gate in HIDDEN_GATES:
             self.gate_weight = nn.Parameter(torch.zeros(length, hidden_size, device=device))
@@ -62,11 +72,27 @@ class AdaptivePrefix(nn.Module):
     @property
     def length(self) -> int:
         """Prefix tokens M."""
-        return self.key.shape[1]
+        return self.key.shape[1] if self.mlp is None else self.mlp.embedding.shape[0]
 
     def extra_repr(self) -> str:
+        if self.mlp is not None:
+            return f"length={self.length}, gate={self.gate}"
         heads, length, head_dim = self.key.shape
         return f"length={length}, heads={heads}, head_dim={head_dim}, gate={self.gate}"
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]`` of this forward; in training with the prefix's dropout."""
+        key, value = (self.key, self.value) if self.mlp is None else self.mlp()
+        if self.dropout and self.training:
+            key, value = (torch.nn.functional.dropout(part, self.dropout) for part in (key, value))
+        return key, value
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Replace the reparameterisation by its result; without one, nothing changes."""
+        if self.mlp is not None:
+            (key, value), self.mlp = self.mlp(), None
+            self.key, self.value = nn.Parameter(key), nn.Parameter(value)
 
     def logits(
         self, hidden_states: Tensor | None, real_tokens: Tensor | None = None, segments: Tensor | None = None
@@ -94,6 +120,36 @@ class AdaptivePrefix(nn.Module):
     def __getstate__(self):
         # A copy or a pickle taken in the middle of a forward must not drag the activations along.
         return {**self.__dict__, "pending": None}
+
+
+class Reparameterisation(nn.Module):
+    """Key and value from a small embedding through an MLP: ``W_out tanh(W_in e + b_in) + b_out`` (Li & Liang 2021).
+
+    Theirs is one MLP for all layers; each layer has its own here, so that lengths may differ. Plain parameters:
+    ``embedding [M, W]``, ``weight_in [W, W]``, ``bias_in [W]``, ``weight_out [Hkv (D + Dv), W]``,
+    ``bias_out [Hkv (D + Dv)]``. ``weight_out`` is scaled so that the first prefix has the standard deviation ``std``.
+    """
+
+    def __init__(self, length: int, width: int, heads: int, head_dim: int, value_head_dim: int, std: float, generator):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        outputs = heads * (head_dim + value_head_dim)
+
+        def draw(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * scale)
+
+        self.embedding = draw(length, width, scale=1.0)
+        self.weight_in, self.bias_in = draw(width, width, scale=width**-0.5), nn.Parameter(torch.zeros(width))
+        self.weight_out, self.bias_out = draw(outputs, width, scale=1.0), nn.Parameter(torch.zeros(outputs))
+        with torch.no_grad():
+            self.weight_out *= std / torch.cat([part.flatten() for part in self()]).std().clamp(min=1e-12)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        linear = torch.nn.functional.linear
+        hidden = torch.tanh(linear(self.embedding, self.weight_in, self.bias_in))
+        made = linear(hidden, self.weight_out, self.bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        key, value = made.split((self.head_dim, made.shape[2] - self.head_dim), dim=2)
+        return key.contiguous(), value.contiguous()
 
 
 def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:

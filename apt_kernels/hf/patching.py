@@ -24,7 +24,7 @@ class State:
     """What a patched model remembers: its settings, and what `unpatch` has to restore."""
 
     config: AptConfig
-    implementations: list[str]  # of `_configs(model)`, in order
+    implementations: list[str]  # of `configs(model)`, in order
     requires_grad: dict[str, bool] = field(default_factory=dict)
     sites: list[str] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         PatchError: the model has no attention that can be patched, or is patched with other settings.
         ImplementationError: there is no implementation of that name.
     """
-    config = _config(config, settings)
+    config = make_config(config, settings)
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
     if is_patched(model):
@@ -65,7 +65,7 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     return model
 
 
-def _config(config: AptConfig | None, settings: dict) -> AptConfig:
+def make_config(config: AptConfig | None, settings: dict) -> AptConfig:
     unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
@@ -73,20 +73,20 @@ def _config(config: AptConfig | None, settings: dict) -> AptConfig:
 
 
 def _sites(model, example_inputs: dict | None) -> tuple[list[Site], bool]:
-    before = [config._attn_implementation for config in _configs(model)]
+    before = [config._attn_implementation for config in configs(model)]
     try:
-        return record(model, lambda name: _set_implementation(model, name), example_inputs)
+        return record(model, lambda name: set_implementation(model, name), example_inputs)
     finally:
-        for config, name in zip(_configs(model), before):
+        for config, name in zip(configs(model), before):
             config._attn_implementation_internal = name
 
 
-def _set_implementation(model, name: str) -> None:
-    for config in _configs(model):
+def set_implementation(model, name: str) -> None:
+    for config in configs(model):
         config._attn_implementation_internal = name
 
 
-def _configs(model) -> list:
+def configs(model) -> list:
     """Every config object that a module of the model reads, once each, in module order."""
     found = {}
     for module in model.modules():
@@ -114,6 +114,8 @@ def _build(config: AptConfig, sites: list[Site], lengths: list[int]) -> list[tup
                 config.init_std,
                 generator,
                 site.device,
+                config.reparameterisation,
+                config.prefix_dropout,
             )
             prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
         built.append((site, prefix))
@@ -139,7 +141,7 @@ def _gate(gate: str, site: Site) -> str:
 
 def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | None]], implementation: str) -> None:
     modules = dict(model.named_modules())
-    state = State(config, [own._attn_implementation for own in _configs(model)])
+    state = State(config, [own._attn_implementation for own in configs(model)])
     state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trainable = _trainable(model, config)
     _own_configs(model)
@@ -156,7 +158,7 @@ def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | N
         if site.inline is not None:
             inline.defer(module, site.inline)
         state.sites.append(site.name)
-    _set_implementation(model, implementation)
+    set_implementation(model, implementation)
     _let_reentrant_checkpoints_train(model)
     model._apt_state = state
 
@@ -164,7 +166,7 @@ def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | N
 def _own_configs(model) -> None:
     """Give the model its own config objects: another model built from the same ones must not be switched along."""
     shared = {}
-    owned = {id(config): copy.deepcopy(config, shared) for config in _configs(model)}
+    owned = {id(config): copy.deepcopy(config, shared) for config in configs(model)}
     for module in model.modules():
         if id(getattr(module, "config", None)) in owned:
             module.config = owned[id(module.config)]
@@ -230,10 +232,22 @@ def unpatch(model):
         inline.restore(module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
-    for config, name in zip(_configs(model), state.implementations):
+    for config, name in zip(configs(model), state.implementations):
         config._attn_implementation_internal = name
     del model._apt_state
     return model
+
+
+def remove_prefix(model, name: str) -> None:
+    """Take the prefix off one attention module of a patched model; it attends as before the patch."""
+    module, state = model.get_submodule(name), state_of(model)
+    _remove_hooks(module)
+    inline.restore(module)
+    del module.apt
+    own = getattr(module, "config", model.config)
+    before = {id(config): name for config, name in zip(configs(model), state.implementations)}
+    module.apt_before = before.get(id(own), "sdpa")
+    state.sites.remove(name)
 
 
 def _remove_hooks(module: nn.Module) -> None:

@@ -187,7 +187,7 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
     """
     body, inputs = (model, example_inputs) if example_inputs else (_body(model), _token_inputs(model))
     longer = None if example_inputs else _token_inputs(model, 1)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         described = True
         again = None
         recorder, failure = _pass(model, body, inputs, lambda: set_implementation(RECORDER))
@@ -264,7 +264,7 @@ def _device(model) -> torch.device:
 
 
 @contextmanager
-def _evaluating(model):
+def evaluating(model):
     """Evaluation mode for a while, so that no random number is drawn and no layer is dropped."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

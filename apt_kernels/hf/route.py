@@ -74,7 +74,7 @@ def attention_forward(
     prefix = getattr(module, "apt", None)
     if prefix is None:
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
-        return _without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
+        return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
     if prefix.pending is None:
         raise PatchError(f"{prefix.name} attends outside its module's forward; its hidden states are unknown")
     prefix.served = True
@@ -82,8 +82,7 @@ def attention_forward(
         query,
         key,
         value,
-        prefix.key,
-        prefix.value,
+        *prefix.tokens(),
         _gate(prefix, attention_mask, query),
         prefix.layer_scale,
         mask=_mask(module, query, key, attention_mask, is_causal, position_bias),
@@ -164,7 +163,7 @@ def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, positio
     return Mask(**{**mask.__dict__, "bias": bias})
 
 
-def _without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple[Tensor, None]:
+def attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple[Tensor, None]:
     """An attention module that was left without a prefix attends as the model did before the patch."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if getattr(module, "apt_before", "sdpa") != "eager" and given["softcap"] is None and given["s_aux"] is None:

@@ -1,0 +1,310 @@
+"""Prefixes that begin as a text's keys and values, or as a PEFT checkpoint's: exact copies of their source, or refused.
+
+The source has its prefix at positions 0 to M - 1 and its tokens from M on; our tokens keep their positions from 0. A
+rotary embedding depends on differences alone, so a key that stands before position 0 is the source's, rotated by -M:
+a text is read at the positions -M to -1, a checkpoint's keys are rotated by the layer's own rotary embedding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from ..config import AptConfig
+from ..errors import AdapterError, ConfigError, PatchError
+from . import patching, route
+from .masks import AttentionMask, describe
+from .record import evaluating
+
+_CAPTURE = "apt_kernels_capture"
+# Outputs that differ by this share of the prefix's influence differ in kind: rounding, in bfloat16 too, stays below.
+_SAME = 0.05
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class Captured(NamedTuple):
+    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary."""
+
+    key: Tensor
+    value: Tensor
+    mask: object
+    rotary: tuple[Tensor, Tensor] | None
+
+
+def patch_from_text(model, input_ids: Tensor | Sequence[int], config: AptConfig | None = None, **settings):
+    """`patch`, with the keys and values of a text of M tokens as the prefix: the start of CARTRIDGE.
+
+    The patched model begins as an exact copy of the model that reads the text first: its outputs for any tokens are
+    those for the text followed by these tokens, except that no sliding window hides the prefix.
+
+    Args:
+        model: an unpatched causal model with rotary positions, or none.
+        input_ids: the text, ``[M]`` or ``[1, M]``.
+        config: an `AptConfig`, or its fields as keywords; ``prefix_length`` is the text's.
+
+    Returns:
+        The same model, patched.
+
+    Raises:
+        PatchError: the copy could not be exact; the message names why, and the model is as it was.
+        ConfigError: a setting does not start at a weight of 1, or is out of range.
+    """
+    ids = torch.as_tensor(input_ids).reshape(1, -1)
+    length = ids.shape[1]
+    config = _starting_config(model, config, settings, length)
+    _refuse_lengths(model)
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    _positions_stay_out(model, ids, length)
+    captured = _capture(model, ids, torch.arange(-length, 0, device=ids.device)[None])
+    tokens = {}
+    for name, own in captured.items():
+        _check_mask(name, own.mask, length)
+        tokens[name] = own.key[0], own.value[0]
+    follow = ids[:, :4]
+    with evaluating(model), torch.no_grad():
+        expected = model(input_ids=torch.cat([ids, follow], dim=1), use_cache=False).logits[:, length:]
+    return _patch_with(model, config, tokens, follow, expected)
+
+
+def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None = None, **settings):
+    """`patch`, with the prefix of a PEFT prefix-tuning or CARTRIDGE checkpoint, with or without its MLP.
+
+    The patched model begins as an exact copy of the PEFT model. All its tokens train, those that a cartridge froze too.
+
+    Args:
+        model: the unpatched base model; causal, with rotary positions, or none.
+        folder: ``adapter_config.json`` and ``adapter_model.safetensors``, as ``PeftModel.save_pretrained`` writes them.
+        config: an `AptConfig`, or its fields as keywords; ``prefix_length`` is the checkpoint's.
+
+    Returns:
+        The same model, patched.
+
+    Raises:
+        AdapterError: the folder holds no such checkpoint, or one for a model of another shape.
+        PatchError: the copy could not be exact; the message names why, and the model is as it was.
+        ConfigError: a setting does not start at a weight of 1, or is out of range.
+    """
+    flat, layers = _read_peft(Path(folder))
+    length = flat.shape[0]
+    config = _starting_config(model, config, settings, length)
+    _refuse_lengths(model)
+    device = model.get_input_embeddings().weight.device
+    probe = torch.arange(4, device=device)[:, None] + 5
+    here, there = _positions_stay_out(model, probe.T, length)
+    tokens, source = {}, DynamicCache(config=model.config.get_text_config())
+    dtype = next(model.parameters()).dtype
+    for index, (name, own) in enumerate(here.items()):
+        layer = getattr(model.get_submodule(name), "layer_idx", index)
+        key, value = _layer_of(flat, layers, layer, own, name, Path(folder))
+        key, value = key.to(device, dtype), value.to(device, dtype)
+        source.update(key[None], value[None], layer)
+        _check_mask(name, own.mask, length)
+        tokens[name] = _rotated(model.get_submodule(name), name, key, own, there[name]), value
+    with evaluating(model), torch.no_grad():
+        positions = torch.arange(length, length + 4, device=device)[None]
+        expected = model(input_ids=probe.T, position_ids=positions, past_key_values=source).logits
+    return _patch_with(model, config, tokens, probe.T, expected)
+
+
+def _starting_config(model, config: AptConfig | None, settings: dict, length: int) -> AptConfig:
+    if "prefix_length" in settings:
+        raise ConfigError("prefix_length is given; it is that of the source")
+    if patching.is_patched(model):
+        raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
+    config = patching.make_config(config, {**settings, "prefix_length": length})
+    if config.gate != "none" and not config.layer_scale:
+        raise ConfigError("layer_scale is False; with a gate, which starts at 1/2, it needs True to start at 1")
+    if config.reparameterisation is not None:
+        raise ConfigError("reparameterisation is set; no MLP gives the source's keys and values, it needs None")
+    return config
+
+
+def _refuse_lengths(model) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise PatchError(
+            f"{type(model).__name__} is an encoder-decoder model; a source's prefix cannot be copied there"
+        )
+    if model.get_output_embeddings() is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise PatchError(f"{type(model).__name__} is no causal language model that takes position_ids")
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type")] + [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
+    found = next((kind for kind in kinds if kind in _LENGTH_DEPENDENT), None)
+    if found:
+        raise PatchError(
+            f"{type(model).__name__} has rotary frequencies that depend on the length ({found!r}); a prefix without "
+            "positions of its own cannot be exact"
+        )
+
+
+def _positions_stay_out(model, ids: Tensor, length: int) -> tuple[dict[str, Captured], dict[str, Captured]]:
+    """Single tokens at position 0 and at ``-length``; refuse a model whose hidden states know the position."""
+    ids = ids.reshape(-1, 1)[:4]
+    here, near = (_capture(model, ids, torch.full_like(ids, position)) for position in (0, 1))
+    apart = next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
+    if apart:
+        raise PatchError(
+            f"{type(model).__name__} has learned absolute positions ({apart} sees them); with its tokens from position "
+            "0 on, a prefix from positions of its own cannot be exact"
+        )
+    return here, _capture(model, ids, torch.full_like(ids, -length))
+
+
+class _Capture:
+    def __init__(self):
+        self.found: dict[nn.Module, Captured] = {}
+        self.rotary: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def note(self, module, args, kwargs):
+        if isinstance(kwargs.get("position_embeddings"), tuple):
+            self.rotary[module] = kwargs["position_embeddings"]
+
+
+_active: list[_Capture] = []
+
+
+def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **given):
+    _active[-1].found[module] = Captured(key, value, attention_mask, _active[-1].rotary.get(module))
+    given = {"softcap": None, "s_aux": None, **given}
+    return route.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
+
+
+AttentionInterface.register(_CAPTURE, _attend)
+AttentionMaskInterface.register(_CAPTURE, describe)
+
+
+def _capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
+    """Run ``ids`` at ``positions`` through the unpatched model; by the attention modules' names, in model order."""
+    capture = _Capture()
+    handles = [m.register_forward_pre_hook(capture.note, with_kwargs=True) for m in model.modules()]
+    before = [config._attn_implementation for config in patching.configs(model)]
+    _active.append(capture)
+    try:
+        patching.set_implementation(model, _CAPTURE)
+        with evaluating(model), torch.no_grad():
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+    except IndexError as error:
+        raise PatchError(
+            f"{type(model).__name__} has learned absolute positions, which do not reach below 0 ({error})"
+        ) from error
+    finally:
+        _active.pop()
+        for handle in handles:
+            handle.remove()
+        for config, name in zip(patching.configs(model), before):
+            config._attn_implementation_internal = name
+    if not capture.found:
+        raise PatchError(f"{type(model).__name__} attends inline; its keys and values cannot be read")
+    return {name: capture.found[module] for name, module in model.named_modules() if module in capture.found}
+
+
+def _check_mask(name: str, mask, length: int) -> None:
+    plain = isinstance(mask, AttentionMask) and mask.mask.dense is None and mask.mask.causal
+    if not plain:
+        raise PatchError(f"{name} does not attend causally; what a text gives there depends on what follows it")
+    left = mask.mask.window[0] if mask.mask.window is not None else None
+    if left is not None and left < length:
+        raise PatchError(f"{name} has a window of {left + 1} tokens, shorter than the prefix of {length} and a token")
+
+
+def _rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: Captured) -> Tensor:
+    """``key [Hkv, M, D]`` rotated by -M: by what turns ``here``'s keys (position 0) into ``there``'s (position -M)."""
+    if torch.allclose(here.key, there.key, rtol=1e-3, atol=1e-4):
+        return key  # a layer without positions
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if apply is not None and there.rotary is not None:
+        # The factors of YaRN and its like are in the source's keys already.
+        size = (there.rotary[0][:1].square() + there.rotary[1][:1].square()).sqrt()
+        cos, sin = (part[:1] / size for part in there.rotary)
+        for turn in (_whole, _part):
+            turned = turn(apply, here.key, cos, sin)
+            if turned is not None and torch.allclose(turned, there.key, rtol=2e-2, atol=2e-2 * float(there.key.std())):
+                return turn(apply, key[None], cos, sin)[0]
+    raise PatchError(
+        f"{name}: the rotary embedding of {type(module).__name__} is not known; its keys cannot be rotated"
+    )
+
+
+def _whole(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    try:
+        return apply(key, key, cos, sin)[1].to(key.dtype)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # made for other arguments
+        return None
+
+
+def _part(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    width = cos.shape[-1]
+    turned = _whole(apply, key[..., :width], cos, sin)
+    return None if turned is None else torch.cat([turned, key[..., width:]], dim=-1)
+
+
+def _read_peft(folder: Path) -> tuple[Tensor, int]:
+    """The checkpoint's ``[M, L * 2 * Hkv * D]`` and its number of layers L."""
+    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for path in (settings, weights):
+        if not path.is_file():
+            raise AdapterError(f"{folder} has no {path.name}; pickled checkpoints are not read")
+    try:
+        given = json.loads(settings.read_text(encoding="utf-8"))
+        tensors = load_file(weights)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder} is damaged: {error}") from error
+    kind = given.get("peft_type") if isinstance(given, dict) else None
+    if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise AdapterError(f"{folder} has the peft_type {kind!r}; it needs 'PREFIX_TUNING' or 'CARTRIDGE'")
+    flat, layers = tensors.get("prompt_embeddings"), given.get("num_layers")
+    if flat is None or flat.ndim != 2 or not isinstance(layers, int) or flat.shape[1] % (2 * layers):
+        shape = None if flat is None else list(flat.shape)
+        raise AdapterError(
+            f"{folder} has prompt_embeddings of {shape} for {layers} layers; it needs [M, layers * 2 * d]"
+        )
+    return flat, layers
+
+
+def _layer_of(flat: Tensor, layers: int, layer: int, own: Captured, name: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Key and value ``[Hkv, M, D]`` of one layer."""
+    heads, head_dim = own.key.shape[1], own.key.shape[3]
+    width = flat.shape[1] // (2 * layers)
+    if layer >= layers or own.value.shape[3] != head_dim or heads * head_dim != width:
+        shape = f"{heads} heads of {head_dim} (value {own.value.shape[3]})"
+        raise AdapterError(f"{folder} has {layers} layers of width {width}; {name} is layer {layer} with {shape}")
+    both = flat.view(flat.shape[0], layers, 2, heads, head_dim)[:, layer]
+    return both[:, 0].transpose(0, 1), both[:, 1].transpose(0, 1)
+
+
+def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: Tensor):
+    """Patch, put the tokens in, and see that the copy is one on ``ids``; otherwise take the patch off and refuse."""
+    with evaluating(model), torch.no_grad():
+        bare = model(input_ids=ids, use_cache=False).logits
+    patching.patch(model, config)
+    try:
+        found = patching.prefixes(model)
+        missing = next((name for name in found if name not in tokens), None)
+        if missing:
+            raise PatchError(f"{missing} was not reached by the text")
+        with torch.no_grad():
+            for name, prefix in found.items():
+                prefix.key.copy_(tokens[name][0])
+                prefix.value.copy_(tokens[name][1])
+        with evaluating(model), torch.no_grad():
+            apart = (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
+        influence = (expected - bare).abs().max()
+        if not apart <= _SAME * influence:
+            raise PatchError(
+                f"{type(model).__name__} with the prefix differs from its source by {apart:.2g}, of an influence of "
+                f"{influence:.2g}: its attention knows positions in a way that a prefix cannot copy"
+            )
+    except BaseException:
+        patching.unpatch(model)
+        raise
+    return model

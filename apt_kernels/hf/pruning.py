@@ -1,0 +1,37 @@
+"""Taking tokens out of the prefixes of a patched model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .patching import prefixes, remove_prefix, state_of
+
+# Where each parameter of an `AdaptivePrefix` counts its tokens.
+_TOKEN_DIM = {"key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
+
+
+def modules(model) -> list[str]:
+    """Names of all attention modules that the patch found, with a prefix or without, in model order."""
+    found = prefixes(model)
+    return [name for name, module in model.named_modules() if name in found or "apt_before" in module.__dict__]
+
+
+def keep_tokens(model, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...]) -> None:
+    """Keep these tokens of each prefix (folded first); with none, the module attends as before the patch."""
+    for name, prefix in prefixes(model).items():
+        if not keep[name]:
+            remove_prefix(model, name)
+            continue
+        prefix.fold()
+        for field, dim in _TOKEN_DIM.items():
+            parameter = getattr(prefix, field)
+            if parameter is None:
+                continue
+            index = torch.tensor(keep[name], device=parameter.device)
+            kept = parameter.detach().index_select(dim, index)
+            setattr(prefix, field, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+    state = state_of(model)
+    state.config = replace(state.config, prefix_length=lengths, reparameterisation=None)

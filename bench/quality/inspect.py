@@ -1,0 +1,180 @@
+"""What is done with a trained model: probing, pruning against closed gates, and the two ways side by side."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import apt_kernels
+from bench import training
+
+from . import methods, running, tables
+from .methods import Settings
+from .tasks import Collator, Task, encode, score, subset
+
+_BATCH = 32
+# Float32 rounding grows along the steps of AdamW; a wrong gradient shows within the first.
+_APART = 2e-2
+_CLOSED = -1e4
+_REPEATS = 15
+
+NOTES = (
+    "Half of all prefix tokens, in proportion to the layers' weights (`probe.lengths`). Moved: mean |change of logits| "
+    "as a share of their standard deviation. Closed: the removed tokens stay, with their gates at 0: their keys are "
+    "zeros, whose logits of 0 still take part in the softmax. Time: forward and backward of one batch, medians of "
+    f"{_REPEATS} that alternate; memory: most bytes alive at once. No pruned model was trained further."
+)
+PARITY_NOTES = (
+    "One seed, float32, no attention dropout (the ways draw different masks); all other dropout is on and drawn alike."
+)
+
+
+def batches(trained: running.Trained) -> Iterator[dict[str, Tensor]]:
+    """The development set as the model's inputs, without labels."""
+    device = next(trained.model.parameters()).device
+    features = trained.dev.features
+    for i in range(0, len(features), _BATCH):
+        batch = trained.collator(features[i : i + _BATCH])
+        batch.pop("labels")
+        if trained.task.kind == "choice":
+            batch = {name: part.flatten(0, 1) for name, part in batch.items()}
+        yield {name: part.to(device) for name, part in batch.items()}
+
+
+def probe(trained: running.Trained) -> apt_kernels.Probe:
+    return apt_kernels.probe(trained.model, batches(trained))
+
+
+@torch.no_grad()
+def predictions(trained: running.Trained, model: nn.Module) -> tuple[float, Tensor]:
+    """The score on the development set, and all logits in one row."""
+    import numpy as np
+
+    model.eval()
+    task, features = trained.task, trained.dev.features
+    parts, targets = [], []
+    for i, batch in enumerate(batches(trained)):
+        labels = trained.collator(features[i * _BATCH : (i + 1) * _BATCH])["labels"]
+        logits = model(**batch).logits.float().cpu()
+        parts.append(logits.view(len(labels), -1) if task.kind == "choice" else logits)
+        targets.append(labels)
+    if task.kind == "tags":
+        width = max(part.shape[1] for part in parts)
+        parts = [nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
+        targets = [nn.functional.pad(part, (0, width - part.shape[1]), value=-100) for part in targets]
+    logits, labels = torch.cat(parts), torch.cat(targets)
+    found = score(task, logits.numpy(), np.asarray(labels), trained.dev.rows, features)
+    return found, logits[labels != -100] if task.kind == "tags" else logits
+
+
+def pruned(trained: running.Trained) -> dict:
+    """Score, moved logits, time and memory: whole, pruned by half, and with the same tokens' gates closed."""
+    model = trained.model
+    found = probe(trained)
+    lengths = found.lengths(budget=max(1, sum(layer.length for layer in found.layers) // 2))
+    short, closed = copy.deepcopy(model), copy.deepcopy(model)
+    apt_kernels.prune(short, lengths)
+    whole, logits = predictions(trained, model)
+    rows = {"whole": {"score": whole, "moved": 0.0}}
+    close_gates(closed, lengths.keep)
+    for name, other in (("pruned", short), ("closed", closed)):
+        value, moved = predictions(trained, other)
+        rows[name] = {"score": value, "moved": float((moved - logits).abs().mean() / logits.std())}
+    costs = cost({"whole": model, "pruned": short}, next(batches(trained)))
+    for name, (seconds, peak) in costs.items():
+        rows[name] |= {"seconds": seconds, "peak": peak}
+    rows["lengths"] = list(lengths)
+    return rows
+
+
+@torch.no_grad()
+def close_gates(model: nn.Module, keep: dict[str, tuple[int, ...]]) -> None:
+    """Set the prefix tokens that are not kept to zero: what a gate of 0 makes of their key and value."""
+    for name, prefix in apt_kernels.prefixes(model).items():
+        gone = [i for i in range(prefix.length) if i not in keep[name]]
+        prefix.key[:, gone] = 0
+        prefix.value[:, gone] = 0
+
+
+def cost(models: dict[str, nn.Module], batch: dict[str, Tensor]) -> dict[str, tuple[float, int]]:
+    """Median seconds and peak bytes of a forward and backward of each model, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for i in range(_REPEATS + 2):
+        for name in list(models) if i % 2 else list(models)[::-1]:
+            began = time.perf_counter()
+            models[name](**batch).logits.float().square().mean().backward()
+            if i > 1:
+                seconds[name].append(time.perf_counter() - began)
+            models[name].zero_grad(set_to_none=True)
+    return {name: (statistics.median(seconds[name]), _peak(model, batch)) for name, model in models.items()}
+
+
+class _WithLoss(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels, **inputs):
+        self.loss = self.model(**inputs).logits.float().square().mean()
+        return self
+
+
+def _peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    run = training.Run(_WithLoss(model), None)
+    return training.peak_of_step(run, {**batch, "labels": next(iter(batch.values()))})
+
+
+def table(rows: list[dict]) -> str:
+    """One row for each state of the prefix, over the seeds."""
+    cells = []
+    for name in ("whole", "pruned", "closed"):
+        parts = [row[name] for row in rows]
+        line = [name, tables.mean_and_spread([p["score"] for p in parts])]
+        line.append(f"{100 * statistics.mean(p['moved'] for p in parts):.2f} %")
+        if "seconds" in parts[0]:
+            line.append(f"{1e3 * statistics.mean(p['seconds'] for p in parts):.1f} ms")
+            line.append(f"{statistics.mean(p['peak'] for p in parts) / 2**20:.1f} MiB")
+        cells.append([*line, *[""] * (5 - len(line))])
+    text = tables.markdown(["prefix", "development score", "logits moved", "time of a step", "peak memory"], cells)
+    return f"{text}\n\nLengths, by seed: {', '.join(str(row['lengths']) for row in rows)}."
+
+
+def both_ways(task: Task, method: str, settings: Settings, seed: int) -> dict[str, list[float]]:
+    """Training losses, step by step, of two copies of one model: with this package's attention, and the naive way."""
+    tokenizer = running.load_tokenizer(settings.model, task)
+    rows = subset(task, task.splits.train, settings.train_examples, seed)
+    features, collator = encode(task, rows, tokenizer, settings.max_length), Collator(tokenizer)
+    curves = {}
+    for way, within in training.WAYS.items():
+        model = methods.prepare(running.fresh_model(task, settings, tokenizer, seed), method, settings, seed).train()
+        optimizer = methods.optimizer(model, method, settings)
+        order = torch.Generator().manual_seed(seed)
+        curves[way] = []
+        with within():
+            for epoch in range(settings.epochs):
+                torch.manual_seed(seed + epoch)
+                for chosen in torch.randperm(len(features), generator=order).split(settings.batch_size):
+                    batch = collator([features[i] for i in chosen])
+                    curves[way].append(_step(model, optimizer, batch, task))
+    return curves
+
+
+def _step(model: nn.Module, optimizer, batch: dict[str, Tensor], task: Task) -> float:
+    labels = batch.pop("labels")
+    optimizer.zero_grad()
+    logits = running.logits_of(model, batch, task).float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def check_apart(apart: float, task: Task, method: str) -> None:
+    """Curves that part are an error, not a remark in a table."""
+    if not apart <= _APART:
+        raise SystemExit(f"{task.name}, {method}: the curves differ by {apart:.2g} (at most {_APART})")
