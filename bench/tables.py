@@ -112,9 +112,7 @@ def load(source: str | Path) -> Results:
     """From a JSON file, a folder of them, or ``REVISION:folder`` as committed in git."""
     texts = list(_texts(source))
     if not texts:
-        raise FileNotFoundError(
-            f"{source} holds no results: it needs a JSON file, a folder of them, or REVISION:folder"
-        )
+        raise FileNotFoundError(f"{source} has no results; it needs a JSON file, a folder of them, or REVISION:folder")
     files = [json.loads(text) for text in texts]
     order = {stage: i for i, stage in enumerate(STAGES)}
     rows: dict[tuple, Row] = {}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import apt_kernels
 from apt_kernels.impl import reference
 from apt_kernels.op import make_inputs
-from bench import checking, counts, models, naive, op, peers, registry, steps, timing
+from bench import checking, counts, generation, models, naive, op, peers, registry, steps, timing
 from bench.shapes import REGISTRIES, Shape, causal, encoder, operands
 
 CPU = torch.device("cpu")
@@ -186,6 +186,16 @@ def test_peft_computes_what_we_do_and_drops_its_prefix_under_checkpoints():
     found = steps.measure(kept, CPU, torch.float32, 0, only)
     assert not found.samples
     assert found.skipped["peft"]
+
+
+def test_generation_checks_and_times_a_token():
+    shape = generation.Decoding("llama-tiny", 2, 20, 4, "none")
+    found = generation.measure(shape, CPU, torch.float32, 0)
+    assert set(found.samples) == {"no_prefix", "ours", "naive", "in_cache"}
+    assert all(set(samples) == {"token"} for samples in found.samples.values())
+    gated = generation.measure(generation.Decoding("llama-tiny", 2, 20, 4), CPU, torch.float32, 0, ("ours", "in_cache"))
+    assert set(gated.samples) == {"ours"}
+    assert gated.skipped == {"in_cache": "does not apply: the gate changes with every token"}
 
 
 def test_shapes_say_what_is_timed():
