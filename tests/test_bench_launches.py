@@ -1,0 +1,92 @@
+"""What the fused kernels launch, multiply and move for a layer, counted in the interpreter against the floor."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+
+from bench import counts, launches
+from bench.shapes import causal, encoder
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="counting needs Triton's interpreter; here a GPU compiles"
+)
+
+# Every size divides the interpreter's tiles: nothing is computed in vain.
+WHOLE = encoder(1, 2, 64, 32, "row", padded=False)
+
+
+def _by_name(found: launches.Counted) -> dict[str, launches.Launch]:
+    return {launch.kernel: launch for launch in found.launches if launch.ours}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return launches.of(WHOLE)
+
+
+def test_forward_is_one_launch_at_the_floor(whole):
+    forward, size = whole["forward"], 2
+    assert forward.ours == ["attention_forward"]
+    assert len(forward.launches) <= 3  # and the prefix in the keys' dtype
+    assert forward.total("flops") == counts.attention_flops(WHOLE, 64 + 32, "forward")
+    kernel = _by_name(forward)["attention_forward"]
+    heads, tokens, dim, tiles = 2, 64, 64, 4
+    assert kernel.written == heads * tokens * (dim * size + 4)
+    # Queries once; keys, values and the prefix once for each tile of queries; gate and scale besides.
+    columns = 2 * (tokens + 32) * dim * size
+    assert heads * tokens * dim * size + heads * tiles * columns <= kernel.read
+    assert kernel.read <= 1.02 * (heads * tokens * dim * size + heads * tiles * columns)
+
+
+def test_backward_computes_scores_twice_and_nothing_in_vain(whole):
+    backward = whole["backward"]
+    assert sorted(backward.ours) == ["key_value_gradient", "prefix_partials", "query_gradient", "row_deltas"]
+    # Five products are the least; kernels that share no scores need seven.
+    assert backward.total("flops") == pytest.approx(7 / 5 * counts.attention_flops(WHOLE, 64 + 32, "backward"))
+    kernels = _by_name(backward)
+    assert kernels["query_gradient"].written == 2 * 64 * 64 * 2
+    assert kernels["key_value_gradient"].written == 2 * 2 * 64 * 64 * 2
+
+
+# The target is one forward and three backward; what is above it is written in bench/NOTES.md.
+@pytest.mark.parametrize(
+    ("gate", "padded", "forward", "backward"),
+    [("none", False, 1, 4), ("row", False, 1, 4), ("query", False, 1, 5), ("row", True, 2, 6)],
+)
+def test_launches_of_a_layer(gate, padded, forward, backward):
+    shape = replace(encoder(2, 1, 32, 16, gate), padded=padded)
+    found = launches.of(shape)
+    assert len(found["forward"].ours) <= forward
+    assert len(found["backward"].ours) <= backward
+
+
+def test_a_causal_mask_skips_what_it_hides():
+    """Of a causal square of n tiles, n (n + 1) / 2 are computed; the prefix in full."""
+    shape = causal(1, 1, 1, 64, 64, 16, "none")
+    found = launches.of(shape)["forward"]
+    assert found.total("flops") == 4 * 64 * (10 * 16 * 16 + 64 * 16)
+
+
+def test_no_prefix_memory_grows_with_the_batch():
+    shape = encoder(1, 2, 32, 64, "none", padded=False)
+    found = [launches.of(replace(shape, batch=batch)) for batch in (4, 5, 6)]
+    row = 2 * 32 * 64 * 2  # one row of a query, key or value
+    sums = 2 * 32 * 4
+    more = {which: _steps([of[which].allocated for of in found]) for which in ("forward", "backward")}
+    assert more["forward"] == [row + sums] * 2  # the output and its log-sum-exp
+    # dq, dk, dv and the rows' delta; and of the gate some floats a prefix column, never its heads and dimensions.
+    assert all(3 * row + sums <= step <= 3 * row + sums + 16 * shape.length for step in more["backward"])
+
+
+def _steps(values: list[int]) -> list[int]:
+    return [after - before for before, after in itertools.pairwise(values)]
+
+
+def test_the_table_names_every_launch():
+    text = launches.table(shapes=(replace(WHOLE, tokens=16, keys=16, length=16),))
+    assert all(name in text for name in ("attention_forward", "prefix_partials", "aten._to_copy", "1 of ours"))
