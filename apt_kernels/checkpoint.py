@@ -15,31 +15,49 @@ from torch import Tensor
 from .config import AptConfig
 from .errors import AdapterError, ConfigError, PatchError
 from .hf.patching import is_patched, patch, prefixes, state_of, unpatch
+from .hf.wrappers import inner, peft_parameters
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "apt_config.json"
 
 
-def save(model, folder: str | os.PathLike) -> None:
+def save(model, folder: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the trained weights of a patched model (prefixes, and every other trainable parameter) to ``folder``.
 
     A reparameterised prefix is written as the key and value that it gives; the model keeps its MLP.
 
     Both files are written beside their places and then moved there, so that a crash leaves the old ones whole.
 
+    Args:
+        model: a patched model.
+        folder: where to write; it is made if need be.
+        state_dict: the weights to take in place of the model's own, by the model's names: those gathered from shards.
+
     Raises:
         PatchError: the model is not patched.
+        AdapterError: ``state_dict`` lacks a trained weight.
     """
-    state = state_of(model)
+    state, model = state_of(model), inner(model)
     folder = Path(folder)
+    tensors = {name: _whole(name, tensor, state_dict) for name, tensor in _trained(model).items()}
+    tensors = _folded(model, tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _folded(model).items()}
     lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
     config = {**state.config.to_json(), "model": type(model).__name__, "lengths": lengths}
     config["reparameterisation"] = None  # folded away
     del config["implementation"]  # a choice of this machine, not of the adapter
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def _whole(name: str, tensor: Tensor, state_dict: dict[str, Tensor] | None) -> Tensor:
+    if state_dict is not None:
+        if name not in state_dict:
+            raise AdapterError(f"state_dict lacks {name}, which was trained")
+        tensor = state_dict[name]
+    # A distributed tensor (FSDP2, tensor parallel) is gathered: every process has to come here.
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().cpu().contiguous()
 
 
 def _replace(path: Path, write) -> None:
@@ -61,20 +79,30 @@ def _umask() -> int:
 
 
 def _trained(model) -> dict[str, Tensor]:
-    """Prefix parameters, frozen by the user or not, and all that is trainable beside them, by parameter name."""
+    """Prefix parameters, frozen by the user or not, and all that is trainable beside them, by parameter name.
+
+    What PEFT added to the model is PEFT's to save.
+    """
     ours = {id(parameter) for prefix in prefixes(model).values() for parameter in prefix.parameters()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in ours}
+    theirs = peft_parameters(model)
+    return {n: p for n, p in model.named_parameters() if id(p) in ours or (p.requires_grad and id(p) not in theirs)}
 
 
-def _folded(model) -> dict[str, Tensor]:
-    """`_trained`, with the key and value of reparameterised prefixes in the place of what makes them."""
-    tensors = _trained(model)
+def save_unfolded(model, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the trained weights alone, reparameterisations as they are, for a training that goes on from them."""
+    tensors = {name: _whole(name, tensor, state_dict) for name, tensor in _trained(model).items()}
+    _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors``, with the key and value of reparameterised prefixes in the place of what makes them."""
     for name, prefix in prefixes(model).items():
         if prefix.mlp is None:
             continue
         tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{name}.apt.mlp.")}
         with torch.no_grad():
-            tensors[f"{name}.apt.key"], tensors[f"{name}.apt.value"] = prefix.mlp()
+            key, value = prefix.mlp()
+        tensors[f"{name}.apt.key"], tensors[f"{name}.apt.value"] = _whole("", key, None), _whole("", value, None)
     return tensors
 
 
@@ -91,6 +119,7 @@ def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None
         PatchError: the model cannot be patched, or is patched with other settings.
     """
     folder = Path(folder)
+    wrapped, model = model, inner(model)
     config = _read_config(folder / CONFIG)
     fresh = not is_patched(model)
     if not fresh and _shape_of(state_of(model).config) != _shape_of(config):
@@ -111,12 +140,12 @@ def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
-    return model
+    return wrapped
 
 
 def _shape_of(config: AptConfig) -> tuple:
     """The settings on which the set of weights and their meaning depend."""
-    return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation
+    return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation, config.layers
 
 
 def _read_config(path: Path) -> AptConfig:

@@ -19,6 +19,9 @@ class AptConfig:
     Args:
         prefix_length: prefix tokens per attention layer: one int, or one int per attention module in model order
             (0: that module keeps no prefix).
+        layers: which attention modules get a prefix; the others keep none. An index in model order (negative: from
+            the end), ``"self"``, ``"cross"``, ``"encoder"``, ``"decoder"``, a regular expression that the module's
+            name matches (``re.search``), or several of them: a module that any of them means. None: all.
         gate: where the gate's logits come from. ``"first"``: the first real token's hidden state, one gate per
             sequence. ``"token"``: every query's own. ``"mean"``: the mean over real tokens (refused where it would let
             a token see later ones). ``"static"``: learned logits, no hidden state. ``"none"``: no gate. ``"auto"``:
@@ -47,6 +50,7 @@ class AptConfig:
     prefix_dropout: float = 0.0
     trainable: tuple[str, ...] | None = None
     implementation: str = "auto"
+    layers: tuple[int | str, ...] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prefix_length", _lengths(self.prefix_length))
@@ -65,6 +69,7 @@ class AptConfig:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ConfigError(f"prefix_dropout is {rate!r}; it needs a number from 0 to below 1")
         object.__setattr__(self, "trainable", _patterns(self.trainable))
+        object.__setattr__(self, "layers", _layers(self.layers))
         if not isinstance(self.implementation, str):
             raise ConfigError(f"implementation is {self.implementation!r}; it needs a string")
 
@@ -96,7 +101,7 @@ class AptConfig:
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"the config has an unknown key {unknown[0]!r}")
-        for name in ("prefix_length", "trainable"):
+        for name in ("prefix_length", "trainable", "layers"):
             if isinstance(data.get(name), list):
                 data[name] = tuple(data[name])
         return cls(**data)
@@ -125,3 +130,20 @@ def _patterns(value) -> tuple[str, ...] | None:
         except (re.error, TypeError) as error:
             raise ConfigError(f"trainable has {pattern!r}; it needs a regular expression ({error})") from None
     return patterns
+
+
+def _layers(value) -> tuple[int | str, ...] | None:
+    if value is None:
+        return None
+    entries = (value,) if isinstance(value, (int, str)) else value
+    if not isinstance(entries, Sequence) or not entries:
+        raise ConfigError(f"layers is {value!r}; it needs an index, a name's pattern, a kind, or several of them")
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, (int, str)):
+            raise ConfigError(f"layers has {entry!r}; each entry needs an int or a string")
+        if isinstance(entry, str):
+            try:
+                re.compile(entry)
+            except re.error as error:
+                raise ConfigError(f"layers has {entry!r}; it needs a kind or a regular expression ({error})") from None
+    return tuple(entries)

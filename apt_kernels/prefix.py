@@ -47,6 +47,7 @@ class AdaptivePrefix(nn.Module):
             raise ConfigError(f"gate is {gate!r}; it needs one of {', '.join(map(repr, HIDDEN_GATES))}, static, none")
         self.gate = gate
         self.name, self.cross, self.implementation = "", False, "auto"
+        self.adapter, self.enabled = "default", True
 
         def draw(*shape: int) -> nn.Parameter:
             # Drawn on the CPU, so that a seed gives the same prefix on every device.

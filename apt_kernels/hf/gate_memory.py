@@ -65,8 +65,8 @@ def _restore(base: type, state: dict):
     return cache
 
 
-def keep(cache, name: str, gate: Tensor, begun: Tensor | None, add: bool) -> Tensor:
-    """Remember ``gate [B, M]`` of the attention module ``name`` on ``cache``, and return the gate that now counts.
+def keep(cache, owner: tuple[str, str], gate: Tensor, begun: Tensor | None, add: bool) -> Tensor:
+    """Remember ``gate [B, M]`` of ``owner`` (attention module, adapter) on ``cache``; returns the gate that now counts.
 
     ``begun [B]``: which rows had a real token (a chunk of a left-padded prompt may be all padding); None: every row.
     With ``add``, rows that had one in an earlier chunk keep their gate.
@@ -75,13 +75,13 @@ def keep(cache, name: str, gate: Tensor, begun: Tensor | None, add: bool) -> Ten
         cache.__class__ = _keeping(type(cache))
         cache.apt_gates = {}
     if add:
-        earlier = cache.apt_gates[name]
+        earlier = cache.apt_gates[owner]
         gate = torch.where(earlier.begun[:, None], earlier.gate, gate)
         begun = None if begun is None else earlier.begun | begun
     # Asked only where it needs no wait for a device.
     if begun is not None and _is_here(begun) and bool(begun.all()):
         begun = None
-    cache.apt_gates[name] = Kept(gate, begun)
+    cache.apt_gates[owner] = Kept(gate, begun)
     return gate
 
 
@@ -89,21 +89,22 @@ def _is_here(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
-def waits(cache, name: str) -> bool:
+def waits(cache, owner: tuple[str, str]) -> bool:
     """Whether some row of ``cache`` may have had no real token yet."""
-    return _kept(cache, name).begun is not None
+    return _kept(cache, owner).begun is not None
 
 
-def recall(cache, name: str) -> Tensor:
+def recall(cache, owner: tuple[str, str]) -> Tensor:
     """The gate that the prompt left on ``cache``."""
-    return _kept(cache, name).gate
+    return _kept(cache, owner).gate
 
 
-def _kept(cache, name: str) -> Kept:
+def _kept(cache, owner: tuple[str, str]) -> Kept:
     gates = getattr(cache, "apt_gates", {})
-    if name not in gates:
+    if owner not in gates:
         raise PatchError(
-            f"{name}: the cache already holds tokens but no gate of theirs (gate='first'); it was filled without this "
-            "patched model. Run the prompt through the model again, or use gate='token' or 'static'"
+            f"{owner[0]}: the cache already holds tokens but no gate of theirs (gate='first'); it was filled without "
+            "this patched model, or with another adapter. Run the prompt through the model again, or use gate='token' "
+            "or 'static'"
         )
-    return gates[name]
+    return gates[owner]

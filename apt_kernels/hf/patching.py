@@ -15,8 +15,10 @@ from .. import dispatch
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
-from . import inline, route
+from . import inline, route, saving
+from .layers import lengths_of
 from .record import Site, record
+from .wrappers import inner, join_peft, peft_parameters
 
 
 @dataclass
@@ -26,7 +28,12 @@ class State:
     config: AptConfig
     implementations: list[str]  # of `configs(model)`, in order
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    sites: list[str] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    # Named adapters (hf/adapters.py): the active one's name, the others, and the start of all that any of them trains.
+    adapter: str = "default"
+    parked: dict = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    enabled: bool = True
 
 
 def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None = None, **settings):
@@ -50,19 +57,18 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         ImplementationError: there is no implementation of that name.
     """
     config = make_config(config, settings)
+    wrapped, model = model, inner(model)
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
     if is_patched(model):
         if state_of(model).config == config:
-            return model
+            return wrapped
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     if config.implementation != "auto":
         dispatch.load(config.implementation)
     sites, described = _sites(model, example_inputs)
-    lengths = [config.length_of(i, len(sites)) for i in range(len(sites))]
-    built = _build(config, sites, lengths)
-    _commit(model, config, built, route.NAME if described else "eager")
-    return model
+    _commit(model, config, sites, build(config, sites), route.NAME if described else "eager")
+    return wrapped
 
 
 def make_config(config: AptConfig | None, settings: dict) -> AptConfig:
@@ -77,12 +83,17 @@ def _sites(model, example_inputs: dict | None) -> tuple[list[Site], bool]:
     try:
         return record(model, lambda name: set_implementation(model, name), example_inputs)
     finally:
-        for config, name in zip(configs(model), before):
-            config._attn_implementation_internal = name
+        restore_implementations(model, before)
 
 
 def set_implementation(model, name: str) -> None:
     for config in configs(model):
+        config._attn_implementation_internal = name
+
+
+def restore_implementations(model, names: list[str]) -> None:
+    """Set what each of `configs` says of attention, past transformers' own checks of the name."""
+    for config, name in zip(configs(model), names):
         config._attn_implementation_internal = name
 
 
@@ -96,29 +107,30 @@ def configs(model) -> list:
     return list(found.values())
 
 
-def _build(config: AptConfig, sites: list[Site], lengths: list[int]) -> list[tuple[Site, AdaptivePrefix | None]]:
+def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dict[str, AdaptivePrefix]:
+    """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet."""
     generator = None if config.init_seed is None else torch.Generator().manual_seed(config.init_seed)
-    built = []
-    for site, length in zip(sites, lengths):
-        prefix = None
-        if length:
-            gate = _gate(config.gate, site)
-            prefix = AdaptivePrefix(
-                length,
-                site.kv_heads,
-                site.head_dim,
-                site.value_head_dim,
-                site.hidden_size or 0,
-                gate,
-                config.layer_scale,
-                config.init_std,
-                generator,
-                site.device,
-                config.reparameterisation,
-                config.prefix_dropout,
-            )
-            prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
-        built.append((site, prefix))
+    built = {}
+    for site, length in zip(sites, lengths_of(config, sites)):
+        if not length:
+            continue
+        prefix = AdaptivePrefix(
+            length,
+            site.kv_heads,
+            site.head_dim,
+            site.value_head_dim,
+            site.hidden_size or 0,
+            _gate(config.gate, site),
+            config.layer_scale,
+            config.init_std,
+            generator,
+            site.device,
+            config.reparameterisation,
+            config.prefix_dropout,
+        )
+        prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
+        prefix.adapter = adapter
+        built[site.name] = prefix
     return built
 
 
@@ -139,28 +151,46 @@ def _gate(gate: str, site: Site) -> str:
     return gate
 
 
-def _commit(model, config: AptConfig, built: list[tuple[Site, AdaptivePrefix | None]], implementation: str) -> None:
-    modules = dict(model.named_modules())
-    state = State(config, [own._attn_implementation for own in configs(model)])
+def _commit(model, config, sites: list[Site], built: dict[str, AdaptivePrefix], implementation: str) -> None:
+    state = State(config, [own._attn_implementation for own in configs(model)], sites=sites)
     state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    trainable = _trainable(model, config)
+    trainable = trainable_names(model, config)
+    parameters = dict(model.named_parameters())
+    state.start = {name: parameters[name].detach().clone() for name in trainable}
+    theirs = peft_parameters(model)
     _own_configs(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    for site, prefix in built:
-        module = modules[site.name]
-        if prefix is None:
-            module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", "sdpa")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trainable or (id(parameter) in theirs and parameter.requires_grad))
+    for module in (model.get_submodule(site.name) for site in sites):
+        module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", "sdpa")
+    attach(model, built, sites)
+    set_implementation(model, implementation)
+    _let_reentrant_checkpoints_train(model)
+    model._apt_state = state
+    saving.install(model, trainable)
+    join_peft()
+
+
+def attach(model, built: dict[str, AdaptivePrefix], sites: list[Site]) -> None:
+    """Hang the prefixes on their attention modules."""
+    for site in sites:
+        if site.name not in built:
             continue
-        module.apt = prefix.train(module.training)
+        module = model.get_submodule(site.name)
+        module.apt = built[site.name].train(module.training)
         module.register_forward_pre_hook(route.before, with_kwargs=True)
         module.register_forward_hook(route.after)
         if site.inline is not None:
             inline.defer(module, site.inline)
-        state.sites.append(site.name)
-    set_implementation(model, implementation)
-    _let_reentrant_checkpoints_train(model)
-    model._apt_state = state
+
+
+def detach(model) -> None:
+    """Take the prefixes off; the attention modules then attend as before the patch, or by their next prefix."""
+    for module in model.modules():
+        _remove_hooks(module, _is_route)
+        if isinstance(module._modules.get("apt"), AdaptivePrefix):
+            del module.apt
+        inline.restore(module)
 
 
 def _own_configs(model) -> None:
@@ -172,8 +202,11 @@ def _own_configs(model) -> None:
             module.config = owned[id(module.config)]
 
 
-def _trainable(model, config: AptConfig) -> set[str]:
-    names = [name for name, _ in model.named_parameters()]
+def trainable_names(model, config: AptConfig) -> set[str]:
+    """Which parameters train beside the prefixes, by name."""
+    owned = {id(p) for prefix in model.modules() if isinstance(prefix, AdaptivePrefix) for p in prefix.parameters()}
+    owned |= peft_parameters(model)
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in owned]
     if config.trainable is not None:
         unused = [pattern for pattern in config.trainable if not any(re.search(pattern, name) for name in names)]
         if unused:
@@ -183,7 +216,9 @@ def _trainable(model, config: AptConfig) -> set[str]:
     if base is model or model.get_output_embeddings() is not None:
         return set()  # a bare encoder or a language model: its head, where it has one, was pretrained
     inside = {id(parameter) for parameter in base.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    # PEFT's `modules_to_save` trains copies of the modules that it names.
+    outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    return {name for name in outside if name in names and ".original_module." not in name}
 
 
 class _InputsRequireGrad:
@@ -196,6 +231,7 @@ class _InputsRequireGrad:
         self.layers = layers
 
     def __call__(self, module, args, kwargs):
+        _refuse_to_recompute_elsewhere(module, self.layers)
         if not torch.is_grad_enabled() or not any(_reentrant(layer) for layer in self.layers):
             return None
         changed = dict(kwargs)
@@ -204,6 +240,17 @@ class _InputsRequireGrad:
             if isinstance(given, Tensor) and not given.requires_grad:
                 changed[name] = given.detach().requires_grad_()
         return args, changed
+
+
+def _refuse_to_recompute_elsewhere(model, layers: list[nn.Module]) -> None:
+    state = getattr(model, "_apt_state", None)
+    if state is None or state.enabled or not torch.is_grad_enabled():
+        return
+    if any(layer.gradient_checkpointing and layer.training for layer in layers):
+        raise PatchError(
+            "the prefix is disabled, and gradient checkpointing would recompute the layers with it in the backward; "
+            "use torch.no_grad() or model.eval() within apt_kernels.disabled, or model.gradient_checkpointing_disable()"
+        )
 
 
 def _reentrant(layer: nn.Module) -> bool:
@@ -224,36 +271,34 @@ def unpatch(model):
     Returns the same model. Raises `PatchError` if the model is not patched.
     """
     state = state_of(model)
+    wrapped, model = model, inner(model)
+    detach(model)
     for module in model.modules():
-        _remove_hooks(module)
-        if isinstance(module._modules.get("apt"), AdaptivePrefix):
-            del module.apt
+        _remove_hooks(module, lambda hook: isinstance(hook, _InputsRequireGrad))
         module.__dict__.pop("apt_before", None)
-        inline.restore(module)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
-    for config, name in zip(configs(model), state.implementations):
-        config._attn_implementation_internal = name
+    if {name for name, _ in model.named_parameters()} == set(state.requires_grad):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(state.requires_grad[name])
+    # Otherwise PEFT came, went or merged since; what is frozen is its to say.
+    restore_implementations(model, state.implementations)
+    saving.remove(model)
     del model._apt_state
-    return model
+    return wrapped
 
 
 def remove_prefix(model, name: str) -> None:
     """Take the prefix off one attention module of a patched model; it attends as before the patch."""
-    module, state = model.get_submodule(name), state_of(model)
-    _remove_hooks(module)
+    module = inner(model).get_submodule(name)
+    _remove_hooks(module, _is_route)
     inline.restore(module)
     del module.apt
-    own = getattr(module, "config", model.config)
-    before = {id(config): name for config, name in zip(configs(model), state.implementations)}
-    module.apt_before = before.get(id(own), "sdpa")
-    state.sites.remove(name)
 
 
-def _remove_hooks(module: nn.Module) -> None:
-    def ours(hook) -> bool:
-        return hook in (route.before, route.after) or isinstance(hook, _InputsRequireGrad)
+def _is_route(hook) -> bool:
+    return hook in (route.before, route.after)
 
+
+def _remove_hooks(module: nn.Module, ours) -> None:
     for hooks, extra in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -265,11 +310,12 @@ def _remove_hooks(module: nn.Module) -> None:
 
 def is_patched(model) -> bool:
     """Whether `patch` has been applied to the model."""
-    return isinstance(getattr(model, "_apt_state", None), State)
+    return isinstance(getattr(inner(model), "_apt_state", None), State)
 
 
 def state_of(model) -> State:
     """The patched model's state; `PatchError` if there is none."""
+    model = inner(model)
     if not is_patched(model):
         raise PatchError(f"the {type(model).__name__} is not patched; call apt_kernels.patch(model) first")
     return model._apt_state
@@ -278,5 +324,6 @@ def state_of(model) -> State:
 def prefixes(model) -> dict[str, AdaptivePrefix]:
     """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
     state_of(model)
+    model = inner(model)
     found = {name: module._modules.get("apt") for name, module in model.named_modules()}
     return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}

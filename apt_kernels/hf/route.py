@@ -30,6 +30,8 @@ class Pending(NamedTuple):
 
 def before(module, args, kwargs) -> None:
     """Forward pre-hook of a patched attention module: remember its hidden states and cache."""
+    if not module.apt.enabled:
+        return
     hidden_states = kwargs.get("hidden_states", args[0] if args else None)
     cache = filled = None
     if module.apt.gate == "first":
@@ -49,7 +51,7 @@ def _holds_tokens(cache, module) -> bool:
 def after(module, args, output) -> None:
     """Forward hook: a patched module that did not attend through `attention_forward` has lost its prefix."""
     module.apt.pending = None
-    if not module.apt.served:
+    if module.apt.enabled and not module.apt.served:
         raise PatchError(
             f"{module.apt.name} attended without its prefix: the model's attention implementation was switched away "
             f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
@@ -125,8 +127,9 @@ def _logits(prefix, query: Tensor, real, segments, time_major: bool = False) -> 
     hidden_states, cache, filled = prefix.pending
     if prefix.gate in ("none", "static"):
         return prefix.logits(None)
-    if filled and not gate_memory.waits(cache, prefix.name):
-        return gate_memory.recall(cache, prefix.name)
+    owner = (prefix.name, prefix.adapter)
+    if filled and not gate_memory.waits(cache, owner):
+        return gate_memory.recall(cache, owner)
     # A model spread over devices moves its inputs in a hook that may run after ours.
     hidden_states = hidden_states.to(query.device)
     hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
@@ -134,7 +137,7 @@ def _logits(prefix, query: Tensor, real, segments, time_major: bool = False) -> 
     if cache is None:
         return gate
     begun = None if real is None else real.any(dim=1)
-    return gate_memory.keep(cache, prefix.name, gate, begun, add=filled)
+    return gate_memory.keep(cache, owner, gate, begun, add=filled)
 
 
 def _closed(mask: Tensor) -> float:

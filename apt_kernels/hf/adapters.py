@@ -1,0 +1,134 @@
+"""Several named adapters on one model, one of them active."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import AptConfig
+from ..errors import ConfigError, PatchError
+from ..prefix import AdaptivePrefix
+from . import saving
+from .patching import State, attach, build, detach, make_config, prefixes, state_of, trainable_names
+from .wrappers import inner
+
+
+@dataclass
+class Parked:
+    """An adapter that is not active: its prefixes, and its values of what trains beside them. No part of the model."""
+
+    config: AptConfig
+    prefixes: dict[str, AdaptivePrefix]
+    values: dict[str, Tensor]
+
+
+def adapters(model) -> dict[str, AptConfig]:
+    """The settings of every adapter by its name, the active one first. `PatchError` if the model is not patched."""
+    state = state_of(model)
+    return {state.adapter: state.config, **{name: parked.config for name, parked in state.parked.items()}}
+
+
+def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
+    """Add a new adapter to a patched model and make it the active one; the others keep what they learned.
+
+    `patch` made the adapter ``"default"``. Each adapter has its own prefixes (lengths, gates, layers may differ) and
+    its own task heads, which start as they were before the first patch. Only the active adapter's parameters are
+    parameters of the model: make optimizers after switching.
+
+    Args:
+        model: a patched model.
+        name: the new adapter's name.
+        config: an `AptConfig`, or give its fields as keywords.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: the name is taken, or a setting is out of range.
+        PatchError: the model is not patched.
+    """
+    state, base = state_of(model), inner(model)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
+    if name in adapters(model):
+        raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
+    config = make_config(config, settings)
+    trained = trainable_names(base, config)
+    parameters = dict(base.named_parameters())
+    for each in trained:
+        # Trained by no adapter so far, or its start is known already.
+        state.start.setdefault(each, parameters[each].detach().clone())
+    values = {each: state.start[each].clone() for each in trained}
+    state.parked[name] = Parked(config, build(config, state.sites, name), values)
+    return set_adapter(model, name)
+
+
+def set_adapter(model, name: str):
+    """Make the adapter ``name`` the active one. Returns the same model.
+
+    Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
+    """
+    state, base = state_of(model), inner(model)
+    if not state.enabled:
+        raise PatchError("the adapter cannot be switched while the prefix is disabled")
+    if name == state.adapter:
+        return model
+    _known(state, name)
+    state.parked[state.adapter] = _park(base, state)
+    _restore(base, state)
+    incoming = state.parked.pop(name)
+    for site, prefix in incoming.prefixes.items():
+        prefix.to(_device(base.get_submodule(site)))
+    attach(base, incoming.prefixes, state.sites)
+    _write(base, incoming.values)
+    parameters = dict(base.named_parameters())
+    for each in incoming.values:
+        parameters[each].requires_grad_(True)
+    state.adapter, state.config = name, incoming.config
+    saving.expect_missing(base, set(incoming.values))
+    return model
+
+
+def delete_adapter(model, name: str):
+    """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown."""
+    state = state_of(model)
+    if name == state.adapter:
+        raise ConfigError(f"name is {name!r}, the active adapter; switch to another first, or call unpatch(model)")
+    _known(state, name)
+    del state.parked[name]
+    return model
+
+
+def _known(state: State, name: str) -> None:
+    if name not in state.parked:
+        names = ", ".join(map(repr, [state.adapter, *state.parked]))
+        raise ConfigError(f"name is {name!r}; the model has the adapters {names}")
+
+
+def _park(model, state: State) -> Parked:
+    parameters = dict(model.named_parameters())
+    values = {name: parameters[name].detach().clone() for name in trainable_names(model, state.config)}
+    return Parked(state.config, prefixes(model), values)
+
+
+def _restore(model, state: State) -> None:
+    """Take the active adapter off: its prefixes, and what it trained beside them."""
+    trained = trainable_names(model, state.config)
+    detach(model)
+    _write(model, {name: state.start[name] for name in trained})
+    parameters = dict(model.named_parameters())
+    for name in trained:
+        parameters[name].requires_grad_(False)
+
+
+def _write(model, values: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,77 @@
+"""A patched model's own `save_pretrained`: so that transformers' Trainer writes and reads adapters, no base weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from ..prefix import AdaptivePrefix
+
+# What Trainer looks for when it resumes, and when it loads the best model.
+TRAINER_WEIGHTS = "model.safetensors"
+# What `install` sets on the model, and `remove` gives back.
+_ATTRIBUTES = ("save_pretrained", "_keys_to_ignore_on_save", "_hf_peft_config_loaded")
+
+
+class SavePretrained:
+    """Takes the place of ``model.save_pretrained`` while the model is patched; `unpatch` removes it.
+
+    It writes what `apt_kernels.save` writes, and the same weights once more (a hard link where the file system has
+    them) under the name that Trainer reads. There is no ``config.json``: ``from_pretrained`` refuses the folder, since
+    it holds no model.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.before = {name: model.__dict__[name] for name in _ATTRIBUTES if name in model.__dict__}
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        from ..checkpoint import WEIGHTS, save, save_unfolded  # checkpoint imports the patch, and the patch this file
+
+        if push_to_hub:
+            raise ValueError('push_to_hub is True; call apt_kernels.save(model, "hf://user/name") instead')
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        save(self.model, folder, state_dict=state_dict)
+        link = folder / TRAINER_WEIGHTS
+        if any(isinstance(m, AdaptivePrefix) and m.mlp is not None for m in self.model.modules()):
+            save_unfolded(self.model, link, state_dict)
+            return
+        link.unlink(missing_ok=True)
+        try:
+            os.link(folder / WEIGHTS, link)
+        except OSError:
+            shutil.copyfile(folder / WEIGHTS, link)
+
+
+def install(model, beside: set[str]) -> None:
+    """Give the patched ``model`` its own `save_pretrained`; ``beside`` trains with the prefixes, by name."""
+    model.save_pretrained = SavePretrained(model)
+    expect_missing(model, beside)
+    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
+        # Trainer trains a quantised model only where it is told of an adapter.
+        model._hf_peft_config_loaded = True
+
+
+def expect_missing(model, beside: set[str]) -> None:
+    """Tell Trainer which weights a checkpoint does not hold: all but the prefixes and ``beside``."""
+    prefixes = [name for name, module in model.named_modules() if isinstance(module, AdaptivePrefix)]
+    held = beside | {f"{name}.{each}" for name in prefixes for each, _ in model.get_submodule(name).named_parameters()}
+    model._keys_to_ignore_on_save = sorted(set(model.state_dict()) - held)
+
+
+def remove(model) -> None:
+    """Undo `install`."""
+    before = model.save_pretrained.before
+    for name in _ATTRIBUTES:
+        model.__dict__.pop(name, None)
+    model.__dict__.update(before)

@@ -1,0 +1,101 @@
+"""What stands around a model: PEFT, `torch.compile`, data parallel; and PEFT's own parameters inside it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+from torch import nn
+
+from ..prefix import AdaptivePrefix
+
+
+def inner(model):
+    """The transformers model inside PEFT's, `torch.compile`'s or data-parallel wrappers."""
+    while True:
+        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _peft_layers() -> tuple[type, ...]:
+    """PEFT's classes that hold its parameters; none where PEFT was never imported."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    other = sys.modules.get("peft.utils.other")
+    return (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper) if tuners and other else ()
+
+
+def peft_parameters(model) -> set[int]:
+    """The ids of the parameters that PEFT added to ``model``."""
+    layers = [module for module in model.modules() if isinstance(module, _peft_layers())]
+    found = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    for layer in layers:
+        for name in ("base_layer", "original_module"):
+            base = layer._modules.get(name)
+            if base is not None and not isinstance(base, _peft_layers()):
+                found -= {id(parameter) for parameter in base.parameters()}
+    return found
+
+
+def join_peft() -> None:
+    """From here on PEFT works beside prefixes; a model without one is treated as before. Once a process.
+
+    PEFT freezes every parameter that is not its own when it adds an adapter, and saves and loads its own alone. Its
+    one method for each of these, common to all its tuners, is wrapped: what trained with a prefix stays trainable,
+    and the prefix is saved to the same folder and loaded from there.
+    """
+    tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
+    if tuners is None or models is None:
+        return
+    _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
+    _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
+    _wrap(models.PeftModel, "load_adapter", _load_adapter)
+
+
+def _wrap(owner: type, name: str, around) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, "apt_kernels_wraps"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self, *args, **kwargs):
+        return around(original, self, *args, **kwargs)
+
+    wrapped.apt_kernels_wraps = original
+    setattr(owner, name, wrapped)
+
+
+def _inject_adapter(original, self, model, *args, **kwargs):
+    ours = [parameter for parameter in model.parameters() if parameter.requires_grad] if _has_prefix(model) else []
+    result = original(self, model, *args, **kwargs)
+    for parameter in ours:
+        parameter.requires_grad_(True)
+    return result
+
+
+def _save_pretrained(original, self, save_directory, *args, **kwargs):
+    from ..checkpoint import save  # checkpoint imports this file
+
+    result = original(self, save_directory, *args, **kwargs)
+    if _has_prefix(self) and kwargs.get("is_main_process", True):
+        save(self, save_directory)
+    return result
+
+
+def _load_adapter(original, self, model_id, *args, **kwargs):
+    from ..checkpoint import CONFIG, load
+
+    result = original(self, model_id, *args, **kwargs)
+    if os.path.isfile(os.path.join(model_id, CONFIG)):
+        load(self, model_id)
+    return result
+
+
+def _has_prefix(model) -> bool:
+    return any(isinstance(module, AdaptivePrefix) for module in model.modules())
