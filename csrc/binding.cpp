@@ -113,7 +113,7 @@ void run_kernel(int64_t kernel, int64_t type, std::vector<std::optional<Tensor>>
 std::vector<int64_t> tile_of(int64_t kernel, int64_t type, int64_t dim) {
     return with_instance(type, dim, [&]<class T, int WIDTH>() {
         const apt::Tile tile = apt::tile<T, WIDTH>(static_cast<apt::Kernel>(kernel));
-        return std::vector<int64_t>{tile.rows, tile.columns};
+        return std::vector<int64_t>{tile.rows, tile.columns, tile.shared};
     });
 }
 

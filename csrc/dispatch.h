@@ -8,7 +8,7 @@ namespace apt {
 constexpr int kWidths[] = {64, 128, 256};
 
 struct Tile {
-    int rows, columns;
+    int rows, columns, shared;  // shared memory in bytes
 };
 
 // How a kernel of this instance is cut.

@@ -12,9 +12,9 @@ Tile tile<T, kWidth>(Kernel kernel) {
     using Forward = Cut<T, kWidth, false>;
     using Backward = Cut<T, kWidth, true>;
     if (kernel == Kernel::forward) {
-        return {Forward::ROWS, Forward::COLS};
+        return {Forward::ROWS, Forward::COLS, Forward::SHARED};
     }
-    return {Backward::ROWS, Backward::COLS};
+    return {Backward::ROWS, Backward::COLS, Backward::SHARED};
 }
 
 template <>

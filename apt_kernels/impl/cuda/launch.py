@@ -67,7 +67,7 @@ class Problem:
     def tile(self, kernel: str) -> tuple[int, int]:
         """Rows and columns that a block of a kernel takes at a time."""
         *_, head_dim, value_dim = self.x.sizes
-        rows, columns = self._operators.tile(self._number(kernel), self._type, max(head_dim, value_dim))
+        rows, columns, _ = self._operators.tile(self._number(kernel), self._type, max(head_dim, value_dim))
         return rows, columns
 
     def empty(self, *shape: int) -> Tensor:
