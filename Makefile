@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo bench test lint format fuzz cuda clean
+.PHONY: help demo bench test lint format fuzz cuda library report sanitize clean
 
 help:
 	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
@@ -16,6 +16,9 @@ help:
 	@echo 'make lint   ruff: rules and formatting'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
 	@echo 'make cuda   the tests that need a CUDA device'
+	@echo 'make library   build the CUDA library into the source tree; needs nvcc (TORCH_CUDA_ARCH_LIST: for which chips)'
+	@echo 'make report    compile the CUDA kernels; registers, spills, shared memory; needs nvcc'
+	@echo 'make sanitize  the CUDA kernels on the CPU under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make clean  remove what make made'
 
 demo: $(VENV)/demo.stamp
@@ -43,6 +46,15 @@ fuzz: $(VENV)/stamp
 
 cuda: $(VENV)/stamp
 	$(RUN) -m pytest -m cuda $(ARGS)
+
+library: $(VENV)/stamp
+	$(RUN) csrc/build.py
+
+report: $(VENV)/stamp
+	$(RUN) -m bench.cuda_report $(ARGS)
+
+sanitize: $(VENV)/stamp
+	$(RUN) tests/sanitize.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output bench-output .pytest_cache .hypothesis .benchmarks .ruff_cache

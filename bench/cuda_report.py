@@ -1,7 +1,7 @@
 """Compile report of the CUDA C++ kernels: registers, spills and shared memory on every architecture, without a GPU.
 
-``python -m bench.cuda_report`` builds the library with nvcc for ``TORCH_CUDA_ARCH_LIST`` (or the default list), prints a
-line for each kernel, and fails where one spills, or needs more shared memory than a chip has.
+``python -m bench.cuda_report`` builds the library with nvcc for ``TORCH_CUDA_ARCH_LIST`` (or the default list), prints
+a line for each kernel, and fails where one spills, or needs more shared memory than a chip has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "csrc"))
 
-import build  # noqa: E402
+import build
 
 # KiB of shared memory that a block may have, by compute capability.
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}

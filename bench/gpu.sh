@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and no network: the machine line, the GPU tests, then the benchmark. At most nine minutes.
 # Each stage leaves its results under $APT_OUT as it ends (default: $OUT, or else bench/results/latest). A subset:
-#   APT_STAGES      default: machine tests, the benchmark's stages, table  (one or more of them, in this order)
+#   APT_STAGES      default: library machine tests, the benchmark's stages, table  (one or more of them, in this order)
 #   APT_MINUTES     for everything (default 9);  APT_TEST_SECONDS  for the tests (default 170)
 #   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
 #   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${APT_OUT:-${OUT:-bench/results/latest}}"
 benchmarks="causal encoder query long decode training generation compilation compiled"
-stages=" ${APT_STAGES:-machine tests $benchmarks table} "
+stages=" ${APT_STAGES:-library machine tests $benchmarks table} "
 python="${PYTHON:-python3}"
 end=$((SECONDS + $(printf '%.0f' "$(echo "${APT_MINUTES:-9}" | awk '{print $1 * 60}')")))
 mkdir -p "$out"
@@ -20,6 +20,12 @@ failed=""
 left() { echo $((end - SECONDS - 10)); }
 wanted() { [[ $stages == *" $1 "* ]]; }
 
+if wanted library; then
+    # For this chip alone; where there is no nvcc it says so, and info() below says that the library is not there.
+    chip="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)"
+    TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$chip}" timeout "${APT_BUILD_SECONDS:-150}" "$python" csrc/build.py \
+        > "$out/library.log" 2>&1 || tail -n 3 "$out/library.log"
+fi
 if wanted machine; then
     { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || echo "no nvidia-smi"; } |
         tee "$out/machine.txt"

@@ -12,6 +12,7 @@ from test_models import check_equals_the_oracle
 
 import apt_kernels
 from apt_kernels import dispatch
+from apt_kernels.impl import cuda
 
 pytestmark = [
     pytest.mark.cuda,
@@ -24,6 +25,16 @@ pytestmark = [
 def test_the_op_on_every_case(name, dtype):
     x = replace(cases.CASES[name], dtype=dtype).inputs("cuda")
     accuracy.check(x, dispatch.choose(x).name, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_the_library_on_every_case(name, dtype):
+    obstacle = cuda.available()
+    if obstacle:
+        pytest.skip(obstacle)
+    x = replace(cases.CASES[name], dtype=dtype).inputs("cuda")
+    accuracy.check(x, "cuda", generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("gate", ["none", "static", "row", "query"])

@@ -242,21 +242,3 @@ def test_the_host_build_is_never_chosen_by_itself(monkeypatch):
     monkeypatch.setattr(library, "host", None)
     with pytest.raises(ImplementationError, match=r"implementation 'cuda' cannot serve this call: .*(library|device)"):
         dispatch.choose(x, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("built", "capability", "runs"),
-    [
-        ("7.5 8.0", (7, 5), True),
-        ("7.5 8.0", (8, 9), True),
-        ("7.5 8.6", (8, 0), False),
-        ("7.5 8.0", (9, 0), False),
-        ("8.0+PTX", (9, 0), True),
-        ("8.0+PTX", (7, 5), False),
-        ("10.0", (12, 0), False),
-        ("12.0+PTX", (12, 1), True),
-    ],
-)
-def test_which_devices_a_library_runs_on(built, capability, runs, monkeypatch):
-    monkeypatch.setattr(library, "architectures", built.split)
-    assert library.runs_on(capability) is runs
