@@ -85,4 +85,7 @@ def commit() -> dict:
         identity = None
     if identity is None:
         return {"id": "unknown", "dirty": None}
-    return {"id": identity, "dirty": bool(git("status", "--porcelain", "--", "apt_kernels", "bench", "csrc"))}
+    return {
+        "id": identity,
+        "dirty": bool(git("status", "--porcelain", "--", "apt_kernels", "bench", "csrc", ":(exclude)bench/results")),
+    }
