@@ -76,7 +76,7 @@ FILES = {
 STAGES = tuple(FILES)
 _TIMES = {  # in the order of STAGES
     "gpu": (40, 75, 20, 30, 25, 90, 60, 30, 40),
-    "cpu": (85, 95, 35, 35, 15, 60, 60, 20, 60),
+    "cpu": (65, 70, 30, 35, 15, 45, 60, 20, 50),
     "tiny": (0,) * len(STAGES),
 }
 SECONDS = {name: dict(zip(STAGES, times)) for name, times in _TIMES.items()}
