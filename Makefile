@@ -24,8 +24,6 @@ help:
 demo: $(VENV)/demo.stamp
 	$(RUN) -m bench.demo $(ARGS)
 
-# An idle machine, and the threads as users have them.
-bench: unexport OMP_WAIT_POLICY
 bench: $(VENV)/stamp
 	$(RUN) -m bench.run $(ARGS)
 

@@ -33,9 +33,7 @@ def machines() -> dict[str, Path]:
 
 def heading(results: Results) -> str:
     """The machine line and what the figures were taken with."""
-    settings, commit = results.settings, results.commit
-    changed = " with changes" if commit["dirty"] else ""
-    return f"{machine.line(results.machine)}; {settings['dtype']}; commit {commit['id'][:12]}{changed}."
+    return f"{machine.line(results.machine)}; {results.settings['dtype']}; commit {'; '.join(results.taken)}."
 
 
 def everything(found: dict[str, Results]) -> str:

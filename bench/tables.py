@@ -102,6 +102,7 @@ class Results:
     settings: dict
     rows: list[Row]
     skipped: list[dict]
+    taken: tuple[str, ...] = ()  # the commits, and the settings of the environment, where stages differ
 
     @property
     def cuda(self) -> bool:
@@ -125,7 +126,15 @@ def load(source: str | Path) -> Results:
     first = files[0]
     ordered = sorted(rows.values(), key=lambda row: order.get(row.stage, len(order)))
     skipped = [entry for given in files for entry in given["skipped"]]
-    return Results(first["machine_info"], first["commit_info"], first["settings"], ordered, skipped)
+    taken = tuple(sorted({_taken(given) for given in files}))
+    return Results(first["machine_info"], first["commit_info"], first["settings"], ordered, skipped, taken)
+
+
+def _taken(given: dict) -> str:
+    """The commit of one file, and what of the environment was set."""
+    commit, environment = given["commit_info"], given["machine_info"].get("environment", {})
+    settings = [f"{name}={value}" for name, value in environment.items()]
+    return ", ".join([commit["id"][:12] + (" with changes" if commit["dirty"] else ""), *settings])
 
 
 def _texts(source: str | Path) -> Iterable[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import accuracy
 import pytest
 import torch
@@ -202,3 +205,12 @@ def test_shapes_say_what_is_timed():
     assert Shape("decode", 1, 2, 2, 1, 8, 16, 4).passes == ("forward",)
     assert op.passes(Shape("decode", 1, 2, 2, 1, 8, 16, 4), torch.device("cuda")) == ("forward", "graph")
     assert causal(1, 2, 2, 8, 16, 4).passes == ("forward", "backward", "both")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_blocks", "cpu_prefix", "cpu_stock", "triton/table"])
+def test_tuned_numbers_name_their_source(name):
+    root = Path(__file__).resolve().parents[1]
+    text = (root / f"apt_kernels/impl/{name}.py").read_text(encoding="utf-8")
+    found = re.search(r"^Source of its \w+: .*(bench/[\w./]+)\.$", text, re.MULTILINE)
+    assert found, f"{name}.py has no line 'Source of its ...: ... bench/...'"
+    assert (root / found[1]).exists()
