@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 # Workers side by side share the cores; more threads than cores make tiny operations hundreds of times slower.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
+pytest_plugins = ["capabilities"]
+
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 # Before anything imports Triton, which reads its environment once.
 interpreter.use()

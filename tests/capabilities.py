@@ -1,0 +1,43 @@
+"""A pytest plugin: which capability each test marked `proves` showed for which model family, as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--capabilities", metavar="FILE", help="write what the tests marked `proves` showed")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        marker = item.get_closest_marker("proves")
+        if marker:
+            family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+            item.user_properties.append(("proves", [list(marker.args), family, item.originalname]))
+
+
+class Collector:
+    """Gathers the reports of this process, or of all workers."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        for name, (capabilities, family, test) in report.user_properties:
+            if name == "proves":
+                where = f"{report.location[0]}::{test}"
+                row = {"family": family, "test": where, "outcome": report.outcome}
+                self.rows += [{"capability": each, **row} for each in capabilities]
+
+    def pytest_sessionfinish(self):
+        self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+
+def pytest_configure(config):
+    path = config.getoption("--capabilities")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Collector(Path(path)))
