@@ -3,13 +3,18 @@
 Prints registers, stack, shared memory, occupancy and the kind of matrix instruction of every kernel of every variant;
 exits with 1 where one does not compile, spills in a default configuration, exceeds its architecture's shared memory,
 or has no matrix instruction where it should. Usage: python -m bench.compile_report [--architecture sm_90] [--help]
+
+What was compiled is kept under ``$APT_COMPILE_CACHE`` (default ``~/.cache/apt_kernels``), by the kernels' sources, the
+tiles and the variant; the whole matrix takes hours on one core, a rerun seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -55,6 +60,8 @@ class Variant:
     """A way to call the op. ``default``: common enough that no kernel of it may spill."""
 
     gate: str = "row"
+    queries: int = 256
+    prefix: int = 32
     mask: str = "causal"
     softcap: bool = False
     sinks: bool = False
@@ -73,6 +80,9 @@ VARIANTS = {
     "causal_indexed_query": Variant(gate="indexed_query"),
     "window": Variant(mask="window", default=True),
     "padding": Variant(mask="padding", default=True),
+    "long_prefix": Variant(prefix=table.LONG_PREFIX, default=True),
+    "decode": Variant(gate="query", queries=1, default=True),
+    "decode_padding": Variant(queries=1, mask="padding", default=True),
     "segments": Variant(mask="segments"),
     "dense": Variant(mask="dense"),
     "bias": Variant(mask="bias"),
@@ -128,9 +138,10 @@ def jobs(architectures, widths, heads, variants) -> list[Job]:
     return found
 
 
-def make_job_inputs(job: Job, batch: int = 2, queries: int = 256, keys: int = 256, prefix: int = 32):
+def make_job_inputs(job: Job, batch: int = 2, queries: int | None = None, keys: int = 256, prefix: int | None = None):
     """The op's inputs for a job, on the CPU: only shapes, dtypes and strides matter."""
     variant, dtype, heads, kv_heads = VARIANTS[job.variant], _DTYPES[job.width], 4, 2
+    queries, prefix = queries or variant.queries, prefix or variant.prefix
     dim = job.head * 3 // 4 if variant.odd_head else job.head
 
     def zeros(*shape, of=dtype):
@@ -202,11 +213,38 @@ def run_launchers(job: Job, execute: Callable, **sizes: int) -> None:
     gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
 
 
-def compile_job(job: Job) -> list[Result]:
-    """Compile every kernel of a job."""
+def _cache_file(job: Job) -> Path:
+    """Where a job's results are kept: a name made of all that they depend on."""
+    import triton
+
+    sources = Path(table.__file__).parent.glob("*.py")
+    texts = [path.read_text() for path in sorted(sources) if path.name != "table.py"] + [Path(__file__).read_text()]
+    tiles = [table.tile(kernel, job.architecture, job.width, job.head) for kernel in (*table.KERNELS, "finish", "merge")]
+    key = hashlib.sha256(repr((texts, tiles, table.SCAN, triton.__version__, job)).encode()).hexdigest()
+    folder = Path(os.environ.get("APT_COMPILE_CACHE") or Path.home() / ".cache" / "apt_kernels")
+    return folder / "compiled" / key
+
+
+def compile_cached(job: Job) -> list[Result]:
+    """`compile_job`, or what it gave before."""
+    file = _cache_file(job)
+    if file.exists():
+        return pickle.loads(file.read_bytes())
+    results = compile_job(job)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_bytes(pickle.dumps(results))
+    written.replace(file)
+    return results
+
+
+def compile_job(job: Job, only: str | None = None) -> list[Result]:
+    """Compile every kernel of a job, or the one named."""
     results = []
 
     def compile_only(kernel, programs, *args, **named):
+        if only not in (None, kernel.__name__):
+            return
         kernel.device_caches.clear()  # its key does not hold the chip
         cut = f"{named.get('ROWS', 0)}x{named.get('COLUMNS', 0)} w{named['num_warps']} s{named['num_stages']}"
         try:
@@ -256,7 +294,7 @@ def _is_default(job: Job) -> bool:
 def _wanted_instruction(job: Job, kernel: str) -> str | None:
     """The matrix instruction that a kernel on half-precision tensors must use on its architecture."""
     chips = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx90a": "v_mfma", "gfx942": "v_mfma"}
-    if job.width != 2 or kernel not in ("attention_forward", "query_gradient", "key_value_gradient"):
+    if job.width != 2 or kernel not in ("attention_forward", "query_gradient", "column_gradients"):
         return None
     if job.head == 256 and kernel != "attention_forward" and not job.architecture.startswith("gfx"):
         return None  # the gradients of so wide a head leave no registers for the tiles that those need
@@ -296,7 +334,7 @@ def main() -> int:
     todo = jobs(options.architecture, options.width, options.head, options.variant)
     kernels = faults = 0
     with ProcessPoolExecutor(options.processes) as pool:
-        for results in tqdm(pool.map(compile_job, todo), total=len(todo), unit="entry", file=sys.stderr):
+        for results in tqdm(pool.map(compile_cached, todo), total=len(todo), unit="entry", file=sys.stderr):
             for result in results:
                 kernels += 1
                 faults += bool(result.faults)

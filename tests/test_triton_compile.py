@@ -18,8 +18,9 @@ pytest.importorskip("tqdm")
 
 _ROOT = Path(__file__).parent.parent
 FORWARD_AND_BACKWARD = {
-    "attention_forward", "row_deltas", "query_gradient", "key_value_gradient", "prefix_partials"
+    "attention_forward", "query_gradient", "column_gradients", "finish_gradients"
 }  # fmt: skip
+SPLIT_FORWARD = {"split_attention", "merge_shares"}
 _LENGTHS = [(1, 1, 1, 1), (2, 16, 16, 16), (3, 17, 40, 5), (1, 1, 64, 32), (2, 48, 33, 130)]
 
 
@@ -41,7 +42,7 @@ def test_representative_entries_compile_within_limits():
         kernels = {line.split()[4]: line for line in lines}
         assert set(kernels) == FORWARD_AND_BACKWARD
         assert instruction in kernels["attention_forward"]
-        assert instruction in kernels["key_value_gradient"]
+        assert instruction in kernels["column_gradients"]
 
 
 def _count_compilations(variant: str) -> dict[str, int]:
@@ -90,9 +91,9 @@ def test_lengths_cost_no_compilation(variant, compiling):
 @pytest.mark.slow
 def test_report_finds_faults(compiling):
     faults = compiling(_faults_of_wide_tiles)
-    assert faults["row_deltas"] == ()
+    assert faults["finish_gradients"] == ()
     assert "spills in a default configuration" in faults["attention_forward"]
-    assert "shared memory is over the limit of 4 KiB" in faults["key_value_gradient"]
+    assert "shared memory is over the limit of 4 KiB" in faults["column_gradients"]
 
 
 def test_import_needs_torch_alone():

@@ -47,7 +47,9 @@ def only_by_name(x: Inputs) -> str | None:
 
 def strategy(x: Inputs) -> str:
     """How it would compute these inputs."""
-    return "fused"
+    from . import table
+
+    return "split" if table.is_split(x, table.architecture(x.query.device)) else "fused"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

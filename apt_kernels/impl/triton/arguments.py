@@ -133,8 +133,10 @@ class Problem:
 
     @classmethod
     def of(cls, x: Inputs) -> Problem:
-        # The prefix is small: one cast saves every program the registers and half the bytes of a float32 tile.
-        prefix = [t.to(x.query.dtype) for t in (x.prefix_key, x.prefix_value)]
+        prefix = [x.prefix_key, x.prefix_value]
+        if x.prefix_key.shape[1] >= table.LONG_PREFIX:
+            # Every program reads it: half the bytes are worth two launches.
+            prefix = [t.to(x.query.dtype) for t in prefix]
         core = [rows(t) for t in (x.query, x.key, x.value, *prefix)]
         return cls(x, *core, _gate(x), _seen(x), table.architecture(x.query.device))
 
@@ -172,7 +174,7 @@ class Problem:
             "RIGHT": x.causal or x.window_right >= 0,
             "CAPPED": x.softcap != 0,
             "PER_QUERY": x.gate_per_query,
-            "ALIGNED": aligned(*core, *tiles),
+            "ALIGNED": head_dim % 8 == 0 and value_dim % 8 == 0 and aligned(*core, *tiles),
             "PRECISION": _precision(self.architecture),
             "W": WIDE[x.compute_dtype],
         }
@@ -188,7 +190,7 @@ class Problem:
 
     def prefix_columns(self, tile: table.Tile) -> int:
         """Prefix columns that a kernel over queries takes at once."""
-        return table.prefix_columns(tile, self.dim)
+        return table.prefix_columns(tile, self.dim, self.x.gate_per_query)
 
 
 def _precision(architecture: str) -> str:

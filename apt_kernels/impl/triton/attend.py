@@ -8,35 +8,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Inputs, heads_last_empty
+from . import table
 from .arguments import RUNTIME, Problem, count_tiles, launch, rows
 from .primitives import (
     LN2,
     LOG2E,
+    add_bias,
     as_tile,
     drop,
-    exponent,
     head,
+    hide,
     kept_columns,
-    key_tiles,
     load_rows,
-    mask_tokens,
+    logits,
+    online,
     position,
     product,
     rescale,
     row_keys,
+    seen_tokens,
+    signed,
     store_rows,
     weights,
 )
-from .ranges import find_ranges
-
-
-@triton.jit
-def _online(b_x, b_max, b_sum):
-    """One step of the online softmax: probabilities against the new maximum, and the rescale of what was summed."""
-    b_new = tl.maximum(b_max, tl.max(b_x, 1))
-    b_rescale = tl.exp2(b_max - b_new)
-    b_p = tl.exp2(b_x - b_new[:, None])
-    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
+from .ranges import key_tiles
+from .split import split_forward
 
 
 @triton.jit
@@ -52,10 +48,11 @@ def _tokens(
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[None, :]
         b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK)  # [COLUMNS, WIDTH]
-        b_x = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_x = exponent(b_x, b_scale, b_cap, CAPPED)
-        b_x = mask_tokens(b_x, seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
-        b_p, b_rescale, b_max, b_sum = _online(b_x, b_max, b_sum)
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED)
+        b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S)
+        m_seen = seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
+        b_p, b_rescale, b_max, b_sum = online(hide(b_x, m_seen, float("-inf")), b_factor, b_max, b_sum)
         b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK)  # [COLUMNS, WIDTH_V]
         b_p = drop(b_p, kept_columns(b_keys, M + o_n, threshold)).to(b_v.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
@@ -64,12 +61,12 @@ def _tokens(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def attention_forward(
-    q, k, v, pk, pv, out, p_lse, p_sinks, gate, seen, p_ranges, p_seed,
+    q, k, v, pk, pv, out, p_lse, p_sinks, gate, seen, p_seed,
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``ROWS`` queries of one head."""
     i_tiles = tl.cdiv(T, ROWS)
@@ -83,7 +80,7 @@ def attention_forward(
     b_keys = row_keys(p_seed, i_bh, o_t)
 
     p_q, s_q = head(q, i_b, i_h, ALIGNED)
-    b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
+    b_q, b_scale = signed(load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True), b_scale, W)  # [ROWS, WIDTH]
     b_out = tl.zeros([ROWS, WIDTH_V], W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
     if p_sinks is not None:
@@ -95,11 +92,11 @@ def attention_forward(
     for i_m in tl.range(0, M, PREFIX, num_stages=1):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True)  # [PREFIX, WIDTH]
-        b_x = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
-        b_x = tl.where(o_m < M, exponent(b_x, b_g * b_scale, b_cap, CAPPED), float("-inf"))
-        b_p, b_rescale, b_max, b_sum = _online(b_x, b_max, b_sum)
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True)  # [PREFIX, WIDTH_V]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True).to(b_q.dtype)  # [PREFIX, WIDTH]
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
+        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED)
+        b_p, b_rescale, b_max, b_sum = online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum)
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
 
@@ -107,7 +104,7 @@ def attention_forward(
     p_v, s_v = head(v, i_b, i_kv, ALIGNED)
     i_base = position(seen, i_b, offset)
     i_first, i_whole, i_whole_end, i_end = key_tiles(
-        p_ranges, i_b * i_tiles + i_t // ROWS, i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS
+        seen, i_b, i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS, SCAN
     )
     if LEFT:
         b_out, b_max, b_sum = _tokens(
@@ -139,12 +136,14 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     problem = Problem.of(x)
     out = heads_last_empty(x.query, batch, heads, queries, value_dim)
     logsumexp = torch.empty(batch, heads, queries, dtype=x.compute_dtype, device=x.query.device)
+    if table.is_split(x, problem.architecture):
+        split_forward(problem, rows(out), logsumexp)
+        return out, logsumexp
     tile, to = problem.tile("forward"), rows(out)
     launch(
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, to, logsumexp, x.sinks,
-        problem.gate, problem.seen, find_ranges(problem, tile.rows, True), x.seed,
-        **problem.numbers(), **problem.constants(to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
+        problem.gate, problem.seen, x.seed, **problem.numbers(), **problem.constants(to),
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile), SCAN=table.SCAN,
     )  # fmt: skip
     return out, logsumexp

@@ -67,8 +67,16 @@ def product(a, b, acc, PRECISION: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def as_tile(x, W: tl.constexpr):
-    """A ``[1, 1]`` tile of a scalar argument: one conversion, and exact in float64."""
-    return (tl.full((1, 1), 1.0, W) * x).to(W)
+    """A ``[1]`` tile of a scalar argument: one conversion, and exact in float64."""
+    return (tl.full((1,), 1.0, W) * x).to(W)
+
+
+@triton.jit
+def signed(b_q, b_scale, W: tl.constexpr):
+    """Queries that carry the sign of the scale, and its size: the online softmax needs a factor above zero."""
+    b_sign = tl.where(b_scale < 0, -1.0, tl.where(b_scale > 0, 1.0, 0.0)).to(W)
+    b_size = tl.where(b_scale == 0, 1.0, tl.abs(b_scale)).to(W)
+    return (b_q.to(W) * b_sign).to(b_q.dtype), b_size
 
 
 @triton.jit
@@ -84,6 +92,27 @@ def tanh(x):
     b_large = 1 - 2 / (1 + tl.exp2(tl.abs(x) * (2 * LOG2E)))
     b_large = tl.where(x < 0, -b_large, b_large)
     return tl.where(tl.abs(x) < 0.4, b_small, b_large)
+
+
+@triton.jit
+def logits(b_s, b_g, b_scale, b_cap, CAPPED: tl.constexpr):
+    """A tile and the factor above zero that makes base-2 logits of it; the factor then costs nothing (`online`)."""
+    b_x, b_factor = b_s, b_scale * LOG2E
+    if b_g is not None:
+        b_x = b_x * b_g
+    if CAPPED:
+        b_x, b_factor = tanh(b_x * (b_scale / b_cap)), b_cap * LOG2E
+    return b_x, b_factor
+
+
+@triton.jit
+def online(b_x, b_factor, b_max, b_sum):
+    """One step of the online softmax over the base-2 logits ``b_x * b_factor``: probabilities against the new maximum,
+    and the rescale of what was summed. The maximum is finite: the prefix, seen by all, comes first."""
+    b_new = tl.maximum(b_max, tl.max(b_x, 1) * b_factor)
+    b_rescale = tl.exp2(b_max - b_new)
+    b_p = tl.exp2(b_x * b_factor - b_new[:, None])
+    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
 
 
 @triton.jit
@@ -108,9 +137,9 @@ def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
-    """``g = lambda * sigmoid(gate)`` of prefix columns ``o_m``; a tile only where each query has its own."""
-    b_g = tl.full((1, 1), 1.0, W)
+def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
+    """``sigmoid(gate)`` of prefix columns ``o_m``, 1 without a gate; a tile only where each query has its own."""
+    b_sigmoid = tl.full((1, 1), 1.0, W)
     if gate.ptr is not None:
         i_row = tl.cast(i_b, tl.int64)
         if PER_QUERY:
@@ -124,10 +153,23 @@ def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr)
             if gate.index is not None:
                 i_row = tl.load(gate.index + i_row * plain(gate.index_b))
             b_logit = tl.load(gate.ptr + i_row * plain(gate.b) + o_m, mask=o_m < M, other=0.0)
-        b_g = 1 / (1 + tl.exp2(b_logit.to(W) * -LOG2E))
+        b_sigmoid = 1 / (1 + tl.exp2(b_logit.to(W) * -LOG2E))
+    return b_sigmoid
+
+
+@triton.jit
+def layer_scale(gate, W: tl.constexpr):
+    """Lambda as a ``[1]`` tile; 1 where there is none."""
+    b_lambda = tl.full((1,), 1.0, W)
     if gate.scale is not None:
-        b_g = b_g * tl.load(gate.scale).to(W)
-    return b_g
+        b_lambda = b_lambda * tl.load(gate.scale).to(W)
+    return b_lambda
+
+
+@triton.jit
+def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
+    """``g = lambda * sigmoid(gate)``."""
+    return sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY, W) * layer_scale(gate, W)
 
 
 # What a query sees of the tokens.
@@ -167,72 +209,56 @@ def end_key(o_t, i_base, right, S, RIGHT: tl.constexpr):
 
 
 @triton.jit
-def narrow(p_ranges, i_range, i_first, i_end):
-    """A range of keys or queries cut to what padding and segments leave of it; an empty one ends at 0."""
-    if p_ranges is not None:
-        p_range = p_ranges + tl.cast(i_range, tl.int64) * 2
-        i_first, i_end = tl.maximum(i_first, tl.load(p_range)), tl.minimum(i_end, tl.load(p_range + 1))
-    i_end = tl.where(i_first < i_end, i_end, 0)
-    return tl.minimum(i_first, i_end), i_end
+def both(m, m_more):
+    """``m & m_more``; None hides nothing."""
+    if m is not None:
+        m_more = m & m_more
+    return m_more
 
 
 @triton.jit
-def key_tiles(p_ranges, i_range, i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-              ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Where the key tiles of queries ``i_t .. i_t + ROWS - 1`` begin, where those that need no check begin and end,
-    and where all end."""
-    i_last = tl.minimum(i_t + ROWS, T) - 1
-    i_first, i_end = narrow(
-        p_ranges, i_range, first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
-    )
-    i_first = i_first // COLUMNS * COLUMNS
-    i_end = tl.maximum(i_end, i_first)
-    i_whole = tl.cdiv(first_key(i_last, i_base, left, S, LEFT), COLUMNS) * COLUMNS
-    i_whole = tl.minimum(tl.maximum(i_whole, i_first), tl.cdiv(i_end, COLUMNS) * COLUMNS)
-    i_whole_end = tl.minimum(end_key(i_t, i_base, right, S, RIGHT), i_end) // COLUMNS * COLUMNS
-    return i_first, i_whole, tl.maximum(i_whole_end, i_whole), i_end
+def hide(b, m_seen, value: tl.constexpr):
+    """A tile with ``value`` where ``m_seen`` is false; None hides nothing."""
+    if m_seen is not None:
+        b = tl.where(m_seen, b, value)
+    return b
 
 
 @triton.jit
-def query_range(p_ranges, i_range, i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin and end."""
-    i_first, i_end = i_n * 0, i_n * 0 + T
-    if RIGHT:
-        i_first = within(i_n - right - i_base, T)
-    if LEFT:
-        i_end = within(tl.minimum(i_n + COLUMNS, S) + left - i_base, T)
-    i_first, i_end = narrow(p_ranges, i_range, i_first, i_end)
-    return i_first // ROWS * ROWS, i_end
-
-
-@triton.jit
-def mask_tokens(b_x, seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+def seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
                 CHECK: tl.constexpr):  # fmt: skip
-    """Base-2 token logits plus the bias, -inf where hidden. ``CHECK``: positions may hide some of this tile."""
+    """Which keys of a tile its queries see; None: all. ``CHECK``: positions, or the end of the keys, may hide some."""
+    m_seen = None
     if CHECK:
         m_seen = o_n < end_key(o_t, i_base, right, S, RIGHT)
         if LEFT:
             m_seen = m_seen & (o_n >= first_key(o_t, i_base, left, S, LEFT))
-        b_x = tl.where(m_seen, b_x, float("-inf"))
     i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
     if seen.padding is not None:
         m_key = tl.load(seen.padding + i_b * plain(seen.padding_b) + o_n * plain(seen.padding_s), mask=o_n < S, other=0)
-        b_x = tl.where(m_key != 0, b_x, float("-inf"))
+        m_seen = both(m_seen, m_key != 0)
     if seen.query_segment is not None:
         p_query = seen.query_segment + i_b * plain(seen.query_b) + o_t * plain(seen.query_t)
         p_key = seen.key_segment + i_b * plain(seen.key_b) + o_n * plain(seen.key_s)
         m_same = tl.load(p_query, mask=o_t < T, other=0) == tl.load(p_key, mask=o_n < S, other=0)
-        b_x = tl.where(m_same, b_x, float("-inf"))
+        m_seen = both(m_seen, m_same)
     if seen.dense is not None:
         p_dense = seen.dense + i_b * plain(seen.dense_b) + i_h * plain(seen.dense_h) + o_t64 * plain(seen.dense_t)
         m_dense = tl.load(p_dense + o_n * plain(seen.dense_s), mask=(o_t < T) & (o_n < S), other=0)
-        b_x = tl.where(m_dense != 0, b_x, float("-inf"))
+        m_seen = both(m_seen, m_dense != 0)
+    return m_seen
+
+
+@triton.jit
+def add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S):
+    """Base-2 logits plus the bias, and the factor that is left to multiply."""
     if seen.bias is not None:
+        i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
         p_bias = seen.bias + i_b * plain(seen.bias_b) + i_h * plain(seen.bias_h) + o_t64 * plain(seen.bias_t)
         b_bias = tl.load(p_bias + o_n * plain(seen.bias_s), mask=(o_t < T) & (o_n < S), other=0.0)
-        b_x = b_x + b_bias.to(b_x.dtype) * LOG2E
-    return b_x
+        b_x = b_x * b_factor + b_bias.to(b_x.dtype) * LOG2E
+        b_factor = b_factor * 0 + 1
+    return b_x, b_factor
 
 
 # Dropout: the stream of `impl.dropout`.
@@ -296,8 +322,9 @@ def token_gradients(
 ):  # fmt: skip
     """Probabilities after dropout, and the gradients of the logits after and before bias and soft-cap."""
     b_x = exponent(b_s, b_scale, b_cap, CAPPED)
-    b_masked = mask_tokens(b_x, seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
-    b_p = tl.exp2(b_masked - b_lse)
+    b_y, _ = add_bias(b_x, 1.0, seen, i_b, i_h, o_t, o_n, T, S)
+    m_seen = seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
+    b_p = hide(tl.exp2(b_y - b_lse), m_seen, 0.0)
     m_kept = kept_columns(b_keys, M + o_n, threshold)
     b_dz = b_p * (rescale(drop(b_r, m_kept), b_kept, b_keys) - b_delta)
     return drop(b_p, m_kept), b_dz, uncap(b_dz, b_x, b_cap, CAPPED)

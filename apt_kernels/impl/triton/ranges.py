@@ -1,14 +1,9 @@
-"""Which tiles padding and segments leave anything of: a range for every tile, found before the kernels that use it."""
+"""Which keys a tile of queries must go through, and which queries a tile of keys: tiles that a mask closes are skipped."""
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .arguments import RUNTIME, Problem, count_tiles, launch
-from .primitives import plain
+from .primitives import end_key, first_key, plain, within
 
 
 @triton.jit
@@ -17,54 +12,80 @@ def _load_part(p, i_b, s_b, s_o, o, length, other):
     return tl.load(p + tl.cast(i_b, tl.int64) * plain(s_b) + o * plain(s_o), mask=o < length, other=other).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def visible_ranges(p_ranges, seen, T, S, QUERIES: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """First and end of the keys that a tile of ``SIZE`` queries may see, or of the queries that may see a tile of keys.
+@triton.jit
+def _narrow(seen, i_b, i_own, i_first, i_end, T, S, QUERIES: tl.constexpr, SIZE: tl.constexpr, SCAN: tl.constexpr):
+    """Keys (or queries) ``i_first .. i_end - 1`` cut to what padding and segments leave of them.
 
-    Segments are compared by their range in the tile: the result may be too wide, never too narrow.
+    The own tile are ``SIZE`` queries (keys) from ``i_own``. Segments are compared by their range in it: the result may
+    be too wide, never too narrow.
     """
-    own_length = T if QUERIES else S
-    length = S if QUERIES else T
-    i_tiles = tl.cdiv(own_length, SIZE)
-    i_b = tl.program_id(0) // i_tiles
-    o_own = tl.program_id(0) % i_tiles * SIZE + tl.arange(0, SIZE)
-    m_own = o_own < own_length
-    if seen.padding is not None and not QUERIES:
-        m_own = m_own & (_load_part(seen.padding, i_b, seen.padding_b, seen.padding_s, o_own, S, 0) != 0)
-    if seen.query_segment is not None:
-        if QUERIES:
-            b_own = _load_part(seen.query_segment, i_b, seen.query_b, seen.query_t, o_own, T, 0)
-        else:
-            b_own = _load_part(seen.key_segment, i_b, seen.key_b, seen.key_s, o_own, S, 0)
-        i_low, i_high = tl.min(tl.where(m_own, b_own, 2**63 - 1), 0), tl.max(tl.where(m_own, b_own, -(2**63)), 0)
-    any_own = tl.max(m_own.to(tl.int32), 0) != 0
-    b_first, b_end = tl.full([BLOCK], 2**31 - 1, tl.int32), tl.zeros([BLOCK], tl.int32)
-    for i in tl.range(0, length, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        m_seen = (o < length) & any_own
-        if seen.padding is not None and QUERIES:
-            m_seen = m_seen & (_load_part(seen.padding, i_b, seen.padding_b, seen.padding_s, o, S, 0) != 0)
+    if seen.padding is not None or seen.query_segment is not None:
+        own_length = T if QUERIES else S
+        o_own = i_own + tl.arange(0, SIZE)
+        m_own = o_own < own_length
+        if seen.padding is not None and not QUERIES:
+            m_own = m_own & (_load_part(seen.padding, i_b, seen.padding_b, seen.padding_s, o_own, S, 0) != 0)
+            i_end = tl.where(tl.max(m_own.to(tl.int32), 0) != 0, i_end, 0)
         if seen.query_segment is not None:
             if QUERIES:
-                b_other = _load_part(seen.key_segment, i_b, seen.key_b, seen.key_s, o, S, 0)
+                b_own = _load_part(seen.query_segment, i_b, seen.query_b, seen.query_t, o_own, T, 0)
             else:
-                b_other = _load_part(seen.query_segment, i_b, seen.query_b, seen.query_t, o, T, 0)
-            m_seen = m_seen & (b_other >= i_low) & (b_other <= i_high)
-        b_first = tl.minimum(b_first, tl.where(m_seen, o, 2**31 - 1))
-        b_end = tl.maximum(b_end, tl.where(m_seen, o + 1, 0))
-    p_range = p_ranges + tl.cast(tl.program_id(0), tl.int64) * 2
-    tl.store(p_range, tl.min(b_first, 0))
-    tl.store(p_range + 1, tl.max(b_end, 0))
+                b_own = _load_part(seen.key_segment, i_b, seen.key_b, seen.key_s, o_own, S, 0)
+            i_low, i_high = tl.min(tl.where(m_own, b_own, 2**63 - 1), 0), tl.max(tl.where(m_own, b_own, -(2**63)), 0)
+        if QUERIES or seen.query_segment is not None:
+            b_first, b_end = tl.full([SCAN], 2**31 - 1, tl.int32), tl.zeros([SCAN], tl.int32)
+            for i in tl.range(i_first, i_end, SCAN):
+                o = i + tl.arange(0, SCAN)
+                m_seen = o < i_end
+                if seen.padding is not None and QUERIES:
+                    m_seen = m_seen & (_load_part(seen.padding, i_b, seen.padding_b, seen.padding_s, o, i_end, 0) != 0)
+                if seen.query_segment is not None:
+                    if QUERIES:
+                        b_other = _load_part(seen.key_segment, i_b, seen.key_b, seen.key_s, o, i_end, 0)
+                    else:
+                        b_other = _load_part(seen.query_segment, i_b, seen.query_b, seen.query_t, o, i_end, 0)
+                    m_seen = m_seen & (b_other >= i_low) & (b_other <= i_high)
+                b_first = tl.minimum(b_first, tl.where(m_seen, o, 2**31 - 1))
+                b_end = tl.maximum(b_end, tl.where(m_seen, o + 1, 0))
+            i_first, i_end = tl.maximum(i_first, tl.min(b_first, 0)), tl.minimum(i_end, tl.max(b_end, 0))
+    i_end = tl.where(i_first < i_end, i_end, 0)
+    return tl.minimum(i_first, i_end), i_end
 
 
-def find_ranges(problem: Problem, size: int, queries: bool) -> Tensor | None:
-    """int32 ``[B, tiles, 2]`` for tiles of ``size`` queries or keys; None without padding and segments."""
-    x = problem.x
-    if x.key_padding is None and x.query_segments is None:
-        return None
-    batch, _, _, length, keys, *_ = x.sizes
-    tiles = count_tiles(length if queries else keys, size) * batch
-    ranges = torch.empty(tiles, 2, dtype=torch.int32, device=x.query.device)
-    tile = problem.tile("range")
-    launch(visible_ranges, tiles, tile, ranges, problem.seen, length, keys, queries, size, tile.columns)
-    return ranges
+@triton.jit
+def key_tiles(seen, i_b, i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+    """Where the key tiles of queries ``i_t .. i_t + ROWS - 1`` begin, where those that need no check begin and end,
+    and where all end."""
+    i_last = tl.minimum(i_t + ROWS, T) - 1
+    i_first, i_end = first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
+    i_first, i_end = _narrow(seen, i_b, i_t, i_first, i_end, T, S, True, ROWS, SCAN)
+    i_first = i_first // COLUMNS * COLUMNS
+    i_end = tl.maximum(i_end, i_first)
+    i_whole = tl.cdiv(first_key(i_last, i_base, left, S, LEFT), COLUMNS) * COLUMNS
+    i_whole = tl.minimum(tl.maximum(i_whole, i_first), tl.cdiv(i_end, COLUMNS) * COLUMNS)
+    i_whole_end = tl.minimum(end_key(i_t, i_base, right, S, RIGHT), i_end) // COLUMNS * COLUMNS
+    return i_first, i_whole, tl.maximum(i_whole_end, i_whole), i_end
+
+
+@triton.jit
+def key_share(seen, i_b, i_t, i_last, i_base, left, right, T, S, i_split, splits, LEFT: tl.constexpr,
+              RIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+    """Share ``i_split`` of the keys that queries ``i_t .. i_last`` (at most ``ROWS``) see: whole tiles, evenly dealt."""
+    i_first, i_end = first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
+    i_share = tl.cdiv(tl.cdiv(tl.maximum(i_end - i_first, 0), splits), COLUMNS) * COLUMNS
+    i_first += i_split * i_share
+    return _narrow(seen, i_b, i_t, i_first, tl.minimum(i_first + i_share, i_end), T, S, True, ROWS, SCAN)
+
+
+@triton.jit
+def query_range(seen, i_b, i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin and end."""
+    i_first, i_end = i_n * 0, i_n * 0 + T
+    if RIGHT:
+        i_first = within(i_n - right - i_base, T)
+    if LEFT:
+        i_end = within(tl.minimum(i_n + COLUMNS, S) + left - i_base, T)
+    i_first, i_end = _narrow(seen, i_b, i_n, i_first, i_end, T, S, False, COLUMNS, SCAN)
+    return i_first // ROWS * ROWS, i_end

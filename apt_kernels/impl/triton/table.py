@@ -14,17 +14,20 @@ from typing import NamedTuple
 
 import torch
 
+from ..inputs import Inputs
+
 
 class Tile(NamedTuple):
-    """How a kernel is cut: queries, keys, warps, stages."""
+    """How a kernel is cut: queries, keys, warps, stages (0: those of the launch that it is part of)."""
 
     rows: int
     columns: int
-    warps: int
-    stages: int
+    warps: int = 0
+    stages: int = 0
 
 
-KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias")
+# `prefix` and `gate` are further programs of `key_value`'s launch, `split_prefix` of `split`'s.
+KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias", "split", "split_prefix")
 
 
 def _entry(tiles: str) -> dict[str, Tile]:
@@ -35,36 +38,43 @@ def _entry(tiles: str) -> dict[str, Tile]:
 # How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
 PROGRAMS = 512
 # The kernels that hold no heads are cut alike everywhere.
-_EVERYWHERE = {"delta": Tile(64, 0, 4, 1), "index": Tile(64, 64, 4, 1), "range": Tile(0, 1024, 4, 1)}
+_EVERYWHERE = {"finish": Tile(32, 128, 4, 1), "merge": Tile(16, 0, 4, 1)}
+# Elements of padding or segments that a program looks at together.
+SCAN = 1024
+# From here on a float32 prefix beside half-precision activations is cast once, not by every program.
+LONG_PREFIX = 512
+# Few queries (this many rows with the heads of a group) over keys dealt out to about so many programs, each of them
+# with at least so many keys.
+_SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_KEYS = 16, 512, 256
 # Small, so that small inputs have whole, partial and skipped tiles.
-_INTERPRETER = _entry("16x16/4/1 " * 6)
+_INTERPRETER = _entry("16x16/4/1 " * 8)
 
-# Kernels:      forward     query       key_value   prefix      gate       bias
+# Kernels:      forward     query      key_value   prefix  gate    bias       split      split_prefix
 _IEEE_FLOAT32 = {
-    64: _entry("32x16/8/1   32x16/4/1   16x32/8/1   16x32/8/1   32x32/8/1  32x32/8/1"),
-    128: _entry("32x16/8/1  32x16/8/1   16x32/8/1   16x32/8/1   32x32/8/1  32x32/8/1"),
-    256: _entry("32x16/8/1  32x16/8/1   16x16/8/1   16x16/8/1   16x16/8/1  16x16/8/1"),
+    64: _entry("32x16/8/1   32x16/4/1  16x32/8/1   16x32   32x32   32x32/8/1  16x64/4/2  64x32"),
+    128: _entry("32x16/8/1   32x16/8/1  16x32/8/1   16x32   32x32   32x32/8/1  16x64/4/2  64x32"),
+    256: _entry("32x16/8/1   32x16/8/1  16x16/8/1   16x16   16x16   16x16/8/1  16x32/4/2  32x32"),
 }
-_FLOAT64 = dict.fromkeys((64, 128, 256), _entry("16x16/4/1 " * 6))
+_FLOAT64 = dict.fromkeys((64, 128, 256), _entry("16x16/4/1 " * 8))
 _AMPERE = {
-    64: _entry("128x64/8/2  128x64/8/2  32x128/8/2  32x64/4/1   32x32/4/1  32x32/4/1"),
-    128: _entry("128x64/8/1 64x64/8/2   64x64/8/1   64x64/8/1   32x16/4/1  64x32/8/1"),
-    256: _entry("64x32/8/2  32x32/8/1   16x64/8/1   16x64/8/1   32x16/8/1  32x16/8/1"),
+    64: _entry("128x64/8/2  128x64/8/2 32x128/8/2  32x64   32x32   32x32/4/1  16x64/4/2  64x32"),
+    128: _entry("128x64/8/1  64x64/8/2  64x64/8/1   64x64   32x16   64x32/8/1  16x64/4/2  64x32"),
+    256: _entry("64x32/8/2   32x32/8/1  16x64/8/1   16x64   32x16   32x16/8/1  16x32/4/2  32x32"),
 }
 _HOPPER = {
-    64: _entry("128x128/8/2 128x64/8/2  32x128/8/2  32x64/8/1   64x64/8/1  64x64/8/1"),
-    128: _entry("128x64/8/2 128x64/8/2  32x64/8/1   16x64/8/1   64x64/8/1  64x64/8/1"),
-    256: _entry("128x32/8/1 32x32/8/1   32x32/8/1   32x32/8/1   32x16/8/1  64x32/8/1"),
+    64: _entry("128x128/8/2 128x64/8/2 32x128/8/2  32x64   64x64   64x64/8/1  16x64/4/2  64x32"),
+    128: _entry("128x64/8/2  128x64/8/2 32x64/8/1   16x64   64x64   64x64/8/1  16x64/4/2  64x32"),
+    256: _entry("128x32/8/1  32x32/8/1  32x32/8/1   32x32   32x16   64x32/8/1  16x32/4/2  32x32"),
 }
 _BLACKWELL = {
-    64: _entry("128x128/8/2 128x64/8/2  64x64/8/2   64x64/8/1   64x64/8/1  64x64/8/1"),
-    128: _entry("128x64/8/2 64x64/8/2   64x64/8/1   32x128/8/1  64x64/8/1  64x64/8/1"),
-    256: _entry("64x32/8/1  32x32/8/1   32x32/8/1   32x32/8/1   32x16/8/1  32x16/8/1"),
+    64: _entry("128x128/8/2 128x64/8/2 64x64/8/2   64x64   64x64   64x64/8/1  16x64/4/2  64x32"),
+    128: _entry("128x64/8/2  64x64/8/2  64x64/8/1   32x128  64x64   64x64/8/1  16x64/4/2  64x32"),
+    256: _entry("64x32/8/1   32x32/8/1  32x32/8/1   32x32   32x16   32x16/8/1  16x32/4/2  32x32"),
 }
 _CDNA = {
-    64: _entry("128x64/8/2  128x64/4/2  64x64/4/2   64x64/4/1   64x64/4/1  64x64/4/1"),
-    128: _entry("64x64/4/1  64x64/4/1   32x64/4/1   32x64/4/1   64x64/8/1  64x64/8/1"),
-    256: _entry("32x32/4/1  32x32/4/1   32x32/4/1   32x32/4/1   32x32/4/1  32x32/4/1"),
+    64: _entry("128x64/8/2  128x64/4/2 64x64/4/2   64x64   64x64   64x64/4/1  16x64/4/2  64x32"),
+    128: _entry("64x64/4/1   64x64/4/1  32x64/4/1   32x64   64x64   64x64/8/1  16x64/4/2  64x32"),
+    256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x32   32x32   32x32/4/1  16x32/4/2  32x32"),
 }
 # By architecture, bytes of an element, and padded head size.
 _TABLE = {
@@ -109,11 +119,28 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
     return _TABLE[architecture][width][next(head for head in HEADS if dim <= head)][kernel]
 
 
-def prefix_columns(tile: Tile, dim: int) -> int:
+def prefix_columns(tile: Tile, dim: int, gate_per_query: bool) -> int:
     """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
-    return min(tile.columns, 32 if dim <= 128 else 16)
+    return min(tile.columns, 16 if dim > 128 or (gate_per_query and dim > 64) else 32)
 
 
 def programs(architecture: str) -> int:
     """How many programs the prefix's gradient is spread over."""
     return 8 if architecture == "interpreter" else PROGRAMS
+
+
+def is_split(x: Inputs, architecture: str) -> bool:
+    """Whether the forward deals the keys out to programs: decoding, and other calls of few queries over many keys."""
+    _, heads, kv_heads, queries, keys, *_ = x.sizes
+    few = queries * (heads // kv_heads) <= _SPLIT_ROWS
+    return queries == 1 or (few and keys >= _split_sizes(architecture)[1])
+
+
+def splits(architecture: str, programs: int, columns: int) -> int:
+    """How many shares ``columns`` are dealt into where ``programs`` would each take all of them."""
+    most, least = _split_sizes(architecture)
+    return max(1, min(most // programs, -(-columns // least)))
+
+
+def _split_sizes(architecture: str) -> tuple[int, int]:
+    return (8, 16) if architecture == "interpreter" else (_SPLIT_PROGRAMS, _SPLIT_KEYS)

@@ -1,0 +1,231 @@
+"""Forward of few queries over many keys (decoding): the keys are dealt out to programs, then their results are merged.
+
+The query heads of a group, and the few queries of each, are rows of one tile, so that every key is read once. The
+prefix is the same for all batch rows: its programs take rows of the whole batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import table
+from .arguments import RUNTIME, Problem, Rows, count_tiles, launch
+from .primitives import (
+    LN2,
+    LOG2E,
+    add_bias,
+    as_tile,
+    drop,
+    head,
+    hide,
+    kept_columns,
+    load_rows,
+    logits,
+    plain,
+    position,
+    product,
+    rescale,
+    row_keys,
+    seen_tokens,
+    signed,
+    weights,
+)
+from .ranges import key_share
+
+
+@triton.jit
+def _load_queries(q, o_b, o_h, o_t, T, D: tl.constexpr, WIDTH: tl.constexpr):
+    """``[rows, WIDTH]``: the queries ``o_t`` of the heads ``o_h`` of the batch rows ``o_b``; zero past the last."""
+    o_d = tl.arange(0, WIDTH)[None, :]
+    o_row = tl.cast(o_b, tl.int64) * plain(q.b) + tl.cast(o_h, tl.int64) * plain(q.h) + o_t * plain(q.t)
+    return tl.load(q.ptr + o_row + o_d, mask=(o_t < T) & (o_d < D), other=0.0)
+
+
+@triton.jit
+def _online(b_x, b_factor, b_max, b_sum):
+    """`primitives.online` where a row may have seen nothing yet."""
+    b_new = tl.maximum(b_max, tl.max(b_x, 1) * b_factor)
+    b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_rescale = tl.exp2(b_max - b_finite)
+    b_p = tl.exp2(b_x * b_factor - b_finite[:, None])
+    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
+
+
+@triton.jit
+def _store_part(part, b_out, b_max, b_sum, o_row, m_row, i_slot, slots, DV: tl.constexpr, WIDTH_V: tl.constexpr):
+    """Keep what one program found for its rows: the sums against its own maximum."""
+    p_out, p_max, p_sum = part
+    o_slot, o_d = tl.cast(o_row, tl.int64) * slots + i_slot, tl.arange(0, WIDTH_V)[None, :]
+    tl.store(p_out + o_slot[:, None] * DV + o_d, b_out, mask=m_row[:, None] & (o_d < DV))
+    tl.store(p_max + o_slot, b_max, mask=m_row)
+    tl.store(p_sum + o_slot, b_sum, mask=m_row)
+
+
+@triton.jit
+def _prefix_share(
+    q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, splits, slots, batch, T, M, heads, group, threshold,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CAPPED: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A share of the prefix for ``ROWS`` rows (batch row, query, head of a group)."""
+    i_row_tiles = tl.cdiv(batch * T * group, ROWS)
+    i_split, i_row = i % splits, i // splits % i_row_tiles * ROWS
+    i_kv = i // splits // i_row_tiles
+    o_r = i_row + tl.arange(0, ROWS)
+    m_r = o_r < batch * T * group
+    o_b, o_h = tl.where(m_r, o_r // (T * group), 0), i_kv * group + o_r % group
+    o_t = tl.where(m_r, o_r // group % T, T)
+    b_q = _load_queries(q, o_b[:, None], o_h[:, None], o_t[:, None], T, D, WIDTH)  # [ROWS, WIDTH]
+    b_q, b_scale = signed(b_q, b_scale, W)
+    b_keys = row_keys(p_seed, (o_b * heads + o_h)[:, None], o_t[:, None])
+    b_out = tl.zeros([ROWS, WIDTH_V], W)
+    b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
+    p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
+    p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
+    i_share = tl.cdiv(tl.cdiv(M, splits), COLUMNS) * COLUMNS
+    for i_m in tl.range(i_split * i_share, tl.minimum((i_split + 1) * i_share, M), COLUMNS, num_stages=1):
+        o_m = i_m + tl.arange(0, COLUMNS)[None, :]
+        b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, W)  # [ROWS or 1, COLUMNS or 1]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED)
+        b_p, b_rescale, b_max, b_sum = _online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum)
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
+        b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
+    _store_part(part, b_out, b_max, b_sum, (o_b * heads + o_h) * T + o_t, m_r, i_split, slots, DV, WIDTH_V)
+
+
+@triton.jit
+def _token_share(
+    q, k, v, part, seen, p_seed, b_scale, b_cap, i, splits, first_slot, slots,
+    T, S, M, heads, group, offset, left, right, threshold,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """A share of the keys of one batch row and key head for ``ROWS`` rows (query, head of the group)."""
+    i_row_tiles, i_kv_heads = tl.cdiv(T * group, ROWS), heads // group
+    i_split, i_row = i % splits, i // splits % i_row_tiles * ROWS
+    i_kv = i // splits // i_row_tiles % i_kv_heads
+    i_b = i // splits // i_row_tiles // i_kv_heads
+    o_r = i_row + tl.arange(0, ROWS)
+    m_r = o_r < T * group
+    o_h, o_t = i_kv * group + o_r % group, tl.where(m_r, o_r // group, T)
+    b_q = _load_queries(q, i_b, o_h[:, None], o_t[:, None], T, D, WIDTH)  # [ROWS, WIDTH]
+    b_q, b_scale = signed(b_q, b_scale, W)
+    b_keys = row_keys(p_seed, (i_b * heads + o_h)[:, None], o_t[:, None])
+    b_out = tl.zeros([ROWS, WIDTH_V], W)
+    b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
+    p_k, s_k = head(k, i_b, i_kv, ALIGNED)
+    p_v, s_v = head(v, i_b, i_kv, ALIGNED)
+    i_base = position(seen, i_b, offset)
+    i_last = tl.minimum(i_row + ROWS, T * group) - 1
+    i_first, i_end = key_share(
+        seen, i_b, i_row // group, i_last // group, i_base, left, right, T, S, i_split, splits, LEFT, RIGHT,
+        ROWS, COLUMNS, SCAN,
+    )  # fmt: skip
+    for i_n in tl.range(i_first, i_end, COLUMNS):
+        o_n = i_n + tl.arange(0, COLUMNS)[None, :]
+        b_k = load_rows(p_k, s_k, i_n, i_end, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
+        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED)
+        b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, o_h[:, None], o_t[:, None], o_n, T, S)
+        m_seen = (o_n < i_end) & seen_tokens(
+            seen, i_b, o_h[:, None], o_t[:, None], o_n, i_base, left, right, T, S, LEFT, RIGHT, True
+        )
+        b_p, b_rescale, b_max, b_sum = _online(hide(b_x, m_seen, float("-inf")), b_factor, b_max, b_sum)
+        b_v = load_rows(p_v, s_v, i_n, i_end, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
+        b_p = drop(b_p, kept_columns(b_keys, M + o_n, threshold)).to(b_v.dtype)
+        b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
+    o_row = (i_b * heads + o_h) * T + o_t
+    _store_part(part, b_out, b_max, b_sum, o_row, m_r, first_slot + i_split, slots, DV, WIDTH_V)
+
+
+@triton.jit(do_not_specialize=(*RUNTIME, "batch", "prefix_programs", "prefix_splits", "token_splits"))
+def split_attention(
+    q, k, v, pk, pv, part, gate, seen, p_seed, batch, prefix_programs, prefix_splits, token_splits,
+    T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
+    kept: tl.float64, scale: tl.float64, softcap: tl.float64,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """What a share of the prefix, or of the keys, gives to the output: unnormalised sums, in a slot for each share."""
+    i, slots = tl.program_id(0), prefix_splits + token_splits
+    b_scale, b_cap = as_tile(scale, W), as_tile(softcap, W)
+    if i < prefix_programs:
+        _prefix_share(
+            q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, prefix_splits, slots, batch, T, M, heads, group, threshold,
+            D, DV, WIDTH, WIDTH_V, CAPPED, ALIGNED, PRECISION, W, PREFIX_ROWS, PREFIX,
+        )  # fmt: skip
+    else:
+        _token_share(
+            q, k, v, part, seen, p_seed, b_scale, b_cap, i - prefix_programs, token_splits, prefix_splits, slots,
+            T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
+            ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=("slots", "heads", "T"))
+def merge_shares(
+    part, out, p_lse, p_sinks, p_seed, slots, heads, T, kept: tl.float64,
+    DV: tl.constexpr, WIDTH_V: tl.constexpr, W: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of one query of one head, from its shares in order."""
+    p_out, p_max, p_sum = part
+    i_row, i_h = tl.program_id(0), tl.program_id(0) // T % heads
+    i_t, i_b = i_row % T, i_row // T // heads
+    o_d, i_slot = tl.arange(0, WIDTH_V), tl.cast(i_row, tl.int64) * slots
+    i_max = tl.full([1], float("-inf"), W)
+    if p_sinks is not None:
+        i_max = tl.zeros([1], W) + tl.load(p_sinks + i_h).to(W) * LOG2E
+    b_sink_max = i_max
+    for i in tl.range(0, slots, SLOTS):
+        o_s = i + tl.arange(0, SLOTS)
+        b_max = tl.load(p_max + i_slot + o_s, mask=o_s < slots, other=float("-inf"))
+        i_max = tl.maximum(i_max, tl.max(b_max, 0))
+    b_out, b_sum = tl.zeros([WIDTH_V], W), tl.zeros([1], W)
+    if p_sinks is not None:
+        b_sum += tl.exp2(b_sink_max - i_max)
+    for i in tl.range(0, slots, SLOTS):
+        o_s = i + tl.arange(0, SLOTS)
+        b_weight = tl.exp2(tl.load(p_max + i_slot + o_s, mask=o_s < slots, other=float("-inf")) - i_max)
+        b_sum += tl.sum(tl.load(p_sum + i_slot + o_s, mask=o_s < slots, other=0.0) * b_weight, 0)
+        p_tile = p_out + (i_slot + o_s)[:, None] * DV + o_d[None, :]
+        b_part = tl.load(p_tile, mask=(o_s < slots)[:, None] & (o_d < DV)[None, :], other=0.0)  # [SLOTS, WIDTH_V]
+        b_out += tl.sum(b_part * b_weight[:, None], 0)
+    b_out = rescale(b_out, as_tile(kept, W), p_seed) / b_sum
+    o_out = tl.cast(i_b, tl.int64) * plain(out.b) + tl.cast(i_h, tl.int64) * plain(out.h) + i_t * plain(out.t)
+    tl.store(out.ptr + o_out + o_d, b_out.to(out.ptr.dtype.element_ty), mask=o_d < DV)
+    tl.store(p_lse + i_row + tl.arange(0, 1), (i_max + tl.log2(b_sum)) * LN2)
+
+
+def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
+    """Fill the output and the log-sum-exp."""
+    x, tile, shared = problem.x, problem.tile("split"), problem.tile("split_prefix")
+    batch, heads, kv_heads, queries, keys, length, _, value_dim = x.sizes
+    group = heads // kv_heads
+    prefix_programs = kv_heads * count_tiles(batch * queries * group, shared.rows)
+    prefix_splits = table.splits(problem.architecture, prefix_programs, length)
+    token_programs = batch * kv_heads * count_tiles(queries * group, tile.rows)
+    token_splits = table.splits(problem.architecture, token_programs, keys)
+    slots, like = prefix_splits + token_splits, {"dtype": x.compute_dtype, "device": x.query.device}
+    part = (
+        torch.empty(batch * heads * queries, slots, value_dim, **like),
+        *(torch.empty(batch * heads * queries, slots, **like) for _ in range(2)),
+    )
+    numbers, constants = problem.numbers(), problem.constants(out)
+    launch(
+        split_attention, prefix_programs * prefix_splits + token_programs * token_splits, tile,
+        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, part, problem.gate,
+        problem.seen, x.seed, batch, prefix_programs * prefix_splits, prefix_splits, token_splits,
+        **numbers, **{name: value for name, value in constants.items() if name != "PER_QUERY"},
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns, SCAN=table.SCAN,
+    )  # fmt: skip
+    merging = problem.tile("merge")
+    launch(
+        merge_shares, batch * heads * queries, merging, part, out, logsumexp, x.sinks, x.seed, slots, heads, queries,
+        numbers["kept"], **{name: constants[name] for name in ("DV", "WIDTH_V", "W")}, SLOTS=merging.rows,
+    )  # fmt: skip
