@@ -16,7 +16,8 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? gate, "
     "Tensor? layer_scale, Tensor? sinks, Tensor? bias, Tensor? gate_index, Tensor? dense, Tensor? key_padding, "
     "Tensor? query_segments, Tensor? key_segments, Tensor? query_offset, Tensor? seed, SymInt offset, bool causal, "
-    "int window_left, int window_right, float scale, float softcap, float dropout_p, str implementation"
+    "int window_left, int window_right, float scale, float softcap, float dropout_p, bool gate_by_query, "
+    "str implementation"
 )
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -126,6 +127,7 @@ def make_inputs(
     if not isinstance(mask, Mask):
         raise ArgumentError(f"mask is a {type(mask).__name__}; it needs an apt_kernels.Mask or None")
     mask.check(batch, heads, queries, keys, device)
+    given = gate if gate_index is None else gate_index
     gate, gate_index = _gate(gate, gate_index, batch, queries, length, device)
     if sinks is not None:
         _check_float("sinks", sinks, (heads,), device)
@@ -155,6 +157,7 @@ def make_inputs(
         scale=head_dim**-0.5 if scale is None else _finite("scale", scale),
         softcap=_softcap(softcap),
         dropout_p=float(dropout_p),
+        gate_by_query=given is not None and given.ndim == (3 if gate_index is None else 2),
     )
 
 

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,9 @@ _TARGETS = {
     "gfx90a": [Limits("gfx90a", 65536, 65536, 32, 64)],
     "gfx942": [Limits("gfx942", 65536, 65536, 32, 64)],
 }
-_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+# Kernels whose half-precision tensors are all loaded by rows, in vectors.
+_HALVES = ("attention_forward", "query_gradient", "column_gradients", "split_attention")
 _INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 
@@ -140,7 +142,7 @@ def jobs(architectures, widths, heads, variants) -> list[Job]:
 
 def make_job_inputs(job: Job, batch: int = 2, queries: int | None = None, keys: int = 256, prefix: int | None = None):
     """The op's inputs for a job, on the CPU: only shapes, dtypes and strides matter."""
-    variant, dtype, heads, kv_heads = VARIANTS[job.variant], _DTYPES[job.width], 4, 2
+    variant, dtype, heads, kv_heads = VARIANTS[job.variant], DTYPES[job.width], 4, 2
     queries, prefix = queries or variant.queries, prefix or variant.prefix
     dim = job.head * 3 // 4 if variant.odd_head else job.head
 
@@ -192,8 +194,11 @@ class _Driver:
         return 0
 
 
-def run_launchers(job: Job, execute: Callable, **sizes: int) -> None:
-    """Run the op's launchers, forward and backward, as on the job's chip, with ``execute`` in place of the launch."""
+def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = None, **sizes: int) -> None:
+    """Run the op's launchers, forward and backward, as on the job's chip, with ``execute`` in place of the launch.
+
+    ``wanted``: the inputs whose gradients are asked for; None: all.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -209,7 +214,7 @@ def run_launchers(job: Job, execute: Callable, **sizes: int) -> None:
     arguments.execute = execute
     x = make_job_inputs(job, **sizes)
     out, logsumexp = attend.forward(x)
-    needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
+    needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
     gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
 
 
@@ -219,7 +224,8 @@ def _cache_file(job: Job) -> Path:
 
     sources = Path(table.__file__).parent.glob("*.py")
     texts = [path.read_text() for path in sorted(sources) if path.name != "table.py"] + [Path(__file__).read_text()]
-    tiles = [table.tile(kernel, job.architecture, job.width, job.head) for kernel in (*table.KERNELS, "finish", "merge")]
+    names = (*table.KERNELS, "finish", "merge")
+    tiles = [table.tile(name, job.architecture, job.width, job.head) for name in names]
     key = hashlib.sha256(repr((texts, tiles, table.SCAN, triton.__version__, job)).encode()).hexdigest()
     folder = Path(os.environ.get("APT_COMPILE_CACHE") or Path.home() / ".cache" / "apt_kernels")
     return folder / "compiled" / key
@@ -238,8 +244,8 @@ def compile_cached(job: Job) -> list[Result]:
     return results
 
 
-def compile_job(job: Job, only: str | None = None) -> list[Result]:
-    """Compile every kernel of a job, or the one named."""
+def compile_job(job: Job, only: str | None = None, wanted: Collection[str] | None = None) -> list[Result]:
+    """Compile every kernel of a job, or the one named; for all gradients, or those ``wanted``."""
     results = []
 
     def compile_only(kernel, programs, *args, **named):
@@ -257,7 +263,7 @@ def compile_job(job: Job, only: str | None = None) -> list[Result]:
         else:
             results.append(_inspect(job, kernel.__name__, cut, compiled))
 
-    run_launchers(job, compile_only)
+    run_launchers(job, compile_only, wanted)
     return results
 
 
@@ -282,6 +288,8 @@ def _inspect(job: Job, kernel: str, cut: str, compiled) -> Result:
     wanted = _wanted_instruction(job, kernel)
     if wanted and instruction != wanted:
         faults.append(f"needs {wanted}")
+    if job.width == 2 and kernel in _HALVES and _is_default(job) and "ld.global.b16" in text:
+        faults.append("loads rows element by element")
     return Result(job, kernel, cut, registers, stack, shared, occupancy, instruction, tuple(faults))
 
 

@@ -248,6 +248,8 @@ CASES = {
     "causal_decode_padding": replace(_PLAIN, causal=True, queries=1, keys=40, padding="left"),
     "window": replace(_PLAIN, window=(3, 2)),
     "window_left": replace(_PLAIN, causal=True, window=(6, None), queries=40, keys=40),
+    # Key 0 (and the first key of a tile) is seen last by the first query of a tile.
+    "window_tile": replace(_PLAIN, causal=True, window=(16, None), queries=33, keys=33),
     "window_zero": replace(_PLAIN, window=(0, 0)),
     "window_decode": replace(_PLAIN, causal=True, window=(6, None), queries=1, keys=40),
     "right_padding": replace(_PLAIN, padding="right"),

@@ -82,10 +82,11 @@ def compiling(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["causal", "window"])
+@pytest.mark.parametrize("variant", ["window", "causal_gate_query", "bias"])
 def test_lengths_cost_no_compilation(variant, compiling):
     counts = compiling(_count_compilations, variant)
-    assert counts == dict.fromkeys(FORWARD_AND_BACKWARD, 1)
+    kernels = FORWARD_AND_BACKWARD | SPLIT_FORWARD | ({"token_bias_gradient"} if variant == "bias" else set())
+    assert counts == dict.fromkeys(kernels, 1)
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ class Inputs:
     ``gate`` holds logits, ``[B|1, T|1, M]``, or ``[G, M]`` when ``gate_index`` (int64 ``[B, T|1]``) picks the rows.
     ``layer_scale`` is ``[1]``, ``sinks`` ``[Hq]``; ``bias`` and ``dense`` are 4-D and broadcast to ``[B, Hq, T, S]``.
     ``query_offset`` (int64 ``[1]`` or ``[B]``), where given, replaces ``offset``. Windows: -1 is open.
-    ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``.
+    ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``. ``gate_by_query``: the gate, or its
+    index, was given for every query, which shapes do not show where there is one query.
     """
 
     query: Tensor
@@ -56,6 +57,7 @@ class Inputs:
     scale: float
     softcap: float
     dropout_p: float
+    gate_by_query: bool
 
     def flat(self) -> tuple:
         """The fields in schema order."""

@@ -173,7 +173,7 @@ class Problem:
             "LEFT": x.window_left >= 0,
             "RIGHT": x.causal or x.window_right >= 0,
             "CAPPED": x.softcap != 0,
-            "PER_QUERY": x.gate_per_query,
+            "PER_QUERY": x.gate_by_query,
             "ALIGNED": head_dim % 8 == 0 and value_dim % 8 == 0 and aligned(*core, *tiles),
             "PRECISION": _precision(self.architecture),
             "W": WIDE[x.compute_dtype],
@@ -190,7 +190,7 @@ class Problem:
 
     def prefix_columns(self, tile: table.Tile) -> int:
         """Prefix columns that a kernel over queries takes at once."""
-        return table.prefix_columns(tile, self.dim, self.x.gate_per_query)
+        return table.prefix_columns(tile, self.dim, self.x.gate_by_query)
 
 
 def _precision(architecture: str) -> str:

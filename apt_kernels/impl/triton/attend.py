@@ -27,7 +27,6 @@ from .primitives import (
     rescale,
     row_keys,
     seen_tokens,
-    signed,
     store_rows,
     weights,
 )
@@ -40,20 +39,20 @@ def _tokens(
     b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
     T, S, M, left, right, threshold, i_first, i_end,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Take the tokens ``i_first .. i_end - 1`` into the running output, maximum and sum."""
     o_t = i_t + tl.arange(0, ROWS)[:, None]
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[None, :]
-        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK)  # [COLUMNS, WIDTH]
+        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK, ALIGNED)  # [COLUMNS, WIDTH]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED)
+        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED, POSITIVE)
         b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S)
         m_seen = seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
         b_p, b_rescale, b_max, b_sum = online(hide(b_x, m_seen, float("-inf")), b_factor, b_max, b_sum)
-        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK)  # [COLUMNS, WIDTH_V]
+        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK, ALIGNED)  # [COLUMNS, WIDTH_V]
         b_p = drop(b_p, kept_columns(b_keys, M + o_n, threshold)).to(b_v.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
     return b_out, b_max, b_sum
@@ -65,8 +64,9 @@ def attention_forward(
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr, SCAN: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``ROWS`` queries of one head."""
     i_tiles = tl.cdiv(T, ROWS)
@@ -80,7 +80,7 @@ def attention_forward(
     b_keys = row_keys(p_seed, i_bh, o_t)
 
     p_q, s_q = head(q, i_b, i_h, ALIGNED)
-    b_q, b_scale = signed(load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True), b_scale, W)  # [ROWS, WIDTH]
+    b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
     b_out = tl.zeros([ROWS, WIDTH_V], W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
     if p_sinks is not None:
@@ -92,11 +92,11 @@ def attention_forward(
     for i_m in tl.range(0, M, PREFIX, num_stages=1):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True).to(b_q.dtype)  # [PREFIX, WIDTH]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
-        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED)
+        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED, POSITIVE)
         b_p, b_rescale, b_max, b_sum = online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum)
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True).to(b_q.dtype)  # [PREFIX, WIDTH_V]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
 
@@ -110,17 +110,17 @@ def attention_forward(
         b_out, b_max, b_sum = _tokens(
             b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
             T, S, M, left, right, threshold, i_first, i_whole,
-            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, True,
+            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
         )  # fmt: skip
     b_out, b_max, b_sum = _tokens(
         b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
         T, S, M, left, right, threshold, i_whole, i_whole_end,
-        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, False,
+        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE, ALIGNED, PRECISION, W, ROWS, COLUMNS, False,
     )  # fmt: skip
     b_out, b_max, b_sum = _tokens(
         b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
         T, S, M, left, right, threshold, i_whole_end, i_end,
-        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, True,
+        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
     )  # fmt: skip
 
     b_out = rescale(b_out, as_tile(kept, W), p_seed)
@@ -144,6 +144,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, to, logsumexp, x.sinks,
         problem.gate, problem.seen, x.seed, **problem.numbers(), **problem.constants(to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile), SCAN=table.SCAN,
+        POSITIVE=x.scale > 0, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
+        SCAN=table.SCAN,
     )  # fmt: skip
     return out, logsumexp

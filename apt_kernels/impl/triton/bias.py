@@ -23,21 +23,24 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=(*RUNTIME, "batch"))
+@triton.jit(do_not_specialize=(*RUNTIME, "batch", "one_batch", "one_head", "one_row", "one_column"))
 def token_bias_gradient(
-    q, k, v, d_out, p_lse, p_delta, p_sum, seen, p_seed, batch,
+    q, k, v, d_out, p_lse, p_delta, p_sum, seen, p_seed, batch, one_batch, one_head, one_row, one_column,
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ONE_BATCH: tl.constexpr, ONE_HEAD: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the bias's gradient: a sum over whatever the bias was broadcast along, in a fixed order."""
+    """One tile of the bias's gradient: a sum over whatever the bias was broadcast along, in a fixed order.
+
+    ``one_batch`` and so on: the bias has one entry along that dimension. At run time, so that lengths of one cost no
+    compilation.
+    """
     i_t_tiles, i_n_tiles = tl.cdiv(T, ROWS), tl.cdiv(S, COLUMNS)
     # How many tiles the gradient has, and how many inputs each of them sums, along every dimension.
-    i_t_sums, i_n_sums = (i_t_tiles if ONE_ROW else 1), (i_n_tiles if ONE_COLUMN else 1)
-    i_b_sums, i_h_sums = (batch if ONE_BATCH else 1), (heads if ONE_HEAD else 1)
+    i_t_sums, i_n_sums = tl.where(one_row != 0, i_t_tiles, 1), tl.where(one_column != 0, i_n_tiles, 1)
+    i_b_sums, i_h_sums = tl.where(one_batch != 0, batch, 1), tl.where(one_head != 0, heads, 1)
     i_columns, i_rows, i_heads = i_n_tiles // i_n_sums, i_t_tiles // i_t_sums, heads // i_h_sums
     i_column, i_row = tl.program_id(0) % i_columns, tl.program_id(0) // i_columns % i_rows
     i_bh_sum = tl.program_id(0) // i_columns // i_rows
@@ -57,13 +60,13 @@ def token_bias_gradient(
             o_t, o_n = i_t + tl.arange(0, ROWS)[:, None], i_n + tl.arange(0, COLUMNS)[None, :]
             p_q, s_q = head(q, i_b, i_h, ALIGNED)
             p_k, s_k = head(k, i_b, i_h // group, ALIGNED)
-            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
-            b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
+            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
+            b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
             b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
             p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
             p_v, s_v = head(v, i_b, i_h // group, ALIGNED)
-            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
-            b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
+            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
+            b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, ALIGNED)  # [COLUMNS, WIDTH_V]
             b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
             b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
             b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
@@ -73,13 +76,13 @@ def token_bias_gradient(
             )  # fmt: skip
             b_sum += b_dz
     # p_sum is contiguous, [B or 1, Hq or 1, T or 1, S or 1].
-    i_length, i_width = (1 if ONE_ROW else T), (1 if ONE_COLUMN else S)
-    o_t = i_row * ROWS + (tl.arange(0, 1) if ONE_ROW else tl.arange(0, ROWS))[:, None]
-    o_n = i_column * COLUMNS + (tl.arange(0, 1) if ONE_COLUMN else tl.arange(0, COLUMNS))[None, :]
-    if ONE_ROW:
-        b_sum = tl.sum(b_sum, 0)[None, :]
-    if ONE_COLUMN:
-        b_sum = tl.sum(b_sum, 1)[:, None]
+    i_length, i_width = tl.where(one_row != 0, 1, T), tl.where(one_column != 0, 1, S)
+    o_t = i_row * ROWS + tl.arange(0, ROWS)[:, None]
+    o_n = i_column * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    if one_row != 0:
+        b_sum = tl.broadcast_to(tl.sum(b_sum, 0)[None, :], [ROWS, COLUMNS])
+    if one_column != 0:
+        b_sum = tl.broadcast_to(tl.sum(b_sum, 1)[:, None], [ROWS, COLUMNS])
     o_sum = (tl.cast(i_bh_sum, tl.int64) * i_length + o_t) * i_width + o_n
     tl.store(p_sum + o_sum, b_sum.to(p_sum.dtype.element_ty), mask=(o_t < i_length) & (o_n < i_width))
 
@@ -90,11 +93,10 @@ def bias_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tenso
     batches, bias_heads, queries, keys = x.bias.shape
     summed = torch.empty(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
     tiles = count_tiles(queries, tile.rows) * count_tiles(keys, tile.columns)
-    one = [have == 1 for have in x.bias.shape]
+    one = [int(have == 1) for have in x.bias.shape]
     launch(
         token_bias_gradient, batches * bias_heads * tiles, tile,
         problem.query, problem.key, problem.value, d_out, logsumexp, delta, summed, problem.seen, x.seed,
-        x.query.shape[0], **problem.numbers(), **problem.constants(d_out), ROWS=tile.rows, COLUMNS=tile.columns,
-        ONE_BATCH=one[0], ONE_HEAD=one[1], ONE_ROW=one[2], ONE_COLUMN=one[3],
+        x.query.shape[0], *one, **problem.numbers(), **problem.constants(d_out), ROWS=tile.rows, COLUMNS=tile.columns,
     )  # fmt: skip
     return summed

@@ -43,17 +43,17 @@ def _tokens(
     T, S, M, heads, group, offset, left, right, threshold,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of ``COLUMNS`` keys of one key head, over the queries of its group that see them."""
+    """dk (``KEY``) and dv (``VALUE``) of ``COLUMNS`` keys of one key head, over the queries that see them."""
     i_tiles, i_kv_heads = tl.cdiv(S, COLUMNS), heads // group
     # Under a causal mask the first keys have most to do, and they start first.
     i_n = i % i_tiles * COLUMNS
     i_b, i_kv = i // i_tiles // i_kv_heads, i // i_tiles % i_kv_heads
     p_k, s_k = head(k, i_b, i_kv, ALIGNED)
     p_v, s_v = head(v, i_b, i_kv, ALIGNED)
-    b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
-    b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
+    b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
+    b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, ALIGNED)  # [COLUMNS, WIDTH_V]
     b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
     o_n = i_n + tl.arange(0, COLUMNS)[:, None]
     i_base = position(seen, i_b, offset)
@@ -65,8 +65,8 @@ def _tokens(
         p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
         for i_t in tl.range(i_first, i_end, ROWS):
             o_t = i_t + tl.arange(0, ROWS)[None, :]
-            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
-            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
+            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
+            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
             # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
             b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
             b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
@@ -78,12 +78,14 @@ def _tokens(
                 b_s, b_r, b_lse, b_delta, seen, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
                 i_b, i_h, o_t, o_n, i_base, T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, LEFT or RIGHT,
             )  # fmt: skip
-            b_dv = product(b_p.to(b_q.dtype), b_do, b_dv, PRECISION, W)
-            b_dk = product(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION, W)
-    if dk.ptr is not None:
+            if VALUE:
+                b_dv = product(b_p.to(b_q.dtype), b_do, b_dv, PRECISION, W)
+            if KEY:
+                b_dk = product(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION, W)
+    if KEY:
         p_dk, s_dk = head(dk, i_b, i_kv, ALIGNED)
         store_rows(p_dk, s_dk, i_n, S, b_dk * b_scale, D, COLUMNS, WIDTH)
-    if dv.ptr is not None:
+    if VALUE:
         p_dv, s_dv = head(dv, i_b, i_kv, ALIGNED)
         store_rows(p_dv, s_dv, i_n, S, rescale(b_dv, b_kept, p_seed), DV, COLUMNS, WIDTH_V)
 
@@ -109,8 +111,9 @@ def _prefix(
     o_m = i_m + tl.arange(0, COLUMNS)[:, None]
     p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
     p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(q.ptr.dtype.element_ty)  # [COLUMNS, WIDTH]
-    b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(q.ptr.dtype.element_ty)  # [COLUMNS, WIDTH_V]
+    element = q.ptr.dtype.element_ty
+    b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(element)  # [COLUMNS, WIDTH]
+    b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(element)  # [COLUMNS, WIDTH_V]
     b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
     b_d_scale = tl.zeros([COLUMNS, 1], W)
     i_query_tiles = tl.cdiv(T, ROWS)
@@ -124,8 +127,8 @@ def _prefix(
             o_t = i_t + tl.arange(0, ROWS)[None, :]
             p_q, s_q = head(q, i_b, i_h, ALIGNED)
             p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
-            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
+            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
+            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
             b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
             b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
             b_w = weights(gate, i_b, o_t, o_m, T, M, True, W) if PER_QUERY else b_g  # [COLUMNS or 1, ROWS or 1]
@@ -182,11 +185,11 @@ def _query_gate(
         p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
         p_pk, s_pk = head(pk, 0, i_h // group, ALIGNED)
         p_pv, s_pv = head(pv, 0, i_h // group, ALIGNED)
-        b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]
+        b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
         b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
         b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
@@ -216,17 +219,31 @@ def column_gradients(
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, GATE_ROWS: tl.constexpr, GATE: tl.constexpr,
-    TOKENS: tl.constexpr, PREFIXES: tl.constexpr, GATES: tl.constexpr, SCAN: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, APART: tl.constexpr, PREFIXES: tl.constexpr, GATES: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys (the first ``tokens`` programs), of prefix columns (``prefixes`` more), or of a gate."""
+    """One tile of keys (the first ``tokens`` programs), of prefix columns (``prefixes`` more), or of a gate.
+
+    ``APART``: dk and dv come from programs of their own, ``tokens`` for each. Two sums of 256 columns do not fit the
+    registers beside tiles of the size that Hopper's and Blackwell's matrix instructions need.
+    """
     i = tl.program_id(0)
     b_scale, b_cap, b_kept = as_tile(scale, W), as_tile(softcap, W), as_tile(kept, W)
-    if TOKENS:
+    if KEY:
         if i < tokens:
             _tokens(
                 q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed, b_scale, b_cap, b_kept, i,
-                T, S, M, heads, group, offset, left, right, threshold,
-                D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN,
+                T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
+                ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN, True, VALUE and not APART,
+            )  # fmt: skip
+    if KEY and (VALUE and APART):
+        i -= tokens
+    if VALUE and (APART or not KEY):
+        if (i >= 0) & (i < tokens):
+            _tokens(
+                q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed, b_scale, b_cap, b_kept, i,
+                T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
+                ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN, False, True,
             )  # fmt: skip
     if PREFIXES:
         if (i >= tokens) & (i < tokens + prefixes):
@@ -281,10 +298,12 @@ def column_gradients_of(
     batch, _, kv_heads, queries, keys, length, head_dim, value_dim = x.sizes
     tile, shared, gate = (problem.tile(name) for name in ("key_value", "prefix", "gate"))
     chunk, chunks, splits = _parts(problem, shared)
-    by_query, scaled = x.gate_per_query, need["layer_scale"]
+    by_query, scaled = x.gate_by_query, need["layer_scale"]
     weights = need["gate"] or scaled
 
     tokens = count_tiles(keys, tile.columns) * batch * kv_heads if need["key"] or need["value"] else 0
+    apart = table.is_apart(problem.architecture, x.query.element_size(), problem.dim)
+    passes = need["key"] + need["value"] if apart else 1
     any_prefix = need["prefix_key"] or need["prefix_value"] or (weights and not by_query)
     prefixes = count_tiles(length, shared.columns) * kv_heads * chunks * splits if any_prefix else 0
     gates = count_tiles(length, gate.columns) * count_tiles(queries, gate.rows) * batch if weights and by_query else 0
@@ -310,12 +329,13 @@ def column_gradients_of(
     )
     to = [rows(part) for part in columns[:4]]
     launch(
-        column_gradients, tokens + prefixes + gates, tile,
+        column_gradients, tokens * passes + prefixes + gates, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, d_out, logsumexp, delta,
         *to, columns.gate, columns.weights, columns.layer_scale, problem.gate, problem.seen, x.seed,
         tokens, prefixes, batch, chunk, splits, **problem.numbers(), **problem.constants(d_out, *to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
-        GATE_ROWS=gate.rows, GATE=gate.columns, TOKENS=tokens > 0, PREFIXES=prefixes > 0, GATES=gates > 0,
+        GATE_ROWS=gate.rows, GATE=gate.columns, KEY=need["key"], VALUE=need["value"], APART=apart,
+        PREFIXES=prefixes > 0, GATES=gates > 0,
         SCAN=table.SCAN,
     )  # fmt: skip
     return columns

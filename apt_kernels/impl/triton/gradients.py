@@ -35,15 +35,15 @@ def _query_tokens(
     b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept, i_b, i_h, i_t, i_base,
     T, S, M, left, right, threshold, i_first, i_end,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Add what the tokens ``i_first .. i_end - 1`` give to ``dq / scale``."""
     o_t = i_t + tl.arange(0, ROWS)[:, None]
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[None, :]
-        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK)  # [COLUMNS, WIDTH]
-        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK)  # [COLUMNS, WIDTH_V]
+        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK, ALIGNED)  # [COLUMNS, WIDTH]
+        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK, ALIGNED)  # [COLUMNS, WIDTH_V]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
         _, _, b_ds = token_gradients(
@@ -68,7 +68,7 @@ def _query_gradient(
     b_scale, b_cap, b_kept = as_tile(scale, W), as_tile(softcap, W), as_tile(kept, W)
     b_keys = row_keys(p_seed, i_bh, o_t)
     p_q, s_q = head(q, i_b, i_h, ALIGNED)
-    b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True)  # [ROWS, WIDTH]
+    b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
     # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
     b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
     b_dq = tl.zeros([ROWS, WIDTH], W)
@@ -78,8 +78,8 @@ def _query_gradient(
     for i_m in tl.range(0, M, PREFIX, num_stages=1):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True).to(b_q.dtype)  # [PREFIX, WIDTH]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True).to(b_q.dtype)  # [PREFIX, WIDTH_V]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH]
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
         b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
         _, b_dz, _ = prefix_gradients(
@@ -97,17 +97,17 @@ def _query_gradient(
         b_dq = _query_tokens(
             b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
             i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_first, i_whole,
-            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, True,
+            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
         )  # fmt: skip
     b_dq = _query_tokens(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
         i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole, i_whole_end,
-        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, False,
+        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, False,
     )  # fmt: skip
     b_dq = _query_tokens(
         b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
         i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole_end, i_end,
-        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, PRECISION, W, ROWS, COLUMNS, True,
+        D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
     )  # fmt: skip
     p_dq, s_dq = head(dq, i_b, i_h, ALIGNED)
     store_rows(p_dq, s_dq, i_t, T, b_dq * b_scale, D, ROWS, WIDTH)
@@ -120,7 +120,8 @@ def query_gradient(
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr, SCAN: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     """``delta = sum(dO * O) - dL`` of ``ROWS`` queries of one head and, where wanted, dq: through the prefix, then
     through the tokens they see."""
@@ -133,8 +134,8 @@ def query_gradient(
     o_t = i_t + tl.arange(0, ROWS)[:, None]
     p_o, s_o = head(out, i_b, i_h, ALIGNED)
     p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-    b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
-    b_o = load_rows(p_o, s_o, i_t, T, DV, ROWS, WIDTH_V, True)  # [ROWS, WIDTH_V]
+    b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
+    b_o = load_rows(p_o, s_o, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
     b_delta = tl.sum(b_o.to(W) * b_do.to(W), 1)[:, None]  # [ROWS, 1]
     if p_d_lse is not None:
         b_delta -= load_row_sums(p_d_lse, i_bh, o_t, T, 0.0).to(W)

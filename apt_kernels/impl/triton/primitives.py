@@ -19,22 +19,34 @@ def plain(n):
 
 
 @triton.jit
-def head(x, i_b, i_h, ALIGNED: tl.constexpr):
-    """Pointer to the first row of a head of `Rows`, and the stride of its rows."""
-    o_head = tl.cast(i_b, tl.int64) * plain(x.b) + tl.cast(i_h, tl.int64) * plain(x.h)
-    s_t = plain(x.t)
+def stride(n, ALIGNED: tl.constexpr):
+    """`plain` of a stride. ``ALIGNED``: of a multiple of 8, which the product shows to any compiler (a hint on what a
+    function returns does not outlive inlining in Triton 3.6, and rows were then loaded element by element)."""
     if ALIGNED:
-        o_head, s_t = tl.multiple_of(o_head, 8), tl.multiple_of(s_t, 8)
-    return x.ptr + o_head, s_t
+        return ((n - 3) >> 4) * 8
+    return (n - 3) >> 1
 
 
 @triton.jit
-def load_rows(p, s_t, i_first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr):
+def head(x, i_b, i_h, ALIGNED: tl.constexpr):
+    """Pointer to the first row of a head of `Rows`, and the stride of its rows."""
+    o_head = tl.cast(i_b, tl.int64) * stride(x.b, ALIGNED) + tl.cast(i_h, tl.int64) * stride(x.h, ALIGNED)
+    return x.ptr + o_head, stride(x.t, ALIGNED)
+
+
+@triton.jit
+def load_rows(p, s_t, i_first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
+              ALIGNED: tl.constexpr):  # fmt: skip
     """``[ROWS, WIDTH]`` from row ``i_first``, zero past the ``D`` columns and, where checked, past row ``limit``."""
     o_r, o_d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
     p_tile = p + tl.cast(i_first, tl.int64) * s_t + (o_r * s_t + o_d)
+    m_tile = (i_first + o_r < limit) & (o_d < D)
+    if ALIGNED:
+        # Where i_first comes from a reduction, Triton does not see this by itself, and loads element by element.
+        p_tile = tl.max_contiguous(tl.multiple_of(p_tile, (1, 16)), (1, WIDTH))
+        m_tile = tl.max_constancy(m_tile, (1, 8))
     if CHECK:
-        b_tile = tl.load(p_tile, mask=(i_first + o_r < limit) & (o_d < D), other=0.0)
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
     elif D != WIDTH:
         b_tile = tl.load(p_tile, mask=o_d < D, other=0.0)
     else:
@@ -72,14 +84,6 @@ def as_tile(x, W: tl.constexpr):
 
 
 @triton.jit
-def signed(b_q, b_scale, W: tl.constexpr):
-    """Queries that carry the sign of the scale, and its size: the online softmax needs a factor above zero."""
-    b_sign = tl.where(b_scale < 0, -1.0, tl.where(b_scale > 0, 1.0, 0.0)).to(W)
-    b_size = tl.where(b_scale == 0, 1.0, tl.abs(b_scale)).to(W)
-    return (b_q.to(W) * b_sign).to(b_q.dtype), b_size
-
-
-@triton.jit
 def tanh(x):
     """Hyperbolic tangent, accurate to a few ulp near zero too, where one minus an exponential is not."""
     square = x * x
@@ -95,14 +99,18 @@ def tanh(x):
 
 
 @triton.jit
-def logits(b_s, b_g, b_scale, b_cap, CAPPED: tl.constexpr):
-    """A tile and the factor above zero that makes base-2 logits of it; the factor then costs nothing (`online`)."""
-    b_x, b_factor = b_s, b_scale * LOG2E
+def logits(b_s, b_g, b_scale, b_cap, CAPPED: tl.constexpr, POSITIVE: tl.constexpr):
+    """A tile and the factor above zero that makes base-2 logits of it; the factor then costs nothing (`online`).
+
+    ``POSITIVE``: the scale is.
+    """
     if b_g is not None:
-        b_x = b_x * b_g
+        b_s = b_s * b_g
     if CAPPED:
-        b_x, b_factor = tanh(b_x * (b_scale / b_cap)), b_cap * LOG2E
-    return b_x, b_factor
+        return tanh(b_s * (b_scale / b_cap)), b_cap * LOG2E
+    if not POSITIVE:
+        return b_s * (b_scale * LOG2E), tl.full((1,), 1.0, b_s.dtype)
+    return b_s, b_scale * LOG2E
 
 
 @triton.jit
@@ -191,21 +199,27 @@ def within(i, limit):
 
 
 @triton.jit
-def first_key(o_t, i_base, left, S, LEFT: tl.constexpr):
-    """The first key that queries ``o_t`` see through the window."""
-    o_first = o_t * 0
+def first_key(i_t, i_base, left, S, LEFT: tl.constexpr):
+    """The first key that query ``i_t`` sees through the window."""
+    i_first = i_t * 0
     if LEFT:
-        o_first = within(i_base + o_t - left, S)
-    return o_first
+        i_first = within(i_base + i_t - left, S)
+    return i_first
 
 
 @triton.jit
-def end_key(o_t, i_base, right, S, RIGHT: tl.constexpr):
-    """One past the last key that queries ``o_t`` see through causality and window."""
-    o_end = o_t * 0 + S
+def end_key(i_t, i_base, right, S, RIGHT: tl.constexpr):
+    """One past the last key that query ``i_t`` sees through causality and window."""
+    i_end = i_t * 0 + S
     if RIGHT:
-        o_end = within(i_base + o_t + right + 1, S)
-    return o_end
+        i_end = within(i_base + i_t + right + 1, S)
+    return i_end
+
+
+@triton.jit
+def near(i):
+    """A difference of positions in 32 bits; those beyond every length lose nothing."""
+    return tl.minimum(tl.maximum(i, -(2**30)), 2**30).to(tl.int32)
 
 
 @triton.jit
@@ -230,9 +244,11 @@ def seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.co
     """Which keys of a tile its queries see; None: all. ``CHECK``: positions, or the end of the keys, may hide some."""
     m_seen = None
     if CHECK:
-        m_seen = o_n < end_key(o_t, i_base, right, S, RIGHT)
+        m_seen = o_n < S
+        if RIGHT:
+            m_seen = o_n < tl.minimum(o_t + near(i_base + right + 1), S)
         if LEFT:
-            m_seen = m_seen & (o_n >= first_key(o_t, i_base, left, S, LEFT))
+            m_seen = m_seen & (o_n >= o_t + near(i_base - left))
     i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
     if seen.padding is not None:
         m_key = tl.load(seen.padding + i_b * plain(seen.padding_b) + o_n * plain(seen.padding_s), mask=o_n < S, other=0)
@@ -257,7 +273,7 @@ def add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S):
         p_bias = seen.bias + i_b * plain(seen.bias_b) + i_h * plain(seen.bias_h) + o_t64 * plain(seen.bias_t)
         b_bias = tl.load(p_bias + o_n * plain(seen.bias_s), mask=(o_t < T) & (o_n < S), other=0.0)
         b_x = b_x * b_factor + b_bias.to(b_x.dtype) * LOG2E
-        b_factor = b_factor * 0 + 1
+        b_factor = tl.full((1,), 1.0, b_x.dtype)
     return b_x, b_factor
 
 

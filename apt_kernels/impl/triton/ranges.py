@@ -1,4 +1,4 @@
-"""Which keys a tile of queries must go through, and which queries a tile of keys: tiles that a mask closes are skipped."""
+"""Which keys a tile of queries must go through, and which queries a tile of keys: closed tiles are skipped."""
 
 import triton
 import triton.language as tl
@@ -71,7 +71,7 @@ def key_tiles(seen, i_b, i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIG
 @triton.jit
 def key_share(seen, i_b, i_t, i_last, i_base, left, right, T, S, i_split, splits, LEFT: tl.constexpr,
               RIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
-    """Share ``i_split`` of the keys that queries ``i_t .. i_last`` (at most ``ROWS``) see: whole tiles, evenly dealt."""
+    """Share ``i_split`` of the keys that queries ``i_t .. i_last``, at most ``ROWS``, see: whole tiles."""
     i_first, i_end = first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
     i_share = tl.cdiv(tl.cdiv(tl.maximum(i_end - i_first, 0), splits), COLUMNS) * COLUMNS
     i_first += i_split * i_share

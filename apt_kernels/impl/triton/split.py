@@ -28,28 +28,30 @@ from .primitives import (
     rescale,
     row_keys,
     seen_tokens,
-    signed,
     weights,
 )
 from .ranges import key_share
 
 
 @triton.jit
-def _load_queries(q, o_b, o_h, o_t, T, D: tl.constexpr, WIDTH: tl.constexpr):
+def _load_queries(q, o_b, o_h, o_t, T, D: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     """``[rows, WIDTH]``: the queries ``o_t`` of the heads ``o_h`` of the batch rows ``o_b``; zero past the last."""
     o_d = tl.arange(0, WIDTH)[None, :]
     o_row = tl.cast(o_b, tl.int64) * plain(q.b) + tl.cast(o_h, tl.int64) * plain(q.h) + o_t * plain(q.t)
-    return tl.load(q.ptr + o_row + o_d, mask=(o_t < T) & (o_d < D), other=0.0)
+    p_tile = q.ptr + o_row + o_d
+    if ALIGNED:
+        p_tile = tl.max_contiguous(tl.multiple_of(p_tile, (1, 16)), (1, WIDTH))
+    return tl.load(p_tile, mask=(o_t < T) & (o_d < D), other=0.0)
 
 
 @triton.jit
-def _online(b_x, b_factor, b_max, b_sum):
-    """`primitives.online` where a row may have seen nothing yet."""
-    b_new = tl.maximum(b_max, tl.max(b_x, 1) * b_factor)
+def _online(b_x, b_factor, b_max, b_sum, AXIS: tl.constexpr):
+    """`primitives.online` along an axis, where a row may have seen nothing yet."""
+    b_new = tl.maximum(b_max, tl.max(b_x, AXIS) * b_factor)
     b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_rescale = tl.exp2(b_max - b_finite)
-    b_p = tl.exp2(b_x * b_factor - b_finite[:, None])
-    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, 1)
+    b_p = tl.exp2(b_x * b_factor - tl.expand_dims(b_finite, AXIS))
+    return b_p, b_rescale, b_new, b_sum * b_rescale + tl.sum(b_p, AXIS)
 
 
 @triton.jit
@@ -66,6 +68,7 @@ def _store_part(part, b_out, b_max, b_sum, o_row, m_row, i_slot, slots, DV: tl.c
 def _prefix_share(
     q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, splits, slots, batch, T, M, heads, group, threshold,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CAPPED: tl.constexpr,
+    POSITIVE: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A share of the prefix for ``ROWS`` rows (batch row, query, head of a group)."""
@@ -76,8 +79,7 @@ def _prefix_share(
     m_r = o_r < batch * T * group
     o_b, o_h = tl.where(m_r, o_r // (T * group), 0), i_kv * group + o_r % group
     o_t = tl.where(m_r, o_r // group % T, T)
-    b_q = _load_queries(q, o_b[:, None], o_h[:, None], o_t[:, None], T, D, WIDTH)  # [ROWS, WIDTH]
-    b_q, b_scale = signed(b_q, b_scale, W)
+    b_q = _load_queries(q, o_b[:, None], o_h[:, None], o_t[:, None], T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
     b_keys = row_keys(p_seed, (o_b * heads + o_h)[:, None], o_t[:, None])
     b_out = tl.zeros([ROWS, WIDTH_V], W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
@@ -87,11 +89,11 @@ def _prefix_share(
     for i_m in tl.range(i_split * i_share, tl.minimum((i_split + 1) * i_share, M), COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
         b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, W)  # [ROWS or 1, COLUMNS or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True).to(b_q.dtype)  # [COLUMNS, WIDTH]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
         b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED)
-        b_p, b_rescale, b_max, b_sum = _online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum)
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED, POSITIVE)
+        b_p, b_rescale, b_max, b_sum = _online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum, 1)
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
         b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
     _store_part(part, b_out, b_max, b_sum, (o_b * heads + o_h) * T + o_t, m_r, i_split, slots, DV, WIDTH_V)
@@ -102,10 +104,14 @@ def _token_share(
     q, k, v, part, seen, p_seed, b_scale, b_cap, i, splits, first_slot, slots,
     T, S, M, heads, group, offset, left, right, threshold,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """A share of the keys of one batch row and key head for ``ROWS`` rows (query, head of the group)."""
+    """A share of the keys of one batch row and key head for ``ROWS`` rows (query, head of the group).
+
+    Rows are few and keys many, so tiles are transposed: keys, and columns of the values, are shared out to the warps.
+    """
     i_row_tiles, i_kv_heads = tl.cdiv(T * group, ROWS), heads // group
     i_split, i_row = i % splits, i // splits % i_row_tiles * ROWS
     i_kv = i // splits // i_row_tiles % i_kv_heads
@@ -113,10 +119,9 @@ def _token_share(
     o_r = i_row + tl.arange(0, ROWS)
     m_r = o_r < T * group
     o_h, o_t = i_kv * group + o_r % group, tl.where(m_r, o_r // group, T)
-    b_q = _load_queries(q, i_b, o_h[:, None], o_t[:, None], T, D, WIDTH)  # [ROWS, WIDTH]
-    b_q, b_scale = signed(b_q, b_scale, W)
-    b_keys = row_keys(p_seed, (i_b * heads + o_h)[:, None], o_t[:, None])
-    b_out = tl.zeros([ROWS, WIDTH_V], W)
+    b_q = _load_queries(q, i_b, o_h[:, None], o_t[:, None], T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
+    b_keys = row_keys(p_seed, (i_b * heads + o_h)[None, :], o_t[None, :])
+    b_out = tl.zeros([WIDTH_V, ROWS], W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
     p_k, s_k = head(k, i_b, i_kv, ALIGNED)
     p_v, s_v = head(v, i_b, i_kv, ALIGNED)
@@ -127,20 +132,20 @@ def _token_share(
         ROWS, COLUMNS, SCAN,
     )  # fmt: skip
     for i_n in tl.range(i_first, i_end, COLUMNS):
-        o_n = i_n + tl.arange(0, COLUMNS)[None, :]
-        b_k = load_rows(p_k, s_k, i_n, i_end, D, COLUMNS, WIDTH, True)  # [COLUMNS, WIDTH]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED)
-        b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, o_h[:, None], o_t[:, None], o_n, T, S)
+        o_n = i_n + tl.arange(0, COLUMNS)[:, None]
+        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
+        b_s = product(b_k, tl.trans(b_q), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
+        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED, POSITIVE)
+        b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, o_h[None, :], o_t[None, :], o_n, T, S)
         m_seen = (o_n < i_end) & seen_tokens(
-            seen, i_b, o_h[:, None], o_t[:, None], o_n, i_base, left, right, T, S, LEFT, RIGHT, True
+            seen, i_b, o_h[None, :], o_t[None, :], o_n, i_base, left, right, T, S, LEFT, RIGHT, True
         )
-        b_p, b_rescale, b_max, b_sum = _online(hide(b_x, m_seen, float("-inf")), b_factor, b_max, b_sum)
-        b_v = load_rows(p_v, s_v, i_n, i_end, DV, COLUMNS, WIDTH_V, True)  # [COLUMNS, WIDTH_V]
+        b_p, b_rescale, b_max, b_sum = _online(hide(b_x, m_seen, float("-inf")), b_factor, b_max, b_sum, 0)
+        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, ALIGNED)  # [COLUMNS, WIDTH_V]
         b_p = drop(b_p, kept_columns(b_keys, M + o_n, threshold)).to(b_v.dtype)
-        b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
+        b_out = product(tl.trans(b_v), b_p, b_out * b_rescale[None, :], PRECISION, W)
     o_row = (i_b * heads + o_h) * T + o_t
-    _store_part(part, b_out, b_max, b_sum, o_row, m_r, first_slot + i_split, slots, DV, WIDTH_V)
+    _store_part(part, tl.trans(b_out), b_max, b_sum, o_row, m_r, first_slot + i_split, slots, DV, WIDTH_V)
 
 
 @triton.jit(do_not_specialize=(*RUNTIME, "batch", "prefix_programs", "prefix_splits", "token_splits"))
@@ -149,7 +154,8 @@ def split_attention(
     T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
     kept: tl.float64, scale: tl.float64, softcap: tl.float64,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
+    RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """What a share of the prefix, or of the keys, gives to the output: unnormalised sums, in a slot for each share."""
@@ -157,13 +163,14 @@ def split_attention(
     b_scale, b_cap = as_tile(scale, W), as_tile(softcap, W)
     if i < prefix_programs:
         _prefix_share(
-            q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, prefix_splits, slots, batch, T, M, heads, group, threshold,
-            D, DV, WIDTH, WIDTH_V, CAPPED, ALIGNED, PRECISION, W, PREFIX_ROWS, PREFIX,
+            q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, prefix_splits, slots, batch, T, M, heads, group,
+            threshold,
+            D, DV, WIDTH, WIDTH_V, CAPPED, POSITIVE, ALIGNED, PRECISION, W, PREFIX_ROWS, PREFIX,
         )  # fmt: skip
     else:
         _token_share(
             q, k, v, part, seen, p_seed, b_scale, b_cap, i - prefix_programs, token_splits, prefix_splits, slots,
-            T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
+            T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE,
             ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN,
         )  # fmt: skip
 
@@ -222,7 +229,8 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, part, problem.gate,
         problem.seen, x.seed, batch, prefix_programs * prefix_splits, prefix_splits, token_splits,
         **numbers, **{name: value for name, value in constants.items() if name != "PER_QUERY"},
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns, SCAN=table.SCAN,
+        POSITIVE=x.scale > 0, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
+        SCAN=table.SCAN,
     )  # fmt: skip
     merging = problem.tile("merge")
     launch(

@@ -62,9 +62,9 @@ _AMPERE = {
     256: _entry("64x32/8/2   32x32/8/1  16x64/8/1   16x64   32x16   32x16/8/1  16x32/4/2  32x32"),
 }
 _HOPPER = {
-    64: _entry("128x128/8/2 128x64/8/2 32x128/8/2  32x64   64x64   64x64/8/1  16x64/4/2  64x32"),
-    128: _entry("128x64/8/2  128x64/8/2 32x64/8/1   16x64   64x64   64x64/8/1  16x64/4/2  64x32"),
-    256: _entry("128x32/8/1  32x32/8/1  32x32/8/1   32x32   32x16   64x32/8/1  16x32/4/2  32x32"),
+    64: _entry("128x128/8/2 128x64/8/3 64x128/8/2  64x64   64x64   64x64/8/1  16x128/4/3 64x32"),
+    128: _entry("128x64/8/3  128x64/8/2 32x128/8/2  32x64   64x64   64x64/8/1  16x64/4/3  32x32"),
+    256: _entry("128x32/8/2  128x32/8/1 32x128/8/1  32x32   32x16   64x32/8/1  16x32/4/3  16x32"),
 }
 _BLACKWELL = {
     64: _entry("128x128/8/2 128x64/8/2 64x64/8/2   64x64   64x64   64x64/8/1  16x64/4/2  64x32"),
@@ -87,6 +87,8 @@ _TABLE = {
     )
     for name in names
 }
+# Where heads of more than 128 columns have dk and dv apart.
+_APART = {("sm_90", 2), ("interpreter", 4)}
 ARCHITECTURES = tuple(sorted(_TABLE))
 WIDTHS = (2, 4, 8)
 HEADS = (64, 128, 256)
@@ -119,6 +121,11 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
     return _TABLE[architecture][width][next(head for head in HEADS if dim <= head)][kernel]
 
 
+def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
+    """The table of an architecture and a number of bytes, by head size; `bench.tune` tries other tiles in it."""
+    return _TABLE[architecture][width]
+
+
 def prefix_columns(tile: Tile, dim: int, gate_per_query: bool) -> int:
     """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
     return min(tile.columns, 16 if dim > 128 or (gate_per_query and dim > 64) else 32)
@@ -127,6 +134,11 @@ def prefix_columns(tile: Tile, dim: int, gate_per_query: bool) -> int:
 def programs(architecture: str) -> int:
     """How many programs the prefix's gradient is spread over."""
     return 8 if architecture == "interpreter" else PROGRAMS
+
+
+def is_apart(architecture: str, width: int, dim: int) -> bool:
+    """Whether dk and dv of a head size come from programs of their own (see `columns.column_gradients`)."""
+    return (architecture, width) in _APART and dim > 128
 
 
 def is_split(x: Inputs, architecture: str) -> bool:
