@@ -5,6 +5,7 @@
 #   APT_MINUTES     for everything (default 9);  APT_TEST_SECONDS  for the tests (default 170)
 #   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
 #   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
+#   APT_TUNE        seconds for trying other tiles of the Triton kernels (bench.tune); unset: none
 #   APT_REGISTRY    gpu, cpu or tiny;  APT_DEVICE  cuda or cpu;  APT_COMMIT  the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -40,6 +41,7 @@ if wanted tests; then
         > "$out/tests.log" 2>&1 || failed="$failed tests"
     tail -n 5 "$out/tests.log"
 fi
+[[ -z ${APT_TUNE:-} ]] || "$python" -m bench.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
 for stage in $benchmarks; do
     wanted "$stage" || continue
     if (($(left) < 20)); then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from accuracy import check, differentiable, evaluate, poisoned_memory
 from cases import CASES, Case, cases
 from hypothesis import given, settings
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
 from apt_kernels import Mask, dispatch
@@ -182,6 +184,54 @@ def test_only_a_gate_by_query(launches):
     assert launches == dict.fromkeys({"attention_forward", "query_gradient", "column_gradients"}, 1)
 
 
+class _Computed(TorchDispatchMode):
+    """The ATen operators that were called, but for those that only allocate or view: on a device, each is a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.launching = set(), False
+
+    @contextlib.contextmanager
+    def without_launches(self, monkeypatch):
+        """Record, but for what happens inside a launch (the interpreter copies tensors there)."""
+        from apt_kernels.impl.triton import arguments
+
+        def execute(*args, **named):
+            self.launching = True
+            try:
+                real(*args, **named)
+            finally:
+                self.launching = False
+
+        real = arguments.execute
+        monkeypatch.setattr(arguments, "execute", execute)
+        with self:
+            yield
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if not self.launching and not function.is_view and not name.startswith(("empty", "new_empty")):
+            self.names.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["causal_gate_query", "everything", "gate_indexed", "causal_decode", "segments"])
+def test_nothing_else_is_launched(name, launches, monkeypatch):
+    """One launch forward (two where keys are dealt out), three backward, and no operator of PyTorch's beside them."""
+    from apt_kernels.impl import triton
+
+    x = replace(small(name), dtype=torch.bfloat16, prefix_dtype=torch.float32, bias="").inputs(DEVICE)
+    needs = [getattr(x, part) is not None for part in DIFFERENTIABLE]
+    computed = _Computed()
+    with computed.without_launches(monkeypatch):
+        out, logsumexp = triton.forward(x)
+        forward = launches.total()
+        triton.backward(x, out, logsumexp, torch.ones_like(out), torch.ones_like(logsumexp), needs)
+    assert forward == (2 if triton.strategy(x) == "split" else 1)
+    assert launches.total() - forward == 3
+    assert computed.names <= {"ones_like", "fill_"}
+
+
 def _strided(x: Inputs, change) -> Inputs:
     return Inputs(**{name: change(part) if name in DIFFERENTIABLE[:5] else part for name, part in x.__dict__.items()})
 
@@ -225,8 +275,9 @@ def test_rows_beyond_32_bit_offsets():
     assert torch.equal(near, distant)
 
 
+@pytest.mark.parametrize("queries", [1, 2], ids=["split", "fused"])
 @pytest.mark.parametrize("hidden_by", ["causal", "window", "padding", "segments"])
-def test_closed_tiles_are_not_read(hidden_by):
+def test_closed_tiles_are_not_read(hidden_by, queries, launches):
     """NaN in tiles of keys that a mask closes reaches nothing; the other half of the keys is seen by all queries."""
     from apt_kernels.impl.triton import table
 
@@ -235,12 +286,18 @@ def test_closed_tiles_are_not_read(hidden_by):
     first, keys = hidden_by == "window", torch.arange(2 * half, device=DEVICE)[None]
     shown = keys >= half if first else keys < half
     mask = {
-        "causal": Mask(causal=True, query_offset=half - 1),
+        "causal": Mask(causal=True, query_offset=half - queries),
         "window": Mask(window=(half - 1, None), query_offset=2 * half - 1),
         "padding": Mask(key_padding=shown),
-        "segments": Mask(query_segments=torch.full((1, 1), 7, device=DEVICE), key_segments=torch.where(shown, 7, 9)),
+        "segments": Mask(
+            query_segments=torch.full((1, queries), 7, device=DEVICE), key_segments=torch.where(shown, 7, 9)
+        ),
     }[hidden_by]
-    q, k, v = (torch.randn(1, 1, n, 16, device=DEVICE, requires_grad=True) for n in (1, 2 * half, 2 * half))
+    heads = 1 if queries == 1 else 32  # too many rows for keys to be dealt out
+    q, k, v = (
+        torch.randn(1, h, n, 16, device=DEVICE, requires_grad=True)
+        for h, n in ((heads, queries), (1, 2 * half), (1, 2 * half))
+    )
     p = torch.randn(1, 3, 16, device=DEVICE)
 
     def run(k, v):
@@ -250,6 +307,7 @@ def test_closed_tiles_are_not_read(hidden_by):
     poisoned = [torch.where(shown[..., None], t, torch.nan).requires_grad_() for t in (k, v)]
     for clean, found in zip(run(k, v), run(*poisoned)):
         assert torch.equal(clean, found)
+    assert launches["split_attention" if queries == 1 else "attention_forward"] == 2
 
 
 def test_refuses_large_heads():
