@@ -37,7 +37,7 @@ class SavePretrained:
         from ..checkpoint import WEIGHTS, save, save_unfolded  # checkpoint imports the patch, and the patch this file
 
         if push_to_hub:
-            raise ValueError('push_to_hub is True; call apt_kernels.save(model, "hf://user/name") instead')
+            raise ValueError("push_to_hub is True; save to a folder, and upload that with huggingface_hub")
         if not is_main_process:
             return
         folder = Path(save_directory)
