@@ -73,6 +73,27 @@ class Columns(TorchFunctionMode):
             out = out if changed is None else changed
         return out
 
+    def _stock(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        site, group = self.sites[-1], query.shape[1] // key.shape[1]
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query @ key.repeat_interleave(group, dim=1).mT * scale
+        if is_causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        gate = site.gate(query.shape[2], query.shape[0])
+        prefix_key, prefix_value = (
+            p.repeat_interleave(query.shape[1] // len(p), dim=0) for p in (site.key, site.value)
+        )
+        columns = query @ prefix_key.mT * scale * gate
+        joined = torch.cat([columns, scores], dim=-1).softmax(-1)
+        length = columns.shape[-1]
+        return (joined[..., :length] * gate) @ prefix_value + joined[..., length:] @ value.repeat_interleave(
+            group, dim=1
+        )
+
     def _of(self, tensor):
         found = self.carried.get(id(tensor)) if isinstance(tensor, Tensor) else None
         return None if found is None else found[1:]
@@ -83,6 +104,8 @@ class Columns(TorchFunctionMode):
     def _follow(self, name: str, args, kwargs, out: Tensor) -> Tensor | None:
         if name in _PRODUCTS:
             return self._product(name, args, kwargs, out)
+        if name == "scaled_dot_product_attention":
+            return self._stock(*args, **kwargs)
         operands = [*(args[0] if name == "cat" else args), *kwargs.values()]
         scores = next((x for x in operands if self._of(x) is not None), None)
         if scores is None:

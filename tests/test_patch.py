@@ -390,15 +390,25 @@ def test_attention_that_is_written_out_keeps_its_class_and_travels(gate, tmp_pat
 
 
 def test_a_failing_recording_pass_says_what_to_give():
-    model = transformers.ViTModel(
-        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8)
-    )
+    config = transformers.PerceiverConfig(
+        d_latents=32, d_model=32, num_latents=5, num_blocks=1, num_self_attends_per_block=1, num_self_attention_heads=4,
+        num_cross_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.PerceiverModel(config)
     before = snapshot(model)
     with pytest.raises(apt_kernels.PatchError, match="example_inputs"):
         apt_kernels.patch(model)
     assert_unchanged(model, before)
-    apt_kernels.patch(model, example_inputs={"pixel_values": torch.zeros(1, 3, 16, 16)})
-    assert len(apt_kernels.prefixes(model)) == 1
+    apt_kernels.patch(model, example_inputs={"inputs": torch.zeros(2, 9, 32)})
+    assert len(apt_kernels.prefixes(model)) == 2
+
+
+def test_a_vision_model_needs_no_example():
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    model = apt_kernels.patch(transformers.ViTModel(config))
+    assert [prefix.gate for prefix in apt_kernels.prefixes(model).values()] == ["first"]
 
 
 def test_functions_need_a_patched_model():

@@ -180,6 +180,8 @@ class Deferred:
         if self.value is None:
             with torch._C.DisableTorchFunction():
                 self.value = self.thunk()
+            if self.mode.watch is not None:
+                self.mode.watch.computed(self.value)
         return self.value
 
     @classmethod
@@ -202,7 +204,11 @@ class Deferred:
         return found
 
     def otherwise(self, function, name, args, kwargs):
-        return function(*computed(args), **{key: computed(value) for key, value in kwargs.items()})
+        args = computed(args)
+        out = function(*args, **{key: computed(value) for key, value in kwargs.items()})
+        if self.mode.watch is not None:
+            self.mode.watch.note(name, args, out)
+        return out
 
     def __getattr__(self, name: str):
         if name.startswith("__") or not hasattr(Tensor, name):
@@ -271,7 +277,7 @@ class Scores(Deferred):
         self.query, self.key, self.keys, self.raw_lead = query, key, key.shape[-2], lead
         self.note = None if mode.watch is None else mode.watch.at_product(key)
         self.scale, self.softcap, self.causal, self.attended = 1.0, None, False, False
-        self.sinks: Tensor | None = None  # [Hq]: one more column of the softmax, which has no value
+        self.sinks: tuple[Tensor, tuple[int, ...]] | None = None  # one more column of the softmax, without a value
         self.biases: list[tuple[Tensor, tuple[int, ...]]] = []  # each with the leading sizes it was added under
         self.hidden: list[tuple[Tensor, tuple[int, ...]]] = []
 
@@ -411,15 +417,15 @@ class Scores(Deferred):
         return self._then(function, args, kwargs, shape=torch.Size(shape))
 
     def _on_cat(self, function, args, kwargs):
-        """A sink: one column more, the same for all rows and queries of a head."""
+        """A sink: one column more, which has no value."""
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         sink = args[0][1] if len(args[0]) == 2 and args[0][0] is self else None
-        if not isinstance(sink, Tensor) or dim not in (-1, 3) or sink.ndim != 4 or self.ndim != 4:
+        if not isinstance(sink, Tensor) or dim not in (-1, self.ndim - 1) or self.sinks is not None:
             return None
-        if sink.shape[-1] != 1 or any(n > 1 and k for n, k in zip(sink.shape[::2], sink.stride()[::2])):
+        if tuple(sink.shape) != (*self.shape[:-1], 1):
             return None
         shape = torch.Size((*self.shape[:-1], self.shape[-1] + 1))
-        return self._then(function, args, kwargs, sinks=sink[0, :, 0, 0], shape=shape)
+        return self._then(function, args, kwargs, sinks=(sink, self.lead), shape=shape)
 
     def _on_softmax(self, function, args, kwargs):
         dim = args[1] if len(args) > 1 else kwargs.get("dim")

@@ -92,7 +92,15 @@ def lay_out(probabilities: Probabilities, value: Tensor, batch: int) -> Laid:
         tensor, lead = part
         return _four(tensor, lead, batch, count // batch)
 
-    return Laid(query, key, value, [four(p) for p in scores.biases], [four(p) for p in scores.hidden], scores.causal)
+    biases, hidden = [four(p) for p in scores.biases], [four(p) for p in scores.hidden]
+    if scores.sinks is None:
+        return Laid(query, key, value, biases, hidden, scores.causal)
+    # A key of zeros whose bias is the sink, with a value of zeros: it may differ from query to query.
+    key, value = (torch.nn.functional.pad(kv, (0, 0, 0, 1)) for kv in (key, value))
+    biases = [torch.nn.functional.pad(b.expand(*b.shape[:3], keys), (0, 1)) for b in biases]
+    hidden = [torch.nn.functional.pad(h.expand(*h.shape[:3], keys), (0, 1)) for h in hidden]
+    column = torch.nn.functional.pad(four(scores.sinks), (keys, 0))
+    return Laid(query, key, value, [*biases, column], hidden, scores.causal)
 
 
 def zeroed(probabilities: Probabilities, batch: int) -> list[Tensor]:
@@ -148,7 +156,6 @@ def _serve(module):
             mask=laid.mask(found.from_end),
             scale=scores.scale,
             softcap=scores.softcap,
-            sinks=scores.sinks,
             dropout_p=probabilities.dropout_p,
             implementation=prefix.implementation,
         )
@@ -205,32 +212,54 @@ def restore(module) -> None:
         module.__class__ = type(module).__mro__[2]
 
 
-class KeyFactors:
-    """While recording: numbers that a key was multiplied with before the product, so that the prefix's is as well."""
+class Watch:
+    """While recording: what becomes of tensors on their way to a product, and of products that were computed.
+
+    A key may have been multiplied with a number before the product, and then so is the prefix's. A softmax over a
+    product that had to be computed is attention that cannot be followed.
+    """
 
     _MOVES = frozenset("transpose permute view reshape contiguous expand clone to type_as float unsqueeze".split())
+    _MERGES = frozenset(
+        "cat getitem add sub mul div truediv where masked_fill squeeze stack pad iadd isub imul".split()
+    )
 
     def __init__(self, here):
-        self.here, self.found = here, {}
+        self.here, self.factors = here, {}
+        self.products: dict[int, Tensor] = {}
+        self.lost: list[tuple] = []  # the modules that were running at a softmax that cannot be followed
 
     def note(self, name: str, args, out) -> None:
-        if not isinstance(out, Tensor) or not args or not isinstance(args[0], Tensor):
+        """A function was called with ``args`` and returned ``out``."""
+        name, parts = name.strip("_"), args[0] if args and isinstance(args[0], (list, tuple)) else args
+        if name == "setitem" and id(args[2]) in self.products:
+            self.computed(args[0])
+        if not isinstance(out, Tensor) or not any(isinstance(part, Tensor) for part in parts):
             return
-        before = self.of(args[0])
-        if name in self._MOVES:
-            factor = before
-        elif name.strip("_") in ("mul", "div", "truediv", "itruediv", "imul") and len(args) > 1 and _is_number(args[1]):
-            factor = before * float(args[1]) if "mul" in name else before / float(args[1])
-        else:
+        if any(id(part) in self.products for part in parts if isinstance(part, Tensor)):
+            if name in self._MOVES | self._MERGES:
+                self.computed(out)
+            elif name == "softmax":
+                self.lost.append(self.here())
+        before = self.factor(parts[0])
+        if name in ("mul", "div", "truediv", "itruediv", "imul") and len(parts) > 1 and _is_number(parts[1]):
+            before = before * float(parts[1]) if "mul" in name else before / float(parts[1])
+        elif name not in self._MOVES:
             return
-        if factor != 1:
-            self.found[id(out)] = (out, factor)
+        if before != 1:
+            self.factors[id(out)] = (out, before)
 
-    def of(self, tensor: Tensor) -> float:
-        return self.found.get(id(tensor), (None, 1.0))[1]
+    def computed(self, product: Tensor) -> None:
+        """A product was computed after all, or made of one that was."""
+        self.products[id(product)] = product
+
+    def factor(self, tensor) -> float:
+        """What ``tensor`` was multiplied with."""
+        return self.factors.get(id(tensor), (None, 1.0))[1]
 
     def at_product(self, key: Tensor):
-        return self.of(key), self.here()
+        """What a `Scores` remembers of its making."""
+        return self.factor(key), self.here()
 
 
 def _is_number(operand) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,13 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from ..errors import PatchError
-from . import inline
+from . import inline, inputs, route
 from .deferred import Deferring
 from .masks import AttentionMask, describe, trust_tracing_only_where_it_agrees
 
 RECORDER = "apt_kernels_record"
-# Different lengths on the two sides tell cross-attention from self-attention.
-_QUERIES, _ENCODER_TOKENS, _BATCH = 7, 8, 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Site:
         return "cross-attention" if self.cross else "causal self-attention" if self.causal else "self-attention"
 
 
+_HEADS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head")
 _PREFIX_SHAPE = ("kv_heads", "head_dim", "value_head_dim")
 
 
@@ -52,7 +52,7 @@ class _Recorder:
         self.inputs: dict[nn.Module, Tensor] = {}
         self.running: list[nn.Module] = []
         self.results: list[tuple[nn.Module, Tensor]] = []
-        self.factors = inline.KeyFactors(lambda: tuple(self.running))
+        self.watch = inline.Watch(lambda: tuple(self.running))
         self.handles = []
         for module in model.modules():
             self.handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
@@ -76,6 +76,9 @@ class _Recorder:
             self.running.pop()
 
     def attend(self, module, query, key, value, attention_mask, is_causal=None, **kwargs):
+        unknown = _unknown_tensors(module, kwargs)
+        if unknown:
+            raise PatchError(f"attention takes {unknown[0]!r}, which is not known")
         batch, heads, queries, head_dim = query.shape
         if isinstance(attention_mask, AttentionMask):
             if attention_mask.shape[3] != key.shape[2] and not attention_mask.hides_nothing:
@@ -86,7 +89,7 @@ class _Recorder:
         elif isinstance(attention_mask, Tensor):
             causal = _hides_the_future(attention_mask == 0 if attention_mask.is_floating_point() else attention_mask)
         else:
-            causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+            causal = bool(is_causal if is_causal is not None else route.causal_without_mask(module))
         found = {
             "heads": heads,
             "kv_heads": key.shape[1],
@@ -105,6 +108,9 @@ class _Recorder:
         scores = probabilities.scores
         factor, there = scores.note
         module = [a for a, b in zip(there, self.running) if a is b][-1]
+        declared = [getattr(module, n) for n in _HEADS if isinstance(getattr(module, n, None), int)]
+        if len(scores.raw_lead) > 2 and declared and scores.raw_lead[-1] not in declared:
+            raise PatchError(f"its scores have leading sizes {list(scores.raw_lead)}, of which the last are not heads")
         hidden_states, queries = self.inputs.get(module), scores.query.shape[-2]
         time_major = (
             hidden_states is not None
@@ -158,6 +164,14 @@ class _Recorder:
         return hidden_states.shape[-1] if fits else None
 
 
+def _unknown_tensors(module, given: dict) -> list[str]:
+    """Tensors among the keywords of the attention interface that the model's eager attention reads and we do not."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    read = () if eager is None else inspect.signature(eager).parameters
+    tensors = [name for name, value in given.items() if isinstance(value, Tensor) and name in read]
+    return [name for name in tensors if name not in inspect.signature(route.attention_forward).parameters]
+
+
 def _hides_the_future(seen: Tensor) -> bool:
     return not bool(seen.expand(*seen.shape[:-2], *seen.shape[-2:]).triu(1).any())
 
@@ -185,49 +199,53 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
     ``set_implementation(name)`` switches the model's attention; ``example_inputs`` are keyword arguments of the
     model's forward, for models that do not take token ids alone.
     """
-    body, inputs = (model, example_inputs) if example_inputs else (_body(model), _token_inputs(model))
-    longer = None if example_inputs else _token_inputs(model, 1)
+    name, first, again, recorder = type(model).__name__, None, None, None
     with evaluating(model), torch.no_grad():
-        described = True
-        again = None
-        recorder, failure = _pass(model, body, inputs, lambda: set_implementation(RECORDER))
-        if failure is not None or not recorder.calls:
+        for tried, (body, given) in enumerate(_tries(model, example_inputs)):  # noqa: B007 - used after the loop
+            described, again = True, None
+            recorder, failure = _pass(model, body, given, lambda: set_implementation(RECORDER))
+            if failure is None and recorder.calls:
+                break
             # Models that compute attention inline may need the masks of eager attention.
-            second, again = _pass(model, body, inputs, lambda: set_implementation("eager"))
-            if again is None:
+            second, again = _pass(model, body, given, lambda: set_implementation("eager"))
+            if again is None and set(recorder.calls) <= set(second.calls):
                 recorder, failure, described = second, None, False
-        if failure is None and longer is not None and any("inline" in call for call in recorder.calls.values()):
+                break
+            first = first or (failure, again)
+        else:
+            said = "" if first is None else ": " + "; with eager masks: ".join(map(_said, first))
+            raise PatchError(
+                f"{name}: the recording pass failed{said}. "
+                "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
+            ) from first and first[0]
+        if not example_inputs and any("inline" in call for call in recorder.calls.values()):
+            body, longer = list(_tries(model, None, 1))[tried]
             other, _ = _pass(model, body, longer, lambda: set_implementation(RECORDER if described else "eager"))
             recorder.drop_where_unlike(other)
-    name = type(model).__name__
-    if failure is not None:
-        raise PatchError(
-            f"{name}: the recording pass failed ({_said(failure)}{_said(again, '; with eager masks: ')}). "
-            "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
-        ) from failure
-    if again is not None:
-        raise PatchError(f"{name} attends inline in a way that cannot be followed: {_said(again)}") from again
     if not recorder.calls:
         raise PatchError(
             f"{name} has no attention that can be patched: neither through transformers' attention interface nor as a "
             "softmax over a product of queries and keys, weighing values"
         )
     calls = recorder.calls
+    if recorder.watch.lost:
+        where = next(n for n, module in model.named_modules() if module is recorder.watch.lost[0][-1])
+        raise PatchError(f"{name} cannot be patched: {where} attends in a way that cannot be followed")
     return [Site(name=name, **calls[module]) for name, module in model.named_modules() if module in calls], described
 
 
-def _said(error: Exception | None, before: str = "") -> str:
-    return "" if error is None else f"{before}{type(error).__name__}: {error}"
+def _said(error: Exception | None) -> str:
+    return "there is no attention" if error is None else f"{type(error).__name__}: {error}"
 
 
-def _pass(model, body, inputs: dict, prepare) -> tuple[_Recorder, Exception | None]:
+def _pass(model, body, given: dict, prepare) -> tuple[_Recorder, Exception | None]:
     """One recorded forward, and the error that ended it."""
     recorder = _Recorder(model)
     _active.append(recorder)
     try:
         prepare()
-        with Deferring(recorder.attend_inline, recorder.factors):
-            body(**inputs)
+        with Deferring(recorder.attend_inline, recorder.watch):
+            body(**given)
     except Exception as error:
         return recorder, error
     finally:
@@ -236,31 +254,19 @@ def _pass(model, body, inputs: dict, prepare) -> tuple[_Recorder, Exception | No
     return recorder, None
 
 
+def _tries(model, example_inputs: dict | None, more: int = 0):
+    """What to call with what, until one works: the model without its head, then the whole."""
+    if example_inputs:
+        yield model, example_inputs
+        return
+    for part in dict.fromkeys((_body(model), model)):
+        for given in inputs.candidates(part, more):
+            yield part, given
+
+
 def _body(model):
     """The model without its head: heads may ask for inputs of their own."""
     return getattr(model, "base_model", model)
-
-
-def _token_inputs(model, more: int = 0) -> dict:
-    config = _body(model).config
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    token = 1 if pad == 0 else 0
-    device = _device(model)
-    inputs = {"input_ids": torch.full((_BATCH, _ENCODER_TOKENS + more), token, device=device)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = torch.full((_BATCH, _QUERIES + more), token, device=device)
-    if "attention_mask" in inspect.signature(_body(model).forward).parameters:
-        # With a padding mask, transformers does not look for packed documents: meta tensors could not say.
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if hasattr(config, "use_cache"):
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _device(model) -> torch.device:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embedding, "weight", None)
-    return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache as memoise
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,19 @@ def _closed(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min / 2
 
 
+def causal_without_mask(module) -> bool:
+    """Whether a module that is handed no mask and does not say so is causal.
+
+    transformers' sdpa function takes it for causal; eager attention, all that some models support, hides nothing.
+    """
+    return getattr(module, "is_causal", _supports_sdpa(sys.modules[type(module).__module__]))
+
+
+@memoise
+def _supports_sdpa(source) -> bool:
+    return any(getattr(found, "_supports_sdpa", False) is True for found in vars(source).values())
+
+
 def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, position_bias) -> Mask | None:
     """What the op is told of visibility; conventions for plain tensors and None as in transformers' sdpa function."""
     if isinstance(attention_mask, AttentionMask):
@@ -155,7 +169,7 @@ def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, positio
         dense = attention_mask.dtype == torch.bool
         mask = Mask(dense=attention_mask) if dense else Mask(bias=attention_mask)
     elif attention_mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        causal = is_causal if is_causal is not None else causal_without_mask(module)
         mask = Mask(causal=True, query_offset=0) if causal and query.shape[2] > 1 else None
     else:
         raise PatchError(f"the attention mask is a {type(attention_mask).__name__}; it needs a tensor or None")

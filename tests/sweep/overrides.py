@@ -42,6 +42,10 @@ OVERRIDES: dict[str, dict] = {
     "gemma4_unified_assistant": {"text_config": {**_TWO_HEAD_SIZES, "num_kv_shared_layers": 0}},
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
+    "kolibri1": _FEW_EXPERTS,
+    "deit": {"num_labels": 2},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "speech-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "cohere_compass_text": {
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
@@ -66,6 +70,7 @@ OVERRIDES: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8},
     "ministral": _HEADS,
+    "mobilebert": {"normalization_type": "layer_norm"},
     "mpnet": {"relative_attention_num_buckets": 32},
     "nemotron": _HEADS,
     "neomme": {"head_dim": 16},
@@ -75,8 +80,21 @@ OVERRIDES: dict[str, dict] = {
     },
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"]},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_hidden_layers": 6,
+        "layers_block_type": ["mamba", "mamba", "hybrid", "mamba", "hybrid", "mamba"],
+    },
 }  # fmt: skip
+# Multimodal rotary sections add up to half the head.
+_SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+for _name in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"):
+    OVERRIDES[_name] = {"text_config": {"rope_parameters": dict(_SECTIONS)}}
+for _name in ("swin", "swinv2", "donut-swin"):
+    OVERRIDES[_name] = {
+        "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 3, "image_size": 24, "patch_size": 2,
+    }  # fmt: skip
 
 # Models whose position bias counts from the last key there is.
 FROM_END = {"mpt"}

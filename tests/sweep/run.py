@@ -77,29 +77,25 @@ def _collect(process, receive, job: tuple[str, str], late: bool) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit status is 1 if an architecture that was green is not."""
     import argparse
     import json
 
     from tqdm import tqdm
 
-    from . import feeds
+    from . import check, feeds, overrides, report
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("--kind", action="append", choices=list(feeds.KINDS))
+    parser = argparse.ArgumentParser(prog="sweep", description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; default: all")
+    parser.add_argument("--kind", action="append", choices=list(feeds.KINDS), help="default: all")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--json", default="sweep.json")
+    parser.add_argument("--json", default="sweep.json", help="where the results go; as lines while it runs: + 'l'")
     parser.add_argument("--inside", action="store_true", help="in this process, with tracebacks")
+    parser.add_argument("--update", action="store_true", help="write docs/models.md and the list of what is green")
     given = parser.parse_args(arguments)
-    jobs = [
-        (t, k)
-        for k in (given.kind or feeds.KINDS)
-        for t in feeds.architectures(k)
-        if not given.types or t in given.types
-    ]
+    kinds = given.kind or list(feeds.KINDS)
+    jobs = [(t, k) for k in kinds for t in feeds.architectures(k) if not given.types or t in given.types]
     if given.inside:
-        from . import check, overrides
-
         check.everything_in_float64()
         results = [check.check(t, k, overrides.of(t, k)) for t, k in jobs]
     else:
@@ -112,14 +108,22 @@ def main(arguments: list[str] | None = None) -> int:
             )
     with open(given.json, "w") as file:
         json.dump(results, file, indent=1)
+    _print(results, given.inside)
+    if given.update:
+        report.update(results)
+    lost = report.lost(results)
+    for result in lost:
+        print(f"LOST: {result['kind']} {result['type']} was green")
+    return 1 if lost else 0
+
+
+def _print(results: list[dict], tracebacks: bool) -> None:
     for result in results:
         if not result["green"]:
             print(f"{result['kind']:8} {result['type']:28} {result['stage']:14} {result['reason']}")
-            if given.inside and "traceback" in result:
+            if tracebacks and "traceback" in result:
                 print(result["traceback"])
-    green = sum(result["green"] for result in results)
-    print(f"{green} of {len(results)} green")
-    return 0
+    print(f"{sum(result['green'] for result in results)} of {len(results)} green")
 
 
 if __name__ == "__main__":

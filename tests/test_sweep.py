@@ -1,0 +1,41 @@
+"""A fast part of the sweep over every architecture (`make sweep`), and what its table says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sweep import report
+
+ROOT = Path(__file__).parent.parent
+# One of each way to attend; the rest is in the whole sweep.
+GROUPS = {
+    "interface": ("causal", ["gemma3n_text", "gemma4_text", "gpt_oss", "deepseek_v3", "llama4_text"]),
+    "hybrids": ("causal", ["qwen3_next", "jamba", "deepseek_v32", "cpmant"]),
+    "inline": ("causal", ["bloom", "falcon", "mpt", "gptj", "gpt_neo", "xlnet", "codegen", "xglm"]),
+    "encoders": ("masked", ["deberta", "deberta-v2", "mpnet", "rembert", "mobilebert", "squeezebert", "funnel"]),
+    "seq2seq": ("seq2seq", ["t5", "t5gemma2", "fsmt", "longt5"]),
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_architectures_equal_the_oracle(group, tmp_path):
+    kind, types = GROUPS[group]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-m", "sweep", "--workers", "1", "--kind", kind, "--json", "out.json", *types]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    results = {result["type"]: result for result in json.loads((tmp_path / "out.json").read_text())}
+    assert {name: results[name].get("reason") for name in types if not results[name]["green"]} == {}
+    assert set(results) == set(types)
+    for result in results.values():
+        assert {"outputs", "gradients", "influence"} <= set(result["checks"])
+        assert kind != "causal" or "causality" in result["checks"] or result["causality"]
+
+
+def test_what_was_green_and_is_not_is_reported():
+    kind, types = next(iter(report.known_green().items()))
+    fine = {"type": types[0], "kind": kind, "green": True}
+    assert report.lost([fine]) == []
+    assert report.lost([{**fine, "green": False}]) == [{**fine, "green": False}]
