@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweep import report
+from sweep import feeds, report
 
 ROOT = Path(__file__).parent.parent
 # One of each way to attend; the rest is in the whole sweep.
@@ -39,3 +39,17 @@ def test_what_was_green_and_is_not_is_reported():
     fine = {"type": types[0], "kind": kind, "green": True}
     assert report.lost([fine]) == []
     assert report.lost([{**fine, "green": False}]) == [{**fine, "green": False}]
+
+
+def test_the_table_and_the_list_of_what_is_green_agree():
+    page, green = report.TABLE.read_text(), report.known_green()
+    for kind, types in green.items():
+        section = page.partition(f"## {feeds.KINDS[kind].title}\n")[2].partition("\n## ")[0]
+        rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ")][2:]
+        assert sorted(name.strip() for name, said in rows if said.strip().startswith("yes")) == types
+
+
+def test_nine_in_ten_text_architectures_are_green():
+    green = report.known_green()
+    total = sum(len(feeds.architectures(kind)) for kind in feeds.TEXT)
+    assert sum(len(green[kind]) for kind in feeds.TEXT) >= 0.9 * total
