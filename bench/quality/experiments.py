@@ -10,7 +10,7 @@ from pathlib import Path
 
 import apt_kernels
 
-from . import figures, inspect, tables
+from . import examine, figures, tables
 from .methods import ABLATION, METHODS, Settings
 from .tasks import Task
 from .work import Job, Workshop
@@ -109,7 +109,7 @@ def _probe(plan: Plan, task: Task, seed: int) -> apt_kernels.Probe:
         found = json.loads(path.read_text())
         if found["key"] == job.key:
             return apt_kernels.Probe.from_json(found["probe"])
-    probe = inspect.probe(plan.workshop.train(job))
+    probe = examine.probe(plan.workshop.train(job))
     path.write_text(json.dumps({"key": job.key, "probe": probe.to_json()}) + "\n", encoding="utf-8")
     return probe
 
@@ -126,14 +126,18 @@ def lengths(plan: Plan) -> str:
             raise ValueError("prefix_length has one length for each layer; the fixed length needs an int")
         total = settings.prefix_length * len(probe.layers)
         chosen = tuple(probe.lengths(budget=total, grow=True))
-        kinds = {"fixed": settings.prefix_length, "variable": chosen, "reversed": chosen[::-1]}
+        lines.append(f"- {task.name}: {total} tokens; by the weights {list(chosen)}")
+        kinds = {"fixed": settings.prefix_length}
+        if len(set(chosen)) > 1:
+            kinds |= {"variable": chosen, "reversed": chosen[::-1]}
+        else:
+            lines[-1] += ": the weights are so even that both are the same"
         jobs = [
             Job(task, "apt", seed, replace(settings, prefix_length=length), row)
             for seed in plan.seeds
             for row, length in kinds.items()
         ]
         grid |= plan.workshop.grid(jobs)
-        lines.append(f"- {task.name}: {total} tokens; variable {list(chosen)}")
     names = {"fixed": "fixed", "variable": "follows the weights", "reversed": "the same in reverse order"}
     page = _page("Variable against fixed lengths of the same total", grid, plan.tasks, "fixed", names)
     return "\n".join([page, *lines])
@@ -143,23 +147,23 @@ def prune(plan: Plan) -> str:
     """Prune trained prefixes by half, close the gates of the same tokens instead, and time both."""
     parts = ["## Pruning a trained prefix by half"]
     for task in plan.tasks:
-        rows = [inspect.pruned(plan.workshop.train(Job(task, "apt", s, plan.settings[task.name]))) for s in plan.seeds]
-        parts += [f"### {task.name}", inspect.table(rows)]
-    parts.append(inspect.NOTES)
+        rows = [examine.pruned(plan.workshop.train(Job(task, "apt", s, plan.settings[task.name]))) for s in plan.seeds]
+        parts += [f"### {task.name}", examine.table(rows)]
+    parts.append(examine.NOTES)
     return "\n\n".join(parts)
 
 
 def parity(plan: Plan) -> str:
     """The same training with this package's attention and with the naive one: both curves."""
-    parts = ["## The same learning curve as the naive way", inspect.PARITY_NOTES]
+    parts = ["## The same learning curve as the naive way", examine.PARITY_NOTES]
     for task in plan.tasks:
         settings = replace(plan.settings[task.name], precision="fp32", attention_dropout=0.0)
         for method in plan.methods or ("apt", "prefix"):
-            curves = inspect.both_ways(task, method, settings, plan.seeds[0])
+            curves = examine.both_ways(task, method, settings, plan.seeds[0])
             picture = plan.workshop.output / f"parity-{task.name}-{method}.png"
             figures.curves(curves, picture, f"{task.name}, {tables.NAMES[method]}")
             apart = max(abs(a - b) for a, b in zip(curves["ours"], curves["naive"]))
-            inspect.check_apart(apart, task, method)
+            examine.check_apart(apart, task, method)
             line = f"{task.name}, {tables.NAMES[method]}: {len(curves['ours'])} steps, from {curves['ours'][0]:.4f} to"
             parts.append(f"{line} {curves['ours'][-1]:.4f}; the losses differ by {apart:.1e} at most.")
             parts.append(f"![{task.name}, {method}]({picture.name})")
