@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -81,7 +81,6 @@ class Probe:
     layers: list[LayerProbe]
     modules: list[str]
     examples: int
-    _by_name: dict = field(default_factory=dict, repr=False, compare=False)
 
     def table(self) -> str:
         """Markdown, one row for each layer."""

@@ -305,7 +305,7 @@ def _run(data_folder, model_folder, output, *more):
 
 
 def test_the_main_comparison_from_the_command_line(model_folder, data_folder, tmp_path, capsys, monkeypatch):
-    assert _run(data_folder, model_folder, tmp_path, "main", "--task", "pair", "tags", "--seeds", "2") == 0
+    assert _run(data_folder, model_folder, tmp_path, "main", "--task", "pair", "tags", "--seeds", "1") == 0
     page = (tmp_path / "main.md").read_text()
     assert page.strip() in capsys.readouterr().out
     for name in METHODS:
@@ -314,10 +314,10 @@ def test_the_main_comparison_from_the_command_line(model_folder, data_folder, tm
     assert "pair: development accuracy (12 rows) of the best of 1 epochs" in page
     assert "tags: test span F1 (10 rows) of the epoch that is the best of 1" in page
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert len(records) == 2 * 2 * len(METHODS)
+    assert len(records) == 2 * len(METHODS)
     assert model_folder not in (tmp_path / "runs.jsonl").read_text().replace(records[0]["settings"]["model"], "")
     monkeypatch.setattr(running, "run", lambda *a: pytest.fail("what is on record was trained again"))
-    assert _run(data_folder, model_folder, tmp_path, "ablation", "--task", "pair", "tags", "--seeds", "2") == 0
+    assert _run(data_folder, model_folder, tmp_path, "ablation", "--task", "pair", "tags", "--seeds", "1") == 0
     assert "full fine-tuning" not in (tmp_path / "ablation.md").read_text()
 
 
@@ -339,7 +339,8 @@ def test_the_other_experiments_from_the_command_line(model_folder, data_folder, 
 @pytest.mark.parametrize("form", ["pair", "tags"])
 @pytest.mark.parametrize("method", ["apt", "apt-no-hidden", "prefix"])
 def test_the_naive_way_has_the_same_learning_curve(method, form, model_folder, data_folder):
-    settings = _settings(model_folder, epochs=4, attention_dropout=0.0)
+    # All rows in every batch, so that the loss can be seen to fall.
+    settings = _settings(model_folder, epochs=12, batch_size=24, learning_rate=3e-2, attention_dropout=0.0)
     curves = examine.both_ways(_task(data_folder, form), method, settings, 0)
     assert len(curves["ours"]) == 12
     assert curves["ours"][-1] < 0.95 * curves["ours"][0], "nothing was learned, the comparison proves little"
