@@ -82,14 +82,20 @@ def pruned(trained: running.Trained) -> dict:
     whole, logits = predictions(trained, model)
     rows = {"whole": {"score": whole, "moved": 0.0}}
     close_gates(closed, lengths.keep)
+    found_logits = {}
     for name, other in (("pruned", short), ("closed", closed)):
-        value, moved = predictions(trained, other)
-        rows[name] = {"score": value, "moved": float((moved - logits).abs().mean() / logits.std())}
+        value, found_logits[name] = predictions(trained, other)
+        rows[name] = {"score": value, "moved": _moved(found_logits[name], logits)}
+    rows["between"] = _moved(found_logits["closed"], found_logits["pruned"])
     costs = cost({"whole": model, "pruned": short}, next(batches(trained)))
     for name, (seconds, peak) in costs.items():
         rows[name] |= {"seconds": seconds, "peak": peak}
     rows["lengths"] = list(lengths)
     return rows
+
+
+def _moved(logits: Tensor, before: Tensor) -> float:
+    return float((logits - before).abs().mean() / before.std())
 
 
 @torch.no_grad()
@@ -141,6 +147,8 @@ def table(rows: list[dict]) -> str:
             line.append(f"{statistics.mean(p['peak'] for p in parts) / 2**20:.1f} MiB")
         cells.append([*line, *[""] * (5 - len(line))])
     text = tables.markdown(["prefix", "development score", "logits moved", "time of a step", "peak memory"], cells)
+    between = 100 * statistics.mean(row["between"] for row in rows)
+    text += f"\n\nClosing the gates gives logits that lie {between:.2f} % from those of pruning."
     return f"{text}\n\nLengths, by seed: {', '.join(str(row['lengths']) for row in rows)}."
 
 
