@@ -97,14 +97,14 @@ def check(sanitizer: str) -> int:
 def main() -> int:
     """Run the sanitizers asked for, by default all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("sanitizers", nargs="*", choices=[*SANITIZERS, []], default=list(SANITIZERS))
+    parser.add_argument("sanitizers", nargs="*", choices=[*SANITIZERS, []])
     parser.add_argument("--library", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.library:
         run(options.library, options.sanitizers[0], options.out)
         return 0
-    return 1 if sum(check(sanitizer) for sanitizer in options.sanitizers) else 0
+    return 1 if sum(check(sanitizer) for sanitizer in options.sanitizers or SANITIZERS) else 0
 
 
 if __name__ == "__main__":
