@@ -12,7 +12,8 @@ from accuracy import poisoned_memory
 from hypothesis import HealthCheck, settings
 
 # Workers side by side share the cores; more threads than cores make tiny operations hundreds of times slower.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+_SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", _SHARE)))
 
 pytest_plugins = ["capabilities"]
 
