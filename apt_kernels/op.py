@@ -330,7 +330,7 @@ def _finite(name: str, number) -> float:
 
 # Registration. One forward and one backward operator; the last argument names the implementation that runs. Beside
 # the output and the log-sum-exp, the forward returns what an implementation keeps for its backward in place of key and
-# value (the two with the prefix in front), or two empty tensors.
+# value (the two with the prefix behind), or two empty tensors.
 
 torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -405,9 +405,9 @@ class _Attention(torch.autograd.Function):
         *flat, ctx.implementation = inputs
         out, logsumexp, *kept = output
         ctx.mark_non_differentiable(*kept)
-        ctx.length = flat[3].shape[1] if kept[0].numel() else 0
-        if ctx.length:
-            # The tokens stand in what the forward kept; the inputs themselves may go.
+        ctx.keys = flat[1].shape[2] if kept[0].numel() else 0
+        if ctx.keys:
+            # The tokens stand in what the forward kept, in an order of its choice; the inputs themselves may go.
             flat[1] = flat[2] = None
         ctx.rest = [None if isinstance(part, Tensor) else part for part in flat]
         ctx.is_tensor = [isinstance(part, Tensor) for part in flat]
@@ -425,9 +425,9 @@ class _Attention(torch.autograd.Function):
         flat = [next(tensors) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
         needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
         kept = (None, None)
-        if ctx.length:
+        if ctx.keys:
             kept = kept_key, kept_value
-            flat[1], flat[2] = kept_key[:, :, ctx.length :], kept_value[:, :, ctx.length :]
+            flat[1], flat[2] = (part[:, :, : ctx.keys] for part in kept)
         grads = torch.ops.apt_kernels.attention_backward.default(
             torch.zeros_like(out) if grad_out is None else grad_out,
             *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.implementation),

@@ -241,7 +241,11 @@ def _forced_obstacle(implementation: str, way: str, problem: Problem) -> str | N
     if obstacle is None and _strategy(implementation, problem) == way:
         return f"what ours:{implementation} chooses here"
     if obstacle is None and way == "concat":
-        late = "its causality is top-left: it would hide the last tokens" if problem.shape.causal else None
+        late = (
+            "its mask under causality has no place for padding"
+            if problem.shape.causal and problem.shape.padded
+            else None
+        )
         return PER_QUERY if problem.shape.gate_per_query else late
     return obstacle
 

@@ -35,6 +35,13 @@ def test_rows_that_are_not_contiguous(name):
     accuracy.check(replace(x, **columns), "cpu", generator=GENERATOR().manual_seed(0))
 
 
+@pytest.mark.parametrize(("queries", "keys", "way"), [(300, 512, "concat"), (513, 513, "merge"), (700, 900, "merge")])
+def test_causal_squares_of_both_ways(queries, keys, way):
+    x = Case(batch=2, kv_heads=1, queries=queries, keys=keys, causal=True).inputs()
+    assert cpu.strategy(x) == way
+    accuracy.check(x, "cpu", generator=GENERATOR().manual_seed(0))
+
+
 @settings(max_examples=max(150, settings.default.max_examples))
 @given(cases())
 def test_any_inputs(case):
@@ -67,10 +74,11 @@ WAYS = {
     "sinks": "concat",
     "dense_keys": "concat",
     "bias": "concat",
-    "causal": "merge",
+    "causal": "concat",
     "causal_gate_query": "merge",
     "causal_left_padding": "merge",
-    "causal_more_keys": "merge",
+    "causal_more_keys": "concat",
+    "causal_fewer_keys": "merge",
     "causal_offset_tensor": "merge",
     "causal_decode": "merge",
     "causal_decode_padding": "merge",

@@ -5,14 +5,19 @@ Source of its sizes: measured on two cores, bench/NOTES.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from . import cpu_blocks, cpu_blocks_backward, cpu_prefix, cpu_stock
 from .cpu_scratch import Scratch
 from .inputs import DIFFERENTIABLE, Inputs, heads_last_empty
 
-# Query rows a key head from which one call on a copy of the keys beats two calls: below, decoding.
+# Query rows a key head from which one call on a copy of the keys beats two calls.
 CONCAT_ROWS = 16
+# Most keys that one call on a copy takes under a causal mask: it computes the whole square, two calls skip half of it.
+CAUSAL_KEYS = 512
 
 
 def available() -> str | None:
@@ -28,13 +33,19 @@ def unsupported(x: Inputs) -> str | None:
 
 def strategy(x: Inputs) -> str:
     """``"merge"``: the stock kernel on the tokens, and the prefix folded in through the log-sum-exp; ``"concat"``:
-    the stock kernel on the prefix put before the keys; ``"blockwise"``: our own blocks."""
+    the stock kernel on the prefix put behind the keys; ``"blockwise"``: our own blocks."""
     if cpu_stock.obstacle(x):
         return "blockwise"
-    if x.gate_per_query or (x.causal and x.query.shape[2] > 1):
+    if x.gate_per_query or x.query.shape[2] == 1 or (x.causal and not _short_square(x)):
         return "merge"
     rows = x.query.shape[2] * x.query.shape[1] // x.key.shape[1]
     return "concat" if rows >= CONCAT_ROWS else "merge"
+
+
+def _short_square(x: Inputs) -> bool:
+    """Whether a causal mask is that and nothing more, over few keys; query 0 stands at -1 or later."""
+    plain = all(part is None for part in (x.key_padding, x.dense, x.bias, x.query_offset))
+    return plain and x.key.shape[2] <= CAUSAL_KEYS and x.offset >= -1
 
 
 def forward(x: Inputs) -> tuple[Tensor, ...]:
@@ -46,7 +57,7 @@ def forward(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def empty_kept(x: Inputs) -> tuple[Tensor, Tensor] | None:
-    """Uninitialised ``[prefix ; key], [prefix ; value]``, ``[B, Hkv, M + S, dim]``, where the backward takes them."""
+    """Uninitialised ``[key ; prefix], [value ; prefix]``, ``[B, Hkv, S + M, dim]``, where the backward takes them."""
     if strategy(x) != "concat":
         return None
     batch, _, kv_heads, _, keys, length, head_dim, value_dim = x.sizes
@@ -64,6 +75,9 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed."""
     way = _backward_way(x, grad_logsumexp is not None, needs)
+    if kept is not None and way != "concat" and cpu_stock.reverses(x):
+        # Key and value are views of what was kept.
+        x = replace(x, key=x.key.flip(2), value=x.value.flip(2))
     if way == "blockwise":
         return cpu_blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
     if not x.gate_per_query:
@@ -88,4 +102,5 @@ def empty_gradient(x: Inputs, name: str, of_logsumexp: bool, needs: list[bool]) 
     if _backward_way(x, of_logsumexp, needs) != "concat":
         return heads_last_empty(like, batch, kv_heads, keys, dim)
     # What the stock kernel returns for the concatenation, less the prefix: uncopied.
-    return heads_last_empty(like, batch, kv_heads, length + keys, dim)[:, :, length:]
+    whole = heads_last_empty(like, batch, kv_heads, keys + length, dim)[:, :, :keys]
+    return torch.empty_like(whole) if cpu_stock.reverses(x) else whole

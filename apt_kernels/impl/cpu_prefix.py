@@ -1,8 +1,10 @@
 """A prefix with one gate a row by the stock kernel: gated and scaled in memory (it is short), then merged or joined.
 
-``concat``: one call on the prefix in front of the keys; results are what the kernel returns, uncopied. ``merge``: one
-call on the tokens, one on the prefix, joined through their log-sum-exps, a few batch rows at a time, so that what lies
-between two calls stays in the cache and padding beyond the chunk's longest row costs nothing.
+``concat``: one call on the prefix behind the keys; results are what the kernel returns, uncopied. Under a causal mask
+the keys stand in reverse there, so that what query ``i`` sees of column ``c`` depends on ``i + c`` alone: the mask is
+one vector, seen as a matrix by strides of (1, 1), and never hides the prefix. ``merge``: one call on the tokens, one on
+the prefix, joined through their log-sum-exps, a few batch rows at a time, so that what lies between two calls stays in
+the cache and padding beyond the chunk's longest row costs nothing.
 
 Source of its sizes: measured on two cores, bench/NOTES.md.
 """
@@ -24,8 +26,9 @@ CHUNK_HEADS = 4
 
 
 def _chunks(x: Inputs, way: str) -> list[Chunk]:
-    batch, heads, kv_heads, _, keys, length, dim, _ = x.sizes
-    if way == "concat":
+    batch, heads, kv_heads, queries, keys, length, dim, _ = x.sizes
+    # A single query reads every key once: nothing is left to find in the cache.
+    if way == "concat" or queries == 1:
         return by_batch(x, batch)
     row = kv_heads * (length + keys) * dim
     size = max(CHUNK_ELEMENTS // row, -(-CHUNK_HEADS * torch.get_num_threads() // heads), 1)
@@ -52,21 +55,28 @@ class _Prefix:
         return gated if out is None else out.copy_(gated)
 
     def _joined(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """``[gated prefix ; tokens]``, written once."""
+        """``[tokens ; gated prefix]``, written once; under a causal mask the tokens in reverse."""
         batch, kv_heads, keys, dim = tokens.shape
-        both = tokens.new_empty(batch, kv_heads, self.length + keys, dim)
-        self._gated(prefix, both[:, :, : self.length])
-        both[:, :, self.length :].copy_(tokens)
+        both = tokens.new_empty(batch, kv_heads, keys + self.length, dim)
+        if cpu_stock.reverses(self.x):
+            backwards = torch.arange(keys - 1, -1, -1, device=tokens.device)
+            torch.index_select(tokens, 2, backwards, out=both[:, :, :keys])
+        else:
+            both[:, :, :keys].copy_(tokens)
+        self._gated(prefix, both[:, :, keys:])
         return both
 
     def call(self, chunk: Chunk, x: Inputs) -> cpu_stock.Call:
-        """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, the tokens stand behind it."""
+        """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, of the tokens as well."""
         if self.way != "concat":
             key, value = (gated[chunk.batch] for gated in self.gated)
             return cpu_stock.Call(x.query, key, value, None, x.scale)
         if self.kept is None:
             self.kept = self._joined(x.prefix_key, x.key), self._joined(x.prefix_value, x.value)
-        mask = cpu_stock.additive_mask(x, 0, x.key.shape[2], self.length)
+        if cpu_stock.reverses(x):
+            mask = cpu_stock.causal_mask_of_reversed(x, self.length)
+        else:
+            mask = cpu_stock.additive_mask(x, 0, x.key.shape[2], self.length)
         return cpu_stock.Call(x.query, *self.kept, mask, x.scale)
 
 
@@ -118,8 +128,9 @@ def backward(
         given = out[rows], logsumexp[rows], grad_out[rows]
         found = dict(zip(_tokens(x), prefix.call(chunk, part).backward(*given)))
         for total, name in zip(d_parts, ("key", "value")):
-            total[:, rows].copy_(found[name][:, :, :length].permute(2, 0, 1, 3))
-            found[name] = found[name][:, :, length:]
+            tokens, of_prefix = found[name].tensor_split([found[name].shape[2] - length], 2)
+            total[:, rows].copy_(of_prefix.permute(2, 0, 1, 3))
+            found[name] = tokens.flip(2) if way == "concat" and cpu_stock.reverses(x) and need[name] else tokens
         if way == "concat":
             whole = found
             break

@@ -77,8 +77,18 @@ class Call(NamedTuple):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, in layouts of the kernel's choice."""
-        given = (_rows(self.query), _rows(self.key), _rows(self.value))
-        return _flash(*given, 0.0, self.causal, attn_mask=_rows(self.mask), scale=self.scale)
+        key, value, mask = _rows(self.key), _rows(self.value), _rows(self.mask)
+        if not self._folds():
+            return _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+        # The heads of a group as the rows of one: their keys are read once, not once a head.
+        size = self.query.shape
+        folded = self.query.reshape(size[0], key.shape[1], -1, size[3])
+        out, logsumexp = _flash(folded, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
+        return out.reshape(*size[:3], -1), logsumexp.reshape(size[:3])
+
+    def _folds(self) -> bool:
+        single = self.query.shape[2] == 1 and self.query.shape[1] > self.key.shape[1]
+        return single and not self.causal and (self.mask is None or self.mask.shape[1] == 1)
 
     def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
@@ -90,11 +100,11 @@ class Call(NamedTuple):
         """Add these columns to an output and a log-sum-exp over others, in place."""
         more, more_logsumexp = self.forward()
         out, logsumexp = out[:, :, self.rows], logsumexp[:, :, self.rows]
-        total = torch.logaddexp(logsumexp, more_logsumexp)
+        both = torch.stack((logsumexp, more_logsumexp))
         # Two weights, each exact in relative terms; as "w and 1 - w" the smaller would not be.
-        weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
+        weight, more_weight = both.softmax(0)[..., None].to(out.dtype).unbind()
         out.mul_(weight).addcmul_(more, more_weight)
-        logsumexp.copy_(total)
+        torch.logsumexp(both, 0, out=logsumexp)
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -154,10 +164,27 @@ def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Ten
     return scratch.take(name, *tensor.shape).copy_(tensor)
 
 
-def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | None:
-    """What is added to the logits of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, prefix + keys]``; None: nothing.
+def reverses(x: Inputs) -> bool:
+    """Whether one call on a copy of the keys takes them in reverse: see `causal_mask_of_reversed`."""
+    return x.causal and x.query.shape[2] > 1
 
-    Zero on prefix columns. Causality is not in it unless there is one query.
+
+def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
+    """Causality over ``[keys in reverse ; prefix]`` as `additive_mask` gives masks, without a matrix in memory.
+
+    Column ``c`` holds key ``S - 1 - c``, which query ``i`` at position ``i + offset`` sees iff ``i + c`` is at least
+    ``S - 1 - offset``; the prefix's columns, from ``S`` on, always are if the offset is -1 or more.
+    """
+    queries, keys = x.query.shape[2], x.key.shape[2]
+    sums = x.query.new_zeros(queries + keys + prefix - 1, dtype=x.compute_dtype)
+    sums[: max(keys - 1 - x.offset, 0)] = HIDDEN
+    return sums.as_strided((1, 1, queries, keys + prefix), (0, 0, 1, 1))
+
+
+def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | None:
+    """What is added to the logits of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, keys + prefix]``; None: nothing.
+
+    Zero on prefix columns, which stand last. Causality is not in it unless there is one query.
     """
     keys = slice(low, high)
     if x.query.shape[2] == 1:
@@ -176,7 +203,7 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
         tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype).clamp_min(HIDDEN)
         tokens = tokens if visible is None else torch.where(visible, tokens, HIDDEN)
     tokens = tokens.expand(*tokens.shape[:3], high - low)
-    return torch.nn.functional.pad(tokens, (prefix, 0)) if prefix else tokens
+    return torch.nn.functional.pad(tokens, (0, prefix)) if prefix else tokens
 
 
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,13 @@ class Inputs:
             return (row + self.offset)[None]
         return row[None] + self.query_offset[:, None]
 
+    def _last_sees_all(self) -> bool:
+        """Whether a single query stands behind all keys, and nothing but causality could hide one: plain decoding."""
+        if self.query.shape[2] > 1 or self.query_offset is not None or self.window_left >= 0 or self.window_right >= 0:
+            return False
+        parts = (self.key_padding, self.query_segments, self.dense)
+        return self.offset >= self.key.shape[2] - 1 and all(part is None for part in parts)
+
     def visible(
         self, first: int = 0, rows: int | None = None, first_key: int = 0, keys: int | None = None
     ) -> Tensor | None:
@@ -123,6 +130,8 @@ class Inputs:
 
         Of the queries ``first .. first + rows - 1`` and the keys ``first_key .. first_key + keys - 1``.
         """
+        if self._last_sees_all():
+            return None
         rows = self.query.shape[2] - first if rows is None else rows
         keys = self.key.shape[2] - first_key if keys is None else keys
         here, there = slice(first, first + rows), slice(first_key, first_key + keys)
