@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,9 +40,10 @@ def save(model, folder: str | os.PathLike, *, state_dict: dict[str, Tensor] | No
         AdapterError: ``state_dict`` lacks a trained weight.
     """
     state, model = state_of(model), inner(model)
-    folder = Path(folder)
-    tensors = {name: _whole(name, tensor, state_dict) for name, tensor in _trained(model).items()}
-    tensors = _folded(model, tensors)
+    folder, trained = Path(folder), _trained(model)
+    with gathered(trained.values() if state_dict is None else ()):
+        tensors = {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
+        tensors = _folded(model, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
     config = {**state.config.to_json(), "model": type(model).__name__, "lengths": lengths}
@@ -58,6 +61,22 @@ def _whole(name: str, tensor: Tensor, state_dict: dict[str, Tensor] | None) -> T
     # A distributed tensor (FSDP2, tensor parallel) is gathered: every process has to come here.
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().cpu().contiguous()
+
+
+@contextmanager
+def gathered(parameters, changed: bool = False) -> Iterator[None]:
+    """Within, parameters that DeepSpeed's ZeRO-3 spreads over processes are whole; ``changed``: keep what is written.
+
+    Every process has to come here.
+    """
+    spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not spread:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(spread, modifier_rank=0 if changed else None):
+        yield
 
 
 def _replace(path: Path, write) -> None:
@@ -90,7 +109,9 @@ def _trained(model) -> dict[str, Tensor]:
 
 def save_unfolded(model, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the trained weights alone, reparameterisations as they are, for a training that goes on from them."""
-    tensors = {name: _whole(name, tensor, state_dict) for name, tensor in _trained(model).items()}
+    trained = _trained(model)
+    with gathered(trained.values() if state_dict is None else ()):
+        tensors = {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
     _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
@@ -132,15 +153,25 @@ def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None
     try:
         tensors = _read_weights(folder / WEIGHTS)
         targets = dict(model.named_parameters())
-        _check(tensors, targets, _trained(model), folder)
+        trained = _trained(model)
+        with gathered(trained.values(), changed=True), torch.no_grad():
+            _check(tensors, targets, trained, folder)
+            for name, tensor in tensors.items():
+                targets[name].copy_(placed_like(targets[name], tensor))
     except BaseException:
         if fresh:
             unpatch(model)
         raise
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
     return wrapped
+
+
+def placed_like(target: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, spread over the processes where ``target`` is."""
+    if not hasattr(target, "device_mesh"):
+        return tensor
+    from .sharding import distribute
+
+    return distribute(tensor.to(target.device), target.device_mesh, target.placements)
 
 
 def _shape_of(config: AptConfig) -> tuple:

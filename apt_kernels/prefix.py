@@ -25,6 +25,10 @@ class AdaptivePrefix(nn.Module):
 
     With ``reparameterisation=W``, key and value are None while training; ``mlp`` makes them (`Reparameterisation`)
     until `fold` puts its result in their place. `tokens` gives both either way.
+
+    The module is called like any other (`forward`), so that whatever holds parameters elsewhere between the calls
+    (DeepSpeed ZeRO-3, offloading) brings them here in time. With tensor parallelism its parameters are distributed
+    tensors (sharding.py), of whose heads every process attends with its own.
     """
 
     def __init__(
@@ -48,6 +52,9 @@ class AdaptivePrefix(nn.Module):
         self.gate = gate
         self.name, self.cross, self.implementation = "", False, "auto"
         self.adapter, self.enabled = "default", True
+        self.mesh = None  # over which the heads are sharded
+        # Known without the parameters, of which a process may hold a part or nothing.
+        self.length, self.heads, self.head_dim = length, num_key_value_heads, head_dim
 
         def draw(*shape: int) -> nn.Parameter:
             # Drawn on the CPU, so that a seed gives the same prefix on every device.
@@ -70,20 +77,32 @@ class AdaptivePrefix(nn.Module):
         # The inputs of the running forward, and whether its attention went through the op (hf/route.py).
         self.pending, self.served = None, False
 
-    @property
-    def length(self) -> int:
-        """Prefix tokens M."""
-        return self.key.shape[1] if self.mlp is None else self.mlp.embedding.shape[0]
-
     def extra_repr(self) -> str:
-        if self.mlp is not None:
-            return f"length={self.length}, gate={self.gate}"
-        heads, length, head_dim = self.key.shape
-        return f"length={length}, heads={heads}, head_dim={head_dim}, gate={self.gate}"
+        return f"length={self.length}, heads={self.heads}, head_dim={self.head_dim}, gate={self.gate}"
+
+    def forward(
+        self, hidden_states: Tensor | None, real_tokens: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Key, value, gate logits and layer scale, as `apt_kernels.attention` takes them.
+
+        Arguments as for `logits`; without hidden states there are no logits that depend on them.
+        """
+        waits = hidden_states is None and self.gate in HIDDEN_GATES
+        gate = None if waits else self.logits(hidden_states, real_tokens, segments)
+        scale = None if self.layer_scale is None else self._here(self.layer_scale)
+        if self.mesh is not None:
+            from .sharding import sum_gradient
+
+            gate, scale = (None if part is None else sum_gradient(part, self.mesh) for part in (gate, scale))
+        return *self.tokens(), gate, scale
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]`` of this forward; in training with the prefix's dropout."""
         key, value = (self.key, self.value) if self.mlp is None else self.mlp()
+        if self.mesh is not None:
+            from .sharding import by_heads
+
+            key, value = by_heads(key).to_local(), by_heads(value).to_local()
         if self.dropout and self.training:
             key, value = (torch.nn.functional.dropout(part, self.dropout) for part in (key, value))
         return key, value
@@ -93,7 +112,15 @@ class AdaptivePrefix(nn.Module):
         """Replace the reparameterisation by its result; without one, nothing changes."""
         if self.mlp is not None:
             (key, value), self.mlp = self.mlp(), None
+            if self.mesh is not None:
+                from .sharding import by_heads
+
+                key, value = by_heads(key), by_heads(value)
             self.key, self.value = nn.Parameter(key), nn.Parameter(value)
+
+    def _here(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter that no process holds a part of."""
+        return parameter if self.mesh is None else parameter.to_local()
 
     def logits(
         self, hidden_states: Tensor | None, real_tokens: Tensor | None = None, segments: Tensor | None = None
@@ -109,14 +136,14 @@ class AdaptivePrefix(nn.Module):
         if self.gate == "none":
             return None
         if self.gate == "static":
-            return self.gate_logits
+            return self._here(self.gate_logits)
         if self.gate == "first" and segments is not None:
             hidden_states = _first_of_segment(hidden_states, segments)
         elif self.gate == "first":
             hidden_states = _first(hidden_states, real_tokens)
         elif self.gate == "mean":
             hidden_states = _mean(hidden_states, real_tokens)
-        return gate_product(hidden_states, self.gate_weight)
+        return gate_product(hidden_states, self._here(self.gate_weight))
 
     def __getstate__(self):
         # A copy or a pickle taken in the middle of a forward must not drag the activations along.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
-from . import saving
+from . import parallel, saving
 from .patching import State, attach, build, detach, make_config, prefixes, state_of, trainable_names
 from .wrappers import inner
 
@@ -50,6 +50,7 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
         PatchError: the model is not patched.
     """
     state, base = state_of(model), inner(model)
+    parallel.refuse_wrapped(model)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
     if name in adapters(model):
@@ -71,6 +72,7 @@ def set_adapter(model, name: str):
     Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
     """
     state, base = state_of(model), inner(model)
+    parallel.refuse_wrapped(model)
     if not state.enabled:
         raise PatchError("the adapter cannot be switched while the prefix is disabled")
     if name == state.adapter:

@@ -143,16 +143,16 @@ def _serve(module):
         batch = rows_of(scores, hidden_states, found.time_major)
         laid = lay_out(probabilities, value, batch)
         prefix.served = True
-        key, value = prefix.tokens()
         seen = laid.seen() if prefix.gate in ("first", "mean") and not prefix.cross else None
+        key, value, gate, scale = route.parts_inline(prefix, seen, laid.query, found.time_major)
         out = attention(
             laid.query,
             laid.key,
             laid.value,
             key if found.key_factor == 1 else key * found.key_factor,
             value,
-            route.gate_of(prefix, seen, laid.query, found.time_major),
-            prefix.layer_scale,
+            gate,
+            scale,
             mask=laid.mask(found.from_end),
             scale=scores.scale,
             softcap=scores.softcap,

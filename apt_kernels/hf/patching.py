@@ -15,7 +15,7 @@ from .. import dispatch
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
-from . import inline, route, saving
+from . import inline, parallel, route, saving
 from .layers import lengths_of
 from .record import Site, record
 from .wrappers import inner, join_peft, peft_parameters
@@ -66,7 +66,9 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     if config.implementation != "auto":
         dispatch.load(config.implementation)
+    parallel.refuse_wrapped(wrapped)
     sites, described = _sites(model, example_inputs)
+    sites = parallel.with_meshes(model, sites)
     _commit(model, config, sites, build(config, sites), route.NAME if described else "eager")
     return wrapped
 
@@ -109,7 +111,7 @@ def configs(model) -> list:
 
 def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dict[str, AdaptivePrefix]:
     """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet."""
-    generator = None if config.init_seed is None else torch.Generator().manual_seed(config.init_seed)
+    generator = parallel.shared_generator(config.init_seed, sites)
     built = {}
     for site, length in zip(sites, lengths_of(config, sites)):
         if not length:
@@ -130,6 +132,10 @@ def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dic
         )
         prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
         prefix.adapter = adapter
+        if site.sharded:
+            from ..sharding import shard_heads
+
+            shard_heads(prefix, site.mesh)
         built[site.name] = prefix
     return built
 

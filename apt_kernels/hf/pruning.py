@@ -26,6 +26,7 @@ def keep_tokens(model, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...
             remove_prefix(model, name)
             continue
         prefix.fold()
+        prefix.length = len(keep[name])
         for field, dim in _TOKEN_DIM.items():
             parameter = getattr(prefix, field)
             if parameter is None:

@@ -34,6 +34,8 @@ class Site:
     causal: bool
     device: torch.device
     inline: inline.Inline | None = None  # None: it attends through transformers' attention interface
+    mesh: object | None = None  # of a module that tensor parallelism spreads over processes
+    sharded: bool = False  # every process attends with a part of the heads; `heads` and `kv_heads` count them all
 
     @property
     def kind(self) -> str:

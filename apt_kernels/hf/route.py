@@ -85,9 +85,7 @@ def attention_forward(
         query,
         key,
         value,
-        *prefix.tokens(),
-        _gate(prefix, attention_mask, query),
-        prefix.layer_scale,
+        *_parts(prefix, attention_mask, query),
         mask=_mask(module, query, key, attention_mask, is_causal, position_bias),
         scale=scaling,
         softcap=softcap,
@@ -98,21 +96,22 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _gate(prefix, attention_mask, query: Tensor) -> Tensor | None:
+def _parts(prefix, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
+    """Prefix key, prefix value, gate logits and layer scale of the running forward."""
     real = segments = None
     if isinstance(attention_mask, AttentionMask) and not prefix.cross:
         real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments
     elif isinstance(attention_mask, Tensor) and not prefix.cross and attention_mask.ndim == 4:
         seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
         real = _real(seen, query)
-    return _logits(prefix, query, real, segments)
+    return _gated(prefix, query, real, segments)
 
 
-def gate_of(prefix, seen: Tensor | None, query: Tensor, time_major: bool) -> Tensor | None:
-    """The gate's logits of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
+def parts_inline(prefix, seen: Tensor | None, query: Tensor, time_major: bool) -> tuple[Tensor | None, ...]:
+    """The same of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
     if seen is not None and prefix.pending.filled:
         seen = seen[..., -query.shape[2] :]  # the queries stand behind what the cache held
-    return _logits(prefix, query, None if seen is None else _real(seen, query), None, time_major)
+    return _gated(prefix, query, None if seen is None else _real(seen, query), None, time_major)
 
 
 def _real(seen: Tensor, query: Tensor) -> Tensor:
@@ -124,21 +123,23 @@ def _real(seen: Tensor, query: Tensor) -> Tensor:
     return torch.where(by_others.any(dim=1, keepdim=True), by_others, at_all)
 
 
-def _logits(prefix, query: Tensor, real, segments, time_major: bool = False) -> Tensor | None:
+def _gated(prefix, query: Tensor, real, segments, time_major: bool = False) -> tuple[Tensor | None, ...]:
     hidden_states, cache, filled = prefix.pending
     if prefix.gate in ("none", "static"):
-        return prefix.logits(None)
+        return prefix(None)
     owner = (prefix.name, prefix.adapter)
     if filled and not gate_memory.waits(cache, owner):
-        return gate_memory.recall(cache, owner)
+        key, value, _, scale = prefix(None)
+        return key, value, gate_memory.recall(cache, owner), scale
     # A model spread over devices moves its inputs in a hook that may run after ours.
     hidden_states = hidden_states.to(query.device)
     hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
-    gate = prefix.logits(hidden_states.reshape(query.shape[0], query.shape[2], -1), real, segments)
-    if cache is None:
-        return gate
-    begun = None if real is None else real.any(dim=1)
-    return gate_memory.keep(cache, owner, gate, begun, add=filled)
+    hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
+    key, value, gate, scale = prefix(hidden_states, real, segments)
+    if cache is not None:
+        begun = None if real is None else real.any(dim=1)
+        gate = gate_memory.keep(cache, owner, gate, begun, add=filled)
+    return key, value, gate, scale
 
 
 def _closed(mask: Tensor) -> float:

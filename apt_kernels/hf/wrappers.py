@@ -18,10 +18,16 @@ def inner(model):
             model = model.get_base_model()
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, *_engines())):
             model = model.module
         else:
             return model
+
+
+def _engines() -> tuple[type, ...]:
+    """DeepSpeed's wrapper; none where DeepSpeed was never imported."""
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    return () if engine is None else (engine,)
 
 
 def _peft_layers() -> tuple[type, ...]:

@@ -1,0 +1,33 @@
+"""Prefixes whose heads are spread over processes (tensor parallel): their parameters are distributed tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+
+def shard_heads(prefix, mesh) -> None:
+    """Distribute a prefix's parameters over a one-dimensional ``mesh``: key and value by heads, the others replicated.
+
+    Every process has to hold the same values before, of all heads.
+    """
+    prefix.mesh = mesh
+    for module in prefix.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placement = Shard(0) if module is prefix and name in ("key", "value") else Replicate()
+            setattr(module, name, nn.Parameter(distribute(parameter.detach(), mesh, [placement])))
+
+
+def distribute(tensor: Tensor, mesh, placements) -> DTensor:
+    """A tensor that every process holds, as a distributed one: each keeps its own part, nothing is sent."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def by_heads(tokens: DTensor) -> DTensor:
+    """Key or value ``[Hkv, M, D]`` with its heads sharded, whatever it was before."""
+    return tokens.redistribute(placements=[Shard(0)])
+
+
+def sum_gradient(tensor: Tensor, mesh) -> Tensor:
+    """``tensor``, which every process of ``mesh`` holds; its gradient is the sum of what all their heads give."""
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])

@@ -1,0 +1,237 @@
+"""Models trained on two processes, against one: ``python processes.py KIND FAMILY...`` (tests/test_distributed.py).
+
+The packages are imported once; then both processes are forked.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import models
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_models import randomise
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers.distributed import DistributedConfig
+
+import apt_kernels
+from apt_kernels.checkpoint import gathered, placed_like
+
+PROCESSES, LR = 2, 0.1
+
+
+def batch(family: str) -> dict:
+    """Four rows: the first two are one process's."""
+    given = models.inputs(family, None, batch=4)
+    if head_of(family):
+        given["labels"] = given["input_ids"][:, 0] % 2
+    else:
+        given["labels"] = given.pop("decoder_input_ids") if family in models.SEQ2SEQ else given["input_ids"]
+    return given
+
+
+def head_of(family: str) -> str | None:
+    return "AutoModelForSequenceClassification" if family in models.ENCODERS else None
+
+
+def own_rows(given: dict) -> dict:
+    rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    return {name: tensor[rows] for name, tensor in given.items()}
+
+
+def train(model, given: dict) -> tuple[torch.Tensor, dict, torch.Tensor]:
+    """The loss, every gradient, and the loss after one step, as one process sees them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=LR)
+    loss = model(**given).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    grads = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in grads.items()}
+    optimizer.step()
+    with torch.no_grad():
+        return loss.detach(), grads, model(**given).loss
+
+
+def alone(given: dict, model):
+    """The same on one process, and that the prefix has influence."""
+    with torch.no_grad(), apt_kernels.disabled(model):
+        without = model(**given).loss
+    found = train(model, given)
+    assert (found[0] - without).abs() > 1e-3, "the prefix has no influence"
+    assert (found[0] - found[2]).abs() > 1e-4, "the step changed nothing"
+    return found
+
+
+def patched(family: str):
+    model = models.build(family, head_of(family)).double().train()
+    apt_kernels.patch(model, prefix_length=3, init_seed=0).double()
+    randomise(model)
+    return model
+
+
+def mean(loss: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(loss, op=dist.ReduceOp.SUM)
+    return loss / PROCESSES
+
+
+def agree(found, expected, averaged: bool) -> None:
+    theirs = {name.removeprefix("module."): grad for name, grad in found[1].items()}
+    assert all(grad.abs().max() > 0 for grad in expected[1].values())
+    torch.testing.assert_close(theirs, expected[1])
+    losses = [mean(loss) if averaged else loss for loss in (found[0], found[2])]
+    torch.testing.assert_close(losses, [expected[0], expected[2]])
+
+
+def saved_as(model, twin, folder: Path) -> None:
+    """What the spread model saves is what the single one does; and it loads it again."""
+    folder = folder / str(dist.get_rank())
+    apt_kernels.save(model, folder / "spread")
+    apt_kernels.save(twin, folder / "alone")
+    expected = load_file(folder / "alone" / "adapter.safetensors")
+    torch.testing.assert_close(load_file(folder / "spread" / "adapter.safetensors"), expected)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(), gathered(trained, changed=True):
+        for parameter in trained:
+            parameter.mul_(3)
+    apt_kernels.load(model, folder / "alone")
+    apt_kernels.save(model, folder / "again")
+    torch.testing.assert_close(load_file(folder / "again" / "adapter.safetensors"), expected)
+
+
+def ddp(family: str, folder: Path) -> None:
+    given = batch(family)
+    twin, model = patched(family), patched(family)
+    expected = alone(given, twin)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    agree(train(wrapped, own_rows(given)), expected, averaged=True)
+    saved_as(wrapped, twin, folder)
+    refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
+    bare = torch.nn.parallel.DistributedDataParallel(models.build(family).train())
+    refused(lambda: apt_kernels.patch(bare))
+
+
+def fsdp2(family: str, folder: Path) -> None:
+    given, mesh = batch(family), init_device_mesh("cpu", (PROCESSES,))
+    twin, model = patched(family), patched(family)
+    expected = alone(given, twin)
+    layers = {name.rpartition(".")[0] for name in apt_kernels.prefixes(model)}
+    for layer in layers:
+        fully_shard(model.get_submodule(layer), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    agree(train(model, own_rows(given)), expected, averaged=True)
+    saved_as(model, twin, folder)
+    bare = fully_shard(models.build(family).train(), mesh=mesh)
+    refused(lambda: apt_kernels.patch(bare))
+
+
+def tensor_parallel(family: str, folder: Path) -> None:
+    """By transformers' own plan: every process has all rows, and its heads."""
+    given, base = batch(family), models.build(family, vocab_size=100).double()
+    if not dist.get_rank():
+        base.save_pretrained(folder / family)
+    dist.barrier()
+    for settings in ({}, {"reparameterisation": 8}, {"gate": "first"}):
+        twin = apt_kernels.patch(copy.deepcopy(base).train(), prefix_length=3, init_seed=0, **settings).double()
+        randomise(twin)
+        start = {n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad}
+        expected = alone(given, twin)
+        model = type(base).from_pretrained(
+            folder / family, dtype=torch.float64, distributed_config=DistributedConfig(tp_size=PROCESSES)
+        )
+        torch.manual_seed(dist.get_rank())
+        apt_kernels.patch(model.train(), prefix_length=3, **settings).double()
+        for name, prefix in apt_kernels.prefixes(model).items():
+            check_sharding(prefix, apt_kernels.prefixes(twin)[name], whole=family == "phi3")
+        with torch.no_grad():
+            for name, tensor in start.items():
+                parameter = model.get_parameter(name)
+                parameter.copy_(placed_like(parameter, tensor))
+        agree(train(model, given), expected, averaged=False)
+        ids = given["input_ids"]
+        generated = (each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (model, twin))
+        assert torch.equal(*generated)
+        if not settings:
+            saved_as(model, twin, folder)
+
+
+def check_sharding(prefix, twin, whole: bool) -> None:
+    """Every process has its heads, all heads where ``whole``; what is not of one head is the same everywhere."""
+    for name, parameter in prefix.named_parameters():
+        assert parameter.shape == twin.get_parameter(name).shape
+        here = parameter if whole else parameter.to_local()
+        if name in ("key", "value") and not whole:
+            assert here.shape[0] == parameter.shape[0] // PROCESSES
+            continue
+        others = [torch.empty_like(here) for _ in range(PROCESSES)]
+        dist.all_gather(others, here.detach().contiguous())
+        assert torch.equal(*others)
+
+
+def zero3(family: str, folder: Path) -> None:
+    import deepspeed
+    import deepspeed.comm.torch
+    from deepspeed.utils import safe_get_full_grad
+
+    # Its collectives in shared memory are compiled at the first use; gloo does as well.
+    deepspeed.comm.torch.build_shm_op = lambda: None
+    given = batch(family)
+    twin, model = patched(family).float(), patched(family).float()
+    expected = alone(given, twin)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        # Nothing stays gathered for longer than its module runs.
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=LR), config=settings)
+    assert all(p.numel() == 0 for p in trained)
+    loss = engine(**own_rows(given)).loss
+    engine.backward(loss)
+    grads = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+    engine.step()
+    with torch.no_grad():
+        agree((loss.detach(), grads, engine(**own_rows(given)).loss), expected, averaged=True)
+    for parameter in trained:
+        parameter.partition()
+    saved_as(engine, twin, folder)
+
+
+def refused(call) -> None:
+    with pytest.raises(apt_kernels.PatchError, match="before"):
+        call()
+
+
+def worker(rank: int, kind: str, families: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", PROCESSES)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES))
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, store=store)
+    for family in families:
+        globals()[kind](family, Path(folder))
+        dist.barrier()
+        if not rank:
+            print(f"done {kind} {family}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(worker, (sys.argv[1], sys.argv[2:], folder), nprocs=PROCESSES, start_method="fork")
