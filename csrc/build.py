@@ -25,7 +25,7 @@ DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
 INSTANCES = tuple((t, width) for width in (256, 128, 64) for t in ("float", "half_t", "bfloat_t"))
 
 _COMMON = ("-std=c++20", "-fPIC", f"-I{CSRC}")
-_HOST = ("-ffp-contract=off", "-DAPT_LIBRARY=apt_kernels_cuda_host", "-DAPT_HALF_STEP=16")
+_HOST = ("-ffp-contract=off", "-DAPT_LIBRARY=apt_kernels_cuda_host")
 # The first torch whose stable ABI is asked for; later ones keep it.
 _TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 

@@ -70,6 +70,17 @@ APT_DEVICE void load_tile(T* tile, const Array& from, int b, int h, int first, i
     }
 }
 
+// c += a b over sixteen inner elements; registers as load_matrices leaves them.
+template <class T>
+APT_DEVICE void multiply_step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if (by_eights<T>()) {
+        multiply_k8<T>(c, a[0], a[1], b0);
+        multiply_k8<T>(c, a[2], a[3], b1);
+    } else {
+        multiply_k16<T>(c, a, b0, b1);
+    }
+}
+
 // c += a b^T: 16 rows of a and 8 * TILES rows of b in shared memory, over `dim` columns.
 template <class C, class T, int TILES>
 APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const T* a, const T* b, int dim) {
@@ -84,8 +95,8 @@ APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const T* a, const T* b
             for (int j = 0; j < TILES; j += 2) {
                 uint32_t rb[4];
                 load_matrices(rb, b + 8 * j * C::STRIDE + k);
-                multiply_k16<T>(c[j], ra, rb[0], rb[1]);
-                multiply_k16<T>(c[j + 1], ra, rb[2], rb[3]);
+                multiply_step<T>(c[j], ra, rb[0], rb[1]);
+                multiply_step<T>(c[j + 1], ra, rb[2], rb[3]);
             }
         }
     } else {
@@ -123,8 +134,8 @@ APT_DEVICE void multiply(float (&c)[COLUMNS][4], const float (&a)[TILES][4], con
                 if (8 * j < dim) {
                     uint32_t rb[4];
                     load_matrices_transposed(rb, b + 8 * k * C::STRIDE + 8 * j);
-                    multiply_k16<T>(c[j], ra, rb[0], rb[1]);
-                    multiply_k16<T>(c[j + 1], ra, rb[2], rb[3]);
+                    multiply_step<T>(c[j], ra, rb[0], rb[1]);
+                    multiply_step<T>(c[j + 1], ra, rb[2], rb[3]);
                 }
             }
         }

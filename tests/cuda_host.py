@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accuracy import differentiable, evaluate, poisoned_memory
+from torch import Tensor
+
+from apt_kernels.impl.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -42,3 +47,16 @@ def use() -> None:
         except build.BuildError as error:
             pytest.skip(str(error))
         loaded.use_host(library())
+
+
+def results(x: Inputs) -> dict[str, Tensor]:
+    """Outputs and every gradient of the kernels, for fixed gradients of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(x.query.shape[:3] + x.value.shape[3:], generator=generator).to(x.query)
+    grad_logsumexp = torch.randn(x.query.shape[:3], generator=generator).to(x.query.device)
+
+    def op(leaves: Inputs) -> tuple[Tensor, Tensor]:
+        return torch.ops.apt_kernels.attention(*leaves.flat(), "cuda")[:2]
+
+    with poisoned_memory():
+        return evaluate(op, x, differentiable(x), grad_out, grad_logsumexp)

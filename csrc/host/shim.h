@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -28,6 +30,18 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+
+namespace host {
+inline int half_step = 16;
+
+// A device stops at an address that is no multiple of 16 bytes where a vector is meant; so does this.
+inline void check_aligned(const void* address) {
+    if (reinterpret_cast<uintptr_t>(address) % 16) {
+        std::fprintf(stderr, "apt_kernels: block %d, thread %d: a vector at an odd address\n", block(), thread());
+        std::abort();
+    }
+}
+}  // namespace host
 
 using std::fmax;
 inline int thread_index() { return host::thread(); }
@@ -71,13 +85,17 @@ float unpack(uint32_t pair, int i) {
     return to_float(T{static_cast<uint16_t>(pair >> (16 * i))});
 }
 inline float2 load_float2(const float* p) { return *reinterpret_cast<const float2*>(p); }
-inline float4 load_float4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+inline float4 load_float4(const float* p) {
+    host::check_aligned(p);
+    return *reinterpret_cast<const float4*>(p);
+}
 
 template <class T>
 constexpr bool kRuns = true;
 
 // ldmatrix.x4, see device.cuh.
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
+    host::check_aligned(row);
     const uint16_t* const* rows = reinterpret_cast<const uint16_t* const*>(exchange(row));
     const int lane = host::thread() % 32;
     for (int i = 0; i < 4; ++i) {
@@ -86,6 +104,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
     }
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+    host::check_aligned(row);
     const uint16_t* const* rows = reinterpret_cast<const uint16_t* const*>(exchange(row));
     const int lane = host::thread() % 32;
     for (int i = 0; i < 4; ++i) {
@@ -111,32 +130,45 @@ void multiply_groups(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     const Operands* all = exchange(mine);
     const int row = host::thread() % 32 / 4, column = host::thread() % 4 * 2;
     for (int e = 0; e < 4; ++e) {
+        float sum = 0;
         for (int k = 0; k < 8 * GROUPS; ++k) {
             const Operands& left = all[4 * row + k % 8 / 2];
             const Operands& right = all[4 * (column + e % 2) + k % 8 / 2];
-            c[e] += left.a[k / 8][e / 2][k % 2] * right.b[k / 8][k % 2];
+            sum += left.a[k / 8][e / 2][k % 2] * right.b[k / 8][k % 2];
         }
+        c[e] += sum;
     }
 }
 
+// What 7.5 does with float16, where the environment has APT_HALF_STEP=8.
+template <class T>
+bool by_eights() {
+    return std::is_same_v<T, half_t> && host::half_step == 8;
+}
+template <class T>
+void multiply_k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    const uint32_t a[2] = {a0, a1};
+    multiply_groups<T, 1>(c, a, &b);
+}
 template <class T>
 void multiply_k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t b[2] = {b0, b1};
-    if (std::is_same_v<T, half_t> && APT_HALF_STEP == 8) {
-        multiply_groups<T, 1>(c, a, b);
-        multiply_groups<T, 1>(c, a + 2, b + 1);
-    } else {
-        multiply_groups<T, 2>(c, a, b);
-    }
+    multiply_groups<T, 2>(c, a, b);
 }
 
-inline void copy_vector(void* shared, const void* global) { std::memcpy(shared, global, 16); }
+inline void copy_vector(void* shared, const void* global) {
+    host::check_aligned(shared);
+    host::check_aligned(global);
+    std::memcpy(shared, global, 16);
+}
 inline void commit_copies() {}
 template <int pending>
 void wait_for_copies() {}
 
 template <class Function>
 void launch(Function* kernel, int64_t blocks, int threads, int shared, const Problem& problem, void*) {
+    const char* step = std::getenv("APT_HALF_STEP");
+    host::half_step = step ? std::atoi(step) : 16;
     host::run_blocks(static_cast<int>(blocks), threads, shared, [&] { kernel(problem); });
 }
 
