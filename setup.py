@@ -18,6 +18,7 @@ def skipped() -> str | None:
         return "APT_KERNELS_NO_CUDA=1 is set"
     try:
         csrc.find_nvcc()
+        csrc.find_cxx()
         csrc.find_torch()
     except csrc.BuildError as error:
         return str(error)
@@ -28,10 +29,13 @@ class BuildLibrary(build_ext):
     """Calls the compilers itself: torch is needed for its headers only, and no Python ABI is."""
 
     def build_extension(self, ext):
-        csrc.build_device(Path(self.get_ext_fullpath(ext.name)))
+        try:
+            csrc.build_device(Path(self.get_ext_fullpath(ext.name)))
+        except csrc.BuildError as error:
+            sys.exit(f"apt-kernels: the CUDA library failed to build; APT_KERNELS_NO_CUDA=1 goes without it: {error}")
 
     def get_ext_filename(self, fullname):
-        return str(csrc.LIBRARY)
+        return os.path.join(*fullname.split(".")) + csrc.LIBRARY.suffix
 
 
 class AnyPython(bdist_wheel):

@@ -27,7 +27,8 @@ INSTANCES = tuple((t, width) for width in (256, 128, 64) for t in ("float", "hal
 _COMMON = ("-std=c++20", "-fPIC", f"-I{CSRC}")
 _HOST = ("-ffp-contract=off", "-DAPT_LIBRARY=apt_kernels_cuda_host")
 # The first torch whose stable ABI is asked for; later ones keep it.
-_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+_FIRST_TORCH = (2, 11)
+_TORCH = f"-DTORCH_TARGET_VERSION=0x{_FIRST_TORCH[0]:02x}{_FIRST_TORCH[1]:02x}000000000000"
 
 
 class BuildError(RuntimeError):
@@ -48,12 +49,24 @@ def find_nvcc() -> str:
     return found
 
 
+def find_cxx() -> str:
+    """The host's C++ compiler: ``CXX`` where that is set, else g++ or c++."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not found:
+        raise BuildError("there is no C++ compiler: neither CXX is set nor g++ on the path")
+    return found
+
+
 def find_torch() -> Path:
     """torch's folder, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError("torch, whose headers it needs, is not installed here (pip: use --no-build-isolation)")
-    return Path(spec.submodule_search_locations[0])
+    root = Path(spec.submodule_search_locations[0])
+    version = re.search(r"(\d+)\.(\d+)", (root / "version.py").read_text())
+    if tuple(map(int, version.groups())) < _FIRST_TORCH:
+        raise BuildError(f"torch is {version[0]}; it needs {'.'.join(map(str, _FIRST_TORCH))} or newer")
+    return root
 
 
 def architectures(nvcc: str) -> list[str]:
@@ -93,7 +106,7 @@ def build_device(out: Path, names: Sequence[str] | None = None, options: Sequenc
     return _build(
         out,
         [nvcc, *common, "-O3", *_targets(names), *options],
-        {"binding": [_cxx(), *_COMMON, "-O2", *binding]},
+        {"binding": [find_cxx(), *_COMMON, "-O2", *binding]},
         [nvcc, "-shared", "-cudart", "static", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Xlinker", "-s"],
     )
 
@@ -101,21 +114,14 @@ def build_device(out: Path, names: Sequence[str] | None = None, options: Sequenc
 def build_host(out: Path, options: Sequence[str] = ("-O1",), threads: bool = False) -> str:
     """Build the same kernels for the host, a block's threads as fibers or as threads of the system."""
     torch = find_torch()
-    compiler = [_cxx(), *_COMMON, *_HOST, f"-isystem{torch / 'include'}", *options]
+    compiler = [find_cxx(), *_COMMON, *_HOST, f"-isystem{torch / 'include'}", *options]
     block = CSRC / "host" / ("threads.cpp" if threads else "fibers.cpp")
     return _build(
         out,
         [*compiler, "-x", "c++"],
         {"binding": [*compiler, *_binding(torch, "host")], "block": [*compiler, "-c", str(block)]},
-        [_cxx(), "-shared", *options, f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread"],
+        [find_cxx(), "-shared", *options, f"-L{torch / 'lib'}", "-ltorch_cpu", "-pthread"],
     )
-
-
-def _cxx() -> str:
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if not found:
-        raise BuildError("there is no C++ compiler: neither CXX is set nor g++ on the path")
-    return found
 
 
 def _binding(torch: Path, built_for: str) -> list[str]:

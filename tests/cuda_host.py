@@ -43,7 +43,7 @@ def use() -> None:
 
     if loaded.host is None:
         try:
-            build._cxx()
+            build.find_cxx()
         except build.BuildError as error:
             pytest.skip(str(error))
         loaded.use_host(library())

@@ -69,7 +69,7 @@ def _in_a_process(sanitizer: str, library: Path | None, out: Path, prefix: list[
 
 
 def _library(name: str) -> str:
-    command = [cuda_host.build._cxx(), f"-print-file-name={name}"]
+    command = [cuda_host.build.find_cxx(), f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
