@@ -327,6 +327,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--width", nargs="+", type=int, choices=table.WIDTHS, default=table.WIDTHS)
     parser.add_argument("--head", nargs="+", type=int, choices=table.HEADS, default=table.HEADS)
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=tuple(VARIANTS))
+    parser.add_argument("--library", action="store_true", help="the CUDA library's kernels too (bench.cuda_report)")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     return parser.parse_args()
 
@@ -348,6 +349,10 @@ def main() -> int:
                 faults += bool(result.faults)
                 tqdm.write(str(result), file=sys.stdout)
     print(f"{kernels} kernels, {faults} at fault")
+    if options.library:
+        from . import cuda_report
+
+        faults += cuda_report.report()
     return 1 if faults else 0
 
 

@@ -7,9 +7,12 @@ a line for each kernel, and fails where one spills, or needs more shared memory 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+import resource
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +92,28 @@ def compile_library(out: Path) -> list[Result]:
     return parse(said, lambda kernel, number, width: operators.tile(kernels.index(kernel), number, width)[2])
 
 
+def report() -> int:
+    """Build the library and print a line for each kernel; the number of kernels at fault, one where there are none."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            results = compile_library(Path(folder) / build.LIBRARY.name)
+    except build.BuildError as error:
+        print(f"the CUDA kernels were NOT compiled: {error}", file=sys.stderr)
+        return 1
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    for result in results:
+        print(result)
+    for chip, of_chip in itertools.groupby(results, key=lambda result: result.chip):
+        most = max(result.shared for result in of_chip) / 1024
+        print(f"sm_{chip}: at most {most:.1f} KiB of shared memory, of {SHARED[chip]}")
+    faults = sum(bool(result.faults) for result in results)
+    seconds = f"compiled in {time.monotonic() - started:.0f} s, {processor:.0f} s of processors"
+    print(f"{len(results)} kernels, {faults} at fault; {seconds}")
+    return faults if results else 1
+
+
 def main() -> int:
     """Print the report; the exit code says whether anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_report", description=__doc__.split("\n\n")[0])
@@ -99,13 +124,7 @@ def main() -> int:
     except build.BuildError as error:
         print(f"the CUDA kernels were NOT compiled: {error}", file=sys.stderr)
         return 0 if options.if_there_is_a_compiler else 1
-    with tempfile.TemporaryDirectory() as folder:
-        results = compile_library(Path(folder) / build.LIBRARY.name)
-    for result in results:
-        print(result)
-    faults = sum(bool(result.faults) for result in results)
-    print(f"{len(results)} kernels, {faults} at fault")
-    return 1 if faults or not results else 0
+    return 1 if report() else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and no network: the machine line, the GPU tests, then the benchmark. At most nine minutes.
 # Each stage leaves its results under $APT_OUT as it ends (default: $OUT, or else bench/results/latest). A subset:
-#   APT_STAGES      default: library machine tests, the benchmark's stages, table  (one or more of them, in this order)
+#   APT_STAGES      default: library machine tests, the benchmark's stages, table  (one or more of them, in this order);
+#                   after tests, when asked for: sanitizer (memcheck and racecheck of the CUDA library, 300 s)
 #   APT_MINUTES     for everything (default 9);  APT_TEST_SECONDS  for the tests (default 170)
 #   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
 #   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
@@ -40,6 +41,11 @@ if wanted tests; then
         ${APT_TESTS:-tests/test_cuda.py tests/test_triton*.py} -p no:cacheprovider --junitxml "$out/tests.xml" \
         > "$out/tests.log" 2>&1 || failed="$failed tests"
     tail -n 5 "$out/tests.log"
+fi
+if wanted sanitizer; then
+    PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" timeout "${APT_SANITIZER_SECONDS:-300}" \
+        "$python" tests/sanitize.py memcheck racecheck > "$out/sanitizer.log" 2>&1 || failed="$failed sanitizer"
+    tail -n 3 "$out/sanitizer.log"
 fi
 [[ -z ${APT_TUNE:-} ]] || "$python" -m bench.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
 for stage in $benchmarks; do

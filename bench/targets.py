@@ -47,6 +47,16 @@ def _against(*peers: str) -> Callable[[Row], float | None]:
     return figure
 
 
+def _ratio(one: str, other: str) -> Callable[[Row], float | None]:
+    """One peer's time by another's, whichever the op chooses by itself."""
+
+    def figure(row: Row) -> float | None:
+        found = row.peers.get(one), row.peers.get(other)
+        return None if None in found else found[0].median / found[1].median
+
+    return figure
+
+
 def _long(row: Row) -> bool:
     return row.stage in ("causal", "query") and row.which == "both" and row.shape["tokens"] >= 2048
 
@@ -76,6 +86,10 @@ def _causal_1k(row: Row) -> bool:
     return row.stage == "causal" and row.which == "both" and row.shape["tokens"] >= 1024
 
 
+def _every_shape(row: Row) -> bool:
+    return row.which == "both" or (row.stage, row.which) == ("decode", "forward")
+
+
 _STOCK = _against("concat_flash", "flex")
 _ON_H200 = (
     ("causal, gates none, static, row: time / no prefix - share", _is("causal", "both"), _beyond_share, 1.05, True),
@@ -90,6 +104,14 @@ _ON_H200 = (
     ("the same: memory / peft", _peft, _memory("peft"), 0.7, True),
     ("decoding op, CUDA graph: time / no prefix", _is("decode", "graph"), lambda row: row.by_floor, 1.05, True),
     ("decoding model: tokens a second / unpatched", _is("generation", "graph"), _against("no_prefix"), 0.98, False),
+    ("CUDA library, every shape: naive / ours:cuda", _every_shape, _ratio("naive", "ours:cuda"), 1.0, False),
+    (
+        "CUDA library, every shape: ours:triton / ours:cuda",
+        _every_shape,
+        _ratio("ours:triton", "ours:cuda"),
+        0.33,
+        False,
+    ),
 )
 TARGETS = (
     *(Target(text, H200, *rest) for text, *rest in _ON_H200),

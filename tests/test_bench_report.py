@@ -94,6 +94,8 @@ def test_targets_are_met_missed_or_not_measured(tmp_path):
     assert lines(1.3e-3)[0][3:5] == ["1.22", "missed"]
     assert lines(1.1e-3)[3][3:5] == ["3.00", "met"]
     assert lines(1.1e-3)[1][3] == "not measured"
+    library = [line for line in lines(1.1e-3) if "ours:cuda" in line[1]]
+    assert [line[3] for line in library] == ["12.00", "4.00"]
     assert all(line[3] == "not measured" for line in lines(1.1e-3, "NVIDIA L4") if line[0] == "H200")
 
 

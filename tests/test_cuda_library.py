@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import apt_kernels
+from apt_kernels.errors import ImplementationError
 from apt_kernels.impl.cuda import library
 from bench import cuda_report
 
@@ -83,34 +84,72 @@ def test_which_devices_a_library_runs_on(built, capability, runs, monkeypatch):
     assert library.runs_on(capability) is runs
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "chosen", "why"),
-    [
-        ((7, 5), torch.float16, "cuda", "triton: .*8.0"),
-        ((7, 5), torch.float32, "cuda", "triton: .*8.0"),
-        (
-            (7, 5),
-            torch.bfloat16,
-            "reference",
-            "cuda: query has dtype torch.bfloat16; that needs .*8.0",
-        ),
-        ((7, 5), torch.float64, "reference", "cuda: query has dtype torch.float64"),
-        ((7, 0), torch.float16, "reference", r"cuda: the device has compute capability 7.0; .* built for 7.5 8.0"),
-        ((8, 0), torch.float16, "triton", "cpu: "),
-    ],
-)
-def test_the_automatic_choice_on_a_device(capability, dtype, chosen, why, monkeypatch):
-    """By what a device would say of itself; no device is touched."""
+@pytest.fixture
+def device(monkeypatch):
+    """A device that says which it is, and a library built for 7.5 and 8.0; no device is touched."""
+    said = {"capability": (7, 5), "head_dim": 16, "value_dim": 16, "dtype": torch.float16}
     monkeypatch.setattr(library, "host", None)
     monkeypatch.setattr(library, "_load", lambda: (object(), None))
     monkeypatch.setattr(library, "architectures", lambda: ["7.5", "8.0"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    with FakeTensorMode():
-        q, p = torch.empty(1, 2, 3, 16, dtype=dtype, device="cuda"), torch.empty(2, 4, 16, dtype=dtype, device="cuda")
-        choice = apt_kernels.selected(q, q, q, p, p)
-    assert choice.name == chosen
-    assert re.search(why, choice.reason), choice.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: said["capability"])
+
+    def selected(implementation: str = "auto", **change):
+        said.update(change)
+        with FakeTensorMode():
+            dims = [said["head_dim"], said["head_dim"], said["value_dim"]]
+            given = [torch.empty(1, 2, 3, dim, dtype=said["dtype"], device="cuda") for dim in dims]
+            prefix = [torch.empty(2, 4, dim, dtype=said["dtype"], device="cuda") for dim in dims[1:]]
+            return apt_kernels.selected(*given, *prefix, implementation=implementation)
+
+    return selected
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": torch.float32}, {"head_dim": 256}, {"value_dim": 1}], ids=str)
+def test_turing_takes_the_library(device, change):
+    choice = device(**change)
+    assert choice.name == "cuda"
+    assert re.search(r"triton: .*8\.0", choice.reason), choice.reason
+    assert device("cuda", **change).reason == "asked for by name"
+
+
+def test_what_triton_serves_is_left_to_it(device):
+    assert device(capability=(8, 0)).name == "triton"
+    assert device("cuda", capability=(8, 0)).name == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": torch.bfloat16}, "query has dtype torch.bfloat16; that needs compute capability 8.0"),
+        ({"dtype": torch.float64}, "query has dtype torch.float64; it takes float32, float16 and bfloat16"),
+        ({"head_dim": 264}, "head sizes are 264 and 16; it takes up to 256"),
+        ({"value_dim": 257}, "head sizes are 16 and 257; it takes up to 256"),
+        ({"capability": (7, 0)}, "the device has compute capability 7.0; the library is built for 7.5 8.0"),
+        ({"capability": (6, 1), "dtype": torch.float32}, "compute capability 6.1; the library is built for 7.5 8.0"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_take_is_refused_by_name_and_passed_over(device, change, why):
+    with pytest.raises(ImplementationError, match=f"implementation 'cuda' cannot serve this call: .*{re.escape(why)}"):
+        device("cuda", **change)
+    choice = device(**change)
+    assert choice.name == "reference"
+    assert re.search(f"triton: .*; cuda: .*{re.escape(why)}", choice.reason), choice.reason
+
+
+def test_a_missing_library_is_refused_by_name_and_passed_over(device, monkeypatch):
+    monkeypatch.setattr(library, "_load", lambda: (None, "its library is not built"))
+    with pytest.raises(ImplementationError, match="implementation 'cuda' cannot serve this call: its library is not"):
+        device("cuda")
+    choice = device()
+    assert choice.name == "reference"
+    assert "cuda: its library is not built" in choice.reason
+    assert apt_kernels.info()["implementations"]["cuda"] == "its library is not built"
+
+
+def test_info_names_the_architectures(device):
+    assert apt_kernels.info()["implementations"]["cuda"] == "usable (built for 7.5 8.0)"
 
 
 _SAID = """
