@@ -17,8 +17,8 @@ from hypothesis import given, settings
 import apt_kernels
 from apt_kernels import Mask, dispatch
 from apt_kernels.errors import ImplementationError
-from apt_kernels.impl.cuda import library
-from apt_kernels.impl.cuda.launch import LAUNCHES
+from apt_kernels.impl.cuda import attend, library
+from apt_kernels.impl.cuda.launch import LAUNCHES, Problem
 from apt_kernels.impl.dropout import keep_mask
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 
@@ -89,11 +89,15 @@ def test_many_tiles(dtype):
     hold(case.inputs())
 
 
-@pytest.mark.parametrize("batch", [1, 3, 700])
-def test_partial_sums(batch):
-    """Few rows are split, many share a partial sum."""
-    queries = 1 if batch > 3 else 70
-    hold(Case(batch=batch, kv_heads=1, group=2, queries=queries, keys=1, head_dim=8, value_dim=8).inputs())
+@pytest.mark.parametrize(
+    ("batch", "blocks", "parts"), [(1, 512, (1, 1, 6)), (1, 4, (1, 1, 4)), (7, 2, (3, 3, 1))], ids=str
+)
+def test_partial_sums(batch, blocks, parts, monkeypatch):
+    """Few rows are split, in shares that may end early; many share a partial sum, the last chunk with fewer."""
+    monkeypatch.setattr(attend, "_BLOCKS", blocks)
+    x = Case(batch=batch, kv_heads=1, group=2, queries=70, keys=3, head_dim=8, value_dim=8).inputs()
+    assert attend._parts(Problem(x)) == parts
+    hold(x)
 
 
 @settings(max_examples=10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 150)
