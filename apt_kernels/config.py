@@ -20,8 +20,9 @@ class AptConfig:
         prefix_length: prefix tokens per attention layer: one int, or one int per attention module in model order
             (0: that module keeps no prefix).
         layers: which attention modules get a prefix; the others keep none. An index in model order (negative: from
-            the end), ``"self"``, ``"cross"``, ``"encoder"``, ``"decoder"``, a regular expression that the module's
-            name matches (``re.search``), or several of them: a module that any of them means. None: all.
+            the end), ``"self"``, ``"cross"``, ``"encoder"``, ``"decoder"``, the part of the model (``"text"``,
+            ``"vision"``, ``"audio"``), a regular expression that the module's name matches (``re.search``), or several
+            of them: a module that any of them means. None: all.
         gate: where the gate's logits come from. ``"first"``: the first real token's hidden state, one gate per
             sequence. ``"token"``: every query's own. ``"mean"``: the mean over real tokens (refused where it would let
             a token see later ones). ``"static"``: learned logits, no hidden state. ``"none"``: no gate. ``"auto"``:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 # Different lengths on the two sides tell cross-attention from self-attention, and from the batch.
 QUERIES, ENCODER_TOKENS, BATCH = 7, 8, 2
@@ -18,19 +19,124 @@ def candidates(model, more: int = 0) -> Iterator[dict]:
     """Keyword arguments of ``model.forward`` to try in turn; ``more`` tokens than usual where there are any."""
     main = getattr(model, "main_input_name", "input_ids")
     accepted = inspect.signature(model.forward).parameters
+    sights = list(senses(model, accepted))
     # Some bodies hand everything on (``*args, **kwargs``) and do not say what they take.
-    if main == "input_ids" or (main not in accepted and ("input_ids" in accepted or "kwargs" in accepted)):
+    says = main if main in accepted else "input_ids" if "input_ids" in accepted else ""
+    if says == "input_ids" or (not says and "kwargs" in accepted and not sights):
         yield _tokens(model, accepted, more)
-    if "pixel_values" in accepted:
-        for size in _image_sizes(model.config):
-            pixels = {"pixel_values": torch.zeros(BATCH, _vision(model.config, "num_channels", 3), *size)}
-            yield _finished(model, accepted, pixels, more)
-            if "input_ids" in accepted:
-                yield {**_tokens(model, accepted, more), **_placed(model, pixels)}
-    for name in ("input_values", "input_features"):
-        if name in accepted:
-            for shape in _sound_shapes(model.config, name):
-                yield _finished(model, accepted, {name: torch.zeros(BATCH, *shape)}, more)
+    for sensed in sights:
+        yield _finished(model, accepted, sensed, more)
+        if "input_ids" in accepted:
+            yield from _joined(model, accepted, sensed, more)
+
+
+def with_senses(model) -> Iterator[dict]:
+    """Keyword arguments of ``model.forward`` that hold text together with pixels or sounds, to try in turn."""
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" in accepted:
+        for sensed in senses(model, accepted):
+            yield from _joined(model, accepted, sensed, 0)
+
+
+def _joined(model, accepted, sensed: dict, more: int) -> Iterator[dict]:
+    found = with_placeholders(model, accepted, sensed, more)
+    if found is not None:
+        yield found
+    given = {**_tokens(model, accepted, more), **_placed(model, sensed)}
+    if "cross_attention_mask" in accepted and "aspect_ratio_mask" in sensed:
+        every = torch.ones(BATCH, given["input_ids"].shape[1], *sensed["aspect_ratio_mask"].shape[1:])
+        given.update(_placed(model, {"cross_attention_mask": every.long()}))
+    yield given
+
+
+_FEATURES = {"get_image_features": "image", "get_video_features": "video", "get_audio_features": "audio"}
+
+
+def with_placeholders(model, accepted, sensed: dict, more: int = 0) -> dict | None:
+    """Pixels or sounds with a text that has the tokens that their features take the place of, as many as the model
+    makes of them; None where it does not say."""
+    for getter, what in _FEATURES.items():
+        token = next((i for i in map(vars(model.config).get, _names_of_token(what)) if isinstance(i, int)), None)
+        get = getattr(model, getter, None)
+        if token is None or get is None:
+            continue
+        try:
+            with torch.no_grad():
+                count = _count_features(get(**_placed(model, sensed)))
+        except Exception:  # not what this model takes
+            continue
+        given = _tokens(model, accepted, more)
+        ids = given["input_ids"]
+        ids = torch.cat([ids[:, :2], ids.new_full((BATCH, count // BATCH), token), ids[:, 2:]], dim=1)
+        given["input_ids"] = ids
+        if "attention_mask" in given:
+            given["attention_mask"] = torch.ones_like(ids)
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in accepted:
+                given[name] = (ids == token).long()
+        return {**given, **_placed(model, sensed)}
+    return None
+
+
+def _names_of_token(what: str) -> tuple[str, ...]:
+    return (f"{what}_token_id", f"{what}_token_index", f"{what}_patch_id")
+
+
+def _count_features(out) -> int:
+    """How many rows of features ``get_*_features`` returned, of all images together."""
+    features = getattr(out, "pooler_output", None)
+    features = getattr(out, "last_hidden_state", out) if features is None else features
+    if isinstance(features, Tensor):
+        return math.prod(features.shape[:-1])
+    return sum(math.prod(each.shape[:-1]) for each in features)
+
+
+def senses(model, accepted) -> Iterator[dict]:
+    """What a forward that takes the arguments ``accepted`` may be given of pixels and sounds, most likely first.
+
+    Ones, since some models take images of zeros for padding.
+    """
+    question = {"qformer_input_ids": _ids(model, 3)} if "qformer_input_ids" in accepted else {}
+    for sensed in (*_images(model, accepted), *_sounds(model, accepted)):
+        yield {**sensed, **question}
+    for name in ("context", "patch_embeds"):  # states that another part computed
+        if name in accepted and isinstance(width := _setting(model.config, "hidden_size", default=None), int):
+            states = {name: torch.ones(BATCH, ENCODER_TOKENS, width)}
+            mask = torch.ones(BATCH, ENCODER_TOKENS, dtype=torch.long)
+            yield {**states, "attention_mask": mask} if "attention_mask" in accepted else states
+
+
+def _images(model, accepted) -> Iterator[dict]:
+    config = model.config
+    if "grid_thw" in accepted or "image_grid_thw" in accepted:
+        yield from _patches(config, accepted)
+    channels = _setting(config, "num_channels", "in_channels", "in_chans", default=3)
+    if "flattened_patches" in accepted:  # each with its row and column before its values
+        width = channels * _first(_setting(config, "patch_size", default=16)) ** 2
+        values = torch.ones(BATCH, 16, _setting(config, "patch_embed_hidden_size", default=width))
+        places = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5)).expand(BATCH, -1, -1)
+        yield {"flattened_patches": torch.cat([places, values], 2), "attention_mask": torch.ones(BATCH, 16)}
+    if "spatial_shapes" in accepted:
+        width = channels * _first(_setting(config, "patch_size", default=16)) ** 2
+        shapes = torch.tensor([[4, 4]] * BATCH)
+        pixels = {"pixel_values": torch.ones(BATCH, 16, width), "spatial_shapes": shapes}
+        yield {**pixels, "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long)}
+    for name in ("pixel_values", "pixel_values_videos"):
+        if name not in accepted:
+            continue
+        for size in _image_sizes(config, name):
+            if "aspect_ratio_ids" in accepted:  # tiles of one image
+                tiles = _setting(config, "max_num_tiles", default=1)
+                mask = torch.ones(BATCH, 1, tiles, dtype=torch.long)
+                pixels = torch.ones(BATCH, 1, tiles, channels, *size)
+                ids = torch.ones(BATCH, 1, dtype=torch.long)
+                yield {name: pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+                continue
+            *frames, height, width = size
+            pixels = {name: torch.ones(BATCH, *frames, channels, height, width)}
+            yield pixels
+            if "image_sizes" in accepted:
+                yield {**pixels, "image_sizes": torch.tensor([[height, width]] * BATCH)}
 
 
 def _tokens(model, accepted, more: int) -> dict:
@@ -73,33 +179,96 @@ def device(model) -> torch.device:
     return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
 
 
-def _vision(config, name: str, default):
-    for part in (getattr(config, "vision_config", None), config, getattr(config, "backbone_config", None)):
-        value = getattr(part, name, None)
-        if value is not None:
-            return value
-    return default
+def _patches(config, accepted) -> Iterator[dict]:
+    """Images cut into patches that stand one after another, whatever their sizes: ``[patches, values]`` and a grid."""
+    channels = _setting(config, "num_channels", "in_channels", "in_chans", default=3)
+    side = _first(_setting(config, "patch_size", default=16))
+    merge = _first(
+        _setting(config, "spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_ratio", default=2)
+    )
+    merge = merge if isinstance(merge, int) and merge > 0 else 2
+    times = _setting(config, "temporal_patch_size", "patch_temporal", default=1)
+    grid = torch.tensor([[1, 2 * merge, 2 * merge]] * BATCH)
+    name = next(name for name in ("pixel_values", "hidden_states") if name in accepted)
+    others = {"grid_thw" if "grid_thw" in accepted else "image_grid_thw": grid}
+    if "merge_sizes" in accepted:
+        others["merge_sizes"] = torch.ones(BATCH, dtype=torch.long)
+    count = int(grid.prod(dim=1).sum())
+    yield {name: torch.ones(count, channels * times * side**2), **others}
+    yield {name: torch.ones(count, channels, side, side), **others}
+    yield {name: torch.ones(1, count, channels, side, side), **others}
+    yield {name: torch.ones(count, side * merge, side * merge, channels), **others}
 
 
-def _image_sizes(config) -> list[tuple[int, ...]]:
-    size = _vision(config, "image_size", None)
+def _image_sizes(config, name: str) -> list[tuple[int, ...]]:
+    size = _setting(config, "image_size", default=None)
     if isinstance(size, dict):
         size = tuple(size.values())
     if isinstance(size, int):
         size = (size, size)
     sizes = [tuple(size)] if isinstance(size, (list, tuple)) else [(64, 64), (224, 224)]
-    frames = _vision(config, "num_frames", None)
-    return [(frames, *s) for s in sizes] + sizes if isinstance(frames, int) else sizes
+    frames = _setting(config, "num_frames", "frames_per_clip", default=None)
+    several = [(frames, *s) for s in sizes] if isinstance(frames, int) else []
+    # A picture and the tiles that it was cut into, as many as one of the known shapes of pictures has.
+    for shape in _setting(config, "image_grid_pinpoints", default=None) or ():
+        several += [(1 + (shape[0] // s[0]) * (shape[1] // s[1]), *s) for s in sizes if s[0] and s[1]]
+    # Some take the images of a text, or the parts that an image was cut into, as one more size.
+    return several + (sizes if name == "pixel_values" else []) + [(1, *s) for s in sizes]
+
+
+def _sounds(model, accepted) -> Iterator[dict]:
+    for name in ("input_values", "input_features", "audio_mel"):
+        if name not in accepted:
+            continue
+        for shape in _sound_shapes(model.config, name):
+            given = {name: torch.ones(BATCH, *shape)}
+            if "input_features_mask" in accepted:
+                frames = max(shape) if len(shape) == 2 else shape[0]
+                yield {**given, "input_features_mask": torch.ones(BATCH, frames, dtype=torch.long)}
+            yield given
+            if name == "audio_mel":
+                yield {**given, "audio_mel_mask": torch.zeros(BATCH, shape[0], dtype=torch.bool)}
 
 
 def _sound_shapes(config, name: str) -> list[tuple[int, ...]]:
-    found = [(_SAMPLES,)] if name == "input_values" else []
-    widths = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "input_dim", "feature_size")
-    positions = [getattr(config, part, None) for part in ("max_source_positions", "max_length")]
-    for width in (getattr(config, part, None) for part in widths):
-        if not isinstance(width, int):
-            continue
-        lengths = [math.prod((2, p)) for p in positions[:1] if isinstance(p, int)] + [_FRAMES]
-        lengths += [p for p in positions[1:] if isinstance(p, int) and p > _FRAMES]
-        found += [shape for length in lengths for shape in ((width, length), (length, width))]
-    return found
+    found = [(_SAMPLES,), (1, _SAMPLES)] if name == "input_values" else []
+    widths = (
+        "num_mel_bins",
+        "n_mels",
+        "feature_projection_input_dim",
+        "input_feat_per_channel",
+        "input_feat_size",
+        "input_dim",
+        "feature_size",
+    )
+    for part in _parts(config):
+        positions = [vars(part).get(name) for name in ("max_source_positions", "max_length")]
+        for width in (vars(part).get(name) for name in widths):
+            if not isinstance(width, int):
+                continue
+            lengths = [math.prod((2, p)) for p in positions[:1] if isinstance(p, int)] + [_FRAMES]
+            lengths += [p for p in positions[1:] if isinstance(p, int) and p > _FRAMES]
+            found += [shape for length in lengths for shape in ((width, length), (length, width))]
+    return list(dict.fromkeys(found))
+
+
+def _parts(config) -> list:
+    """``config`` and the configs inside it, those of senses first."""
+    inside = {n: v for n, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+    inside = sorted(inside.items(), key=lambda item: "text" in item[0] or "decoder" in item[0])
+    return [config, *(part for _, each in inside for part in _parts(each))]
+
+
+def _setting(config, *names: str, default):
+    """What the first of the configs that has one of ``names`` says; a vision config is asked before all others."""
+    parts = _parts(config)
+    first = [part for part in (getattr(config, "vision_config", None),) if isinstance(part, PreTrainedConfig)]
+    for part in first + parts:
+        for name in names:
+            if getattr(part, name, None) is not None:
+                return getattr(part, name)
+    return default
+
+
+def _first(size) -> int:
+    return size[0] if isinstance(size, (list, tuple)) else size

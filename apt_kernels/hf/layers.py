@@ -13,6 +13,10 @@ KINDS = {
     "cross": lambda site: site.cross,
     "encoder": lambda site: not (site.causal or site.cross),
     "decoder": lambda site: site.causal or site.cross,
+    # By what goes into the part of the model that the module stands in.
+    "text": lambda site: "text" in site.senses,
+    "vision": lambda site: bool(site.senses & {"image", "video"}) and "text" not in site.senses,
+    "audio": lambda site: "audio" in site.senses and "text" not in site.senses,
 }
 
 

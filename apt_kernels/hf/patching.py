@@ -46,7 +46,8 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     Args:
         model: a ``transformers.PreTrainedModel`` whose attention goes through transformers' attention interface.
         config: an `AptConfig`; or give its fields as keywords (``prefix_length=16, gate="auto", ...``).
-        example_inputs: keyword arguments of one small forward, for models that do not take token ids alone.
+        example_inputs: keyword arguments of one small forward, for models whose inputs cannot be guessed. Only what
+            that forward reaches gets a prefix; without them, parts that see or hear do as well as those that read.
 
     Returns:
         The same model.
@@ -67,9 +68,9 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     if config.implementation != "auto":
         dispatch.load(config.implementation)
     parallel.refuse_wrapped(wrapped)
-    sites, described = _sites(model, example_inputs)
+    sites, implementations = _sites(model, example_inputs)
     sites = parallel.with_meshes(model, sites)
-    _commit(model, config, sites, build(config, sites), route.NAME if described else "eager")
+    _commit(model, config, sites, build(config, sites), implementations)
     return wrapped
 
 
@@ -80,10 +81,10 @@ def make_config(config: AptConfig | None, settings: dict) -> AptConfig:
     return AptConfig(**settings) if config is None else replace(config, **settings)
 
 
-def _sites(model, example_inputs: dict | None) -> tuple[list[Site], bool]:
+def _sites(model, example_inputs: dict | None) -> tuple[list[Site], dict[str, str]]:
     before = [config._attn_implementation for config in configs(model)]
     try:
-        return record(model, lambda name: set_implementation(model, name), example_inputs)
+        return record(model, set_implementation, example_inputs)
     finally:
         restore_implementations(model, before)
 
@@ -157,7 +158,9 @@ def _gate(gate: str, site: Site) -> str:
     return gate
 
 
-def _commit(model, config, sites: list[Site], built: dict[str, AdaptivePrefix], implementation: str) -> None:
+def _commit(
+    model, config, sites: list[Site], built: dict[str, AdaptivePrefix], implementations: dict[str, str]
+) -> None:
     state = State(config, [own._attn_implementation for own in configs(model)], sites=sites)
     state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trainable = trainable_names(model, config)
@@ -170,7 +173,8 @@ def _commit(model, config, sites: list[Site], built: dict[str, AdaptivePrefix], 
     for module in (model.get_submodule(site.name) for site in sites):
         module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", "sdpa")
     attach(model, built, sites)
-    set_implementation(model, implementation)
+    for part, implementation in implementations.items():
+        set_implementation(model.get_submodule(part), implementation)
     _let_reentrant_checkpoints_train(model)
     model._apt_state = state
     saving.install(model, trainable)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from ..errors import PatchError
@@ -34,6 +36,7 @@ class Site:
     causal: bool
     device: torch.device
     inline: inline.Inline | None = None  # None: it attends through transformers' attention interface
+    senses: frozenset[str] = frozenset(("text",))  # what goes into the part of the model it stands in
     mesh: object | None = None  # of a module that tensor parallelism spreads over processes
     sharded: bool = False  # every process attends with a part of the heads; `heads` and `kv_heads` count them all
 
@@ -53,6 +56,7 @@ class _Recorder:
         self.calls: dict[nn.Module, dict] = {}
         self.inputs: dict[nn.Module, Tensor] = {}
         self.running: list[nn.Module] = []
+        self.ran: set[nn.Module] = set()
         self.results: list[tuple[nn.Module, Tensor]] = []
         self.watch = inline.Watch(lambda: tuple(self.running))
         self.handles = []
@@ -69,6 +73,7 @@ class _Recorder:
 
     def enter(self, module, args, kwargs):
         self.running.append(module)
+        self.ran.add(module)
         tensor = kwargs.get("hidden_states", args[0] if args else None)
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             self.inputs[module] = tensor
@@ -194,46 +199,121 @@ AttentionInterface.register(RECORDER, _attend)
 AttentionMaskInterface.register(RECORDER, _describe)
 
 
-def record(model, set_implementation, example_inputs: dict | None = None) -> tuple[list[Site], bool]:
-    """Every attention module of ``model`` in module order, and whether the model takes masks as descriptions; if not,
-    it needs those of eager attention. The model is left as it was.
+def record(model, set_implementation, example_inputs: dict | None = None) -> tuple[list[Site], dict[str, str]]:
+    """Every attention module of ``model`` in module order, and the attention implementation to set, by the name of the
+    part of the model that it is for: ``""``, the whole, first. The model is left as it was.
 
-    ``set_implementation(name)`` switches the model's attention; ``example_inputs`` are keyword arguments of the
-    model's forward, for models that do not take token ids alone.
+    Parts that see or hear and that a pass over token ids alone does not reach are recorded by themselves; one that
+    cannot be is left without a prefix, with a warning. ``set_implementation(module, name)`` switches attention;
+    ``example_inputs`` are keyword arguments of the model's forward, and then all that it reaches is what is found.
     """
-    name, first, again, recorder = type(model).__name__, None, None, None
+    names = {module: name for name, module in model.named_modules()}
     with evaluating(model), torch.no_grad():
-        for tried, (body, given) in enumerate(_tries(model, example_inputs)):  # noqa: B007 - used after the loop
-            described, again = True, None
-            recorder, failure = _pass(model, body, given, lambda: set_implementation(RECORDER))
-            if failure is None and recorder.calls:
-                break
-            # Models that compute attention inline may need the masks of eager attention.
-            second, again = _pass(model, body, given, lambda: set_implementation("eager"))
-            if again is None and set(recorder.calls) <= set(second.calls):
-                recorder, failure, described = second, None, False
-                break
-            first = first or (failure, again)
+        recorder, implementation = _recorded(model, set_implementation, example_inputs)
+        found = [(model, recorder, implementation)]
+        if not example_inputs:
+            _extend(recorder, model, lambda: set_implementation(model, _recording(implementation)))
+        for part in () if example_inputs else _not_run(model, recorder.ran):
+            parts, error = _recorded_part(part, set_implementation)
+            found += parts
+            if not parts and not isinstance(error, _NoAttention):
+                warnings.warn(f"{names[part]} stays without a prefix. {error}", stacklevel=2)
+    calls = {module: call for _, recorder, _ in found for module, call in recorder.calls.items()}
+    senses = _senses(model)
+    sites = [Site(names[module], **calls[module], senses=senses[module]) for module in names if module in calls]
+    return sites, {names[part]: implementation for part, _, implementation in found}
+
+
+def _extend(recorder: _Recorder, model, prepare) -> None:
+    """Add what is reached only where pixels or sounds go in together with the text."""
+    for given in inputs.with_senses(model):
+        other, failure = _pass(model, model, given, prepare)
+        if failure is None and not other.watch.lost:
+            recorder.calls = {**other.calls, **recorder.calls}
+            recorder.ran |= other.ran
+            return
+
+
+def _recording(implementation: str) -> str:
+    """What a model runs by while it is recorded, of which it is known what it will be patched to."""
+    return RECORDER if implementation == route.NAME else implementation
+
+
+def _recorded_part(part, set_implementation) -> tuple[list[tuple], PatchError | None]:
+    """What was recorded of ``part``, or of the models inside it where it cannot be run by itself."""
+    try:
+        return [(part, *_recorded(part, set_implementation, None))], None
+    except PatchError as error:
+        inside = [_recorded_part(each, set_implementation)[0] for each in _not_run(part, set())]
+        return [each for parts in inside for each in parts], error
+
+
+class _NoAttention(PatchError):
+    """There is nothing to put a prefix on."""
+
+
+def _not_run(model, ran: set[nn.Module]) -> Iterator[PreTrainedModel]:
+    """The outermost models inside ``model`` that take something else than text, and that are not among ``ran``."""
+    for child in model.children():
+        if isinstance(child, PreTrainedModel) and child not in ran and "text" not in _modalities(child):
+            yield child
         else:
-            said = "" if first is None else ": " + "; with eager masks: ".join(map(_said, first))
-            raise PatchError(
-                f"{name}: the recording pass failed{said}. "
-                "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
-            ) from first and first[0]
-        if not example_inputs and any("inline" in call for call in recorder.calls.values()):
-            body, longer = list(_tries(model, None, 1))[tried]
-            other, _ = _pass(model, body, longer, lambda: set_implementation(RECORDER if described else "eager"))
-            recorder.drop_where_unlike(other)
-    if not recorder.calls:
+            yield from _not_run(child, ran)
+
+
+def _modalities(model: PreTrainedModel) -> frozenset[str]:
+    said = model.input_modalities
+    return frozenset((said,) if isinstance(said, str) else said)
+
+
+def _senses(model) -> dict[nn.Module, frozenset[str]]:
+    """What goes into the innermost model around each module."""
+    found = {}
+
+    def visit(module, around):
+        around = _modalities(module) if isinstance(module, PreTrainedModel) else around
+        found.setdefault(module, around)
+        for child in module.children():
+            visit(child, around)
+
+    visit(model, frozenset(("text",)))
+    return found
+
+
+def _recorded(model, set_implementation, example_inputs: dict | None) -> tuple[_Recorder, str]:
+    """The pass that worked, and the attention implementation that the model needs once it is patched: ours where it
+    takes masks as descriptions, "eager" where it attends inline and needs the masks of that."""
+    name, first, again, recorder = type(model).__name__, None, None, None
+    for tried, (body, given) in enumerate(_tries(model, example_inputs)):  # noqa: B007 - used after the loop
+        implementation, again = route.NAME, None
+        recorder, failure = _pass(model, body, given, lambda: set_implementation(model, RECORDER))
+        if failure is None and recorder.calls:
+            break
+        # Models that compute attention inline may need the masks of eager attention.
+        second, again = _pass(model, body, given, lambda: set_implementation(model, "eager"))
+        if again is None and set(recorder.calls) <= set(second.calls):
+            recorder, failure, implementation = second, None, "eager"
+            break
+        first = first or (failure, again)
+    else:
+        said = "" if first is None else ": " + "; with eager masks: ".join(map(_said, first))
         raise PatchError(
+            f"{name}: the recording pass failed{said}. "
+            "Give patch(model, example_inputs={...}), the keyword arguments of one small forward"
+        ) from first and first[0]
+    if not example_inputs and any("inline" in call for call in recorder.calls.values()):
+        body, longer = list(_tries(model, None, 1))[tried]
+        other, _ = _pass(model, body, longer, lambda: set_implementation(model, _recording(implementation)))
+        recorder.drop_where_unlike(other)
+    if not recorder.calls:
+        raise _NoAttention(
             f"{name} has no attention that can be patched: neither through transformers' attention interface nor as a "
             "softmax over a product of queries and keys, weighing values"
         )
-    calls = recorder.calls
     if recorder.watch.lost:
         where = next(n for n, module in model.named_modules() if module is recorder.watch.lost[0][-1])
         raise PatchError(f"{name} cannot be patched: {where} attends in a way that cannot be followed")
-    return [Site(name=name, **calls[module]) for name, module in model.named_modules() if module in calls], described
+    return recorder, implementation
 
 
 def _said(error: Exception | None) -> str:

@@ -44,11 +44,16 @@ KINDS = {
 TEXT = ("causal", "masked", "seq2seq")
 
 
-def architectures(kind: str) -> list[str]:
-    """Every model type of the kind, in the mapping's order."""
+def classes(kind: str) -> dict[str, str | tuple[str, ...]]:
+    """Every model type of the kind with the name of its class, or the names of several, in the mapping's order."""
     from transformers.models.auto import modeling_auto
 
-    return list(getattr(modeling_auto, KINDS[kind].mapping))
+    return dict(getattr(modeling_auto, KINDS[kind].mapping))
+
+
+def architectures(kind: str) -> list[str]:
+    """Every model type of the kind, in the mapping's order."""
+    return list(classes(kind))
 
 
 def style(model, kind: str) -> str:
@@ -58,13 +63,28 @@ def style(model, kind: str) -> str:
 
 def feeds(model, kind: str) -> list[dict]:
     """Keyword arguments of the forwards to compare: without padding and, where the model knows padding, with it."""
-    if kind not in TEXT:
-        return [_senses(model)]
     accepted = inspect.signature(model.forward).parameters
+    if kind == "vision-language":
+        return _vision_language(model)
+    if kind not in TEXT:
+        return [_first_that_runs(model, inputs.candidates(model), 5)]
     plain = _text(model, kind, accepted, padded=False)
     if "attention_mask" not in accepted:
         return [plain]
     return [plain, _text(model, kind, accepted, padded=True)]
+
+
+def _vision_language(model) -> list[dict]:
+    """Text alone where the model takes that, and text with pictures in it where it is known how to say that."""
+    found, failure = [], None
+    for tries, seed in ((inputs.candidates(model), 5), (inputs.with_senses(model), 6)):
+        try:
+            found.append(_first_that_runs(model, tries, seed))
+        except Exception as error:
+            failure = failure or error
+    if not found:
+        raise failure
+    return found
 
 
 def _text(model, kind: str, accepted, padded: bool) -> dict:
@@ -87,18 +107,23 @@ def _text(model, kind: str, accepted, padded: bool) -> dict:
     return feed
 
 
-def _senses(model) -> dict:
+def part(model) -> dict:
+    """What a part of a model is given where it runs by itself."""
+    return _first_that_runs(model, inputs.candidates(model), 7)
+
+
+def is_text_alone(model, feed: dict) -> bool:
+    """Whether a vision-language model was fed as a language model."""
+    floating = any(isinstance(value, Tensor) and value.is_floating_point() for value in feed.values())
+    return "input_ids" in feed and not floating and not model.config.is_encoder_decoder
+
+
+def _first_that_runs(model, tries, seed: int) -> dict:
     """Random pixels, sounds and tokens, in the first form that the model takes."""
-    generator, failure = torch.Generator().manual_seed(5), None
-    for feed in inputs.candidates(model):
-        feed = {
-            name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else torch.randint(5, 80, value.shape, generator=generator)
-            if name in ("input_ids", "decoder_input_ids")
-            else value
-            for name, value in feed.items()
-        }
+    generator, failure = torch.Generator().manual_seed(seed), None
+    special = _special(model.config)
+    for feed in tries:
+        feed = {name: _random(name, value, generator, special) for name, value in feed.items()}
         try:
             with torch.no_grad():
                 model(**feed)
@@ -106,6 +131,25 @@ def _senses(model) -> dict:
         except Exception as error:
             failure = failure or error
     raise failure or ValueError("no inputs are known for this signature")
+
+
+def _random(name: str, value, generator, special: set[int]):
+    if not isinstance(value, Tensor):
+        return value
+    if name == "flattened_patches":
+        return torch.cat([value[..., :2], torch.randn(value[..., 2:].shape, generator=generator)], dim=-1)
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    if name not in ("input_ids", "decoder_input_ids"):
+        return value
+    keep = torch.isin(value, torch.tensor(sorted(special), dtype=value.dtype))
+    return torch.where(keep, value, torch.randint(5, 80, value.shape, generator=generator))
+
+
+def _special(config) -> set[int]:
+    """Ids of the tokens that stand for pictures and sounds."""
+    names = [name for what in ("image", "video", "audio") for name in inputs._names_of_token(what)]
+    return {vars(config)[name] for name in names if isinstance(vars(config).get(name), int)}
 
 
 def rows(feed: dict, kind: str):
@@ -120,8 +164,3 @@ def tell_padding(oracle, feed: dict, kind: str) -> None:
     for module in oracle.modules():
         if hasattr(module, "oracle_params"):
             module.oracle_real = None if mask is None else mask.bool()
-
-
-def patch_options(model, kind: str) -> dict:
-    """Further keyword arguments of `patch`."""
-    return {}

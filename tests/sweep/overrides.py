@@ -43,7 +43,8 @@ OVERRIDES: dict[str, dict] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "kolibri1": _FEW_EXPERTS,
-    "deit": {"num_labels": 2},
+    "shieldgemma2": {"yes_token_index": 90, "no_token_index": 91},
+    "mobilevitv2": {"image_size": 128},
     "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "speech-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "cohere_compass_text": {
@@ -70,6 +71,15 @@ OVERRIDES: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8},
     "ministral": _HEADS,
+    "mllama": {
+        "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 96, "num_global_layers": 1},
+    },
+    "llama4": {
+        "vision_config": {
+            "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "intermediate_size": 128,
+        },
+    },
     "mobilebert": {"normalization_type": "layer_norm"},
     "mpnet": {"relative_attention_num_buckets": 32},
     "nemotron": _HEADS,
@@ -95,6 +105,11 @@ for _name in ("swin", "swinv2", "donut-swin"):
     OVERRIDES[_name] = {
         "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 3, "image_size": 24, "patch_size": 2,
     }  # fmt: skip
+
+for _name in ("blip-2", "instructblip", "instructblipvideo"):
+    OVERRIDES[_name] = {"image_token_index": 98}
+for _name in ("llava_next", "llava_next_video", "llava_onevision"):
+    OVERRIDES[_name] = {"image_grid_pinpoints": [[256, 128], [128, 256]]}
 
 # Models whose position bias counts from the last key there is.
 FROM_END = {"mpt"}

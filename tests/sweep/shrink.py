@@ -39,6 +39,8 @@ _RULES: list[tuple[str, object]] = [
         lambda old: min(old, POSITIONS) if old > 0 else old,
     ),
     (r"type_vocab_size", None),
+    (r"vision_feature_layer", lambda old: -1),
+    (r"mm_tokens_per_image|vision_soft_tokens_per_image", 4),
     (r"sliding_window|sliding_window_size|local_attention|attention_window_size", lambda old: min(old, 5)),
     (r"attention_chunk_size", lambda old: min(old, 6)),
     (r"relative_attention_num_buckets|position_bias_num_buckets|num_buckets", 8),
@@ -119,7 +121,7 @@ def _apply(rule, name: str, value: int, default, layers: int):
         return min(value, VOCABULARY)
     if rule == "image_size":
         patch = vars(default).get("patch_size")
-        return min(value, 3 * patch) if isinstance(patch, int) else min(value, 64)
+        return min(value, 4 * patch) if isinstance(patch, int) else min(value, 64)
     return min(value, layers)
 
 
@@ -147,7 +149,7 @@ def _spread_token_ids(default, own: set[str], given: dict) -> None:
             continue
         if isinstance(value, int) and value >= 5:
             given[name], free = free, free - 1
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
+        elif isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value):
             given[name], free = [free], free - 1
 
 
