@@ -9,7 +9,10 @@ the patch is shared: no op, no `Mask`, no recording; everything is materialised.
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+import inspect
+import sys
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import oracle
 import torch
@@ -31,10 +34,11 @@ class _Site:
         self.params, self.module, self.hidden = module.oracle_params, module, hidden
         self.key, self.value = self.params["key"], self.params["value"]
 
-    def rows(self, queries: int, count: int) -> int:
-        """The batch, given how many queries there are and the product of batch and heads."""
+    def rows(self, tensor: Tensor) -> int:
+        """The batch, of a tensor ``[*lead, T, .]`` of which it is known what batch and heads make together."""
+        queries = tensor.shape[-2]
         if self.hidden is None or self.hidden.ndim != 3:
-            return count // self.params["heads"]
+            return tensor.shape[0] if tensor.ndim == 4 else tensor[..., 0, 0].numel() // self.params["heads"]
         time_major = self.hidden.shape[0] == queries and self.hidden.shape[1] != queries
         return self.hidden.shape[1 if time_major else 0]
 
@@ -68,7 +72,7 @@ class Columns(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.sites and isinstance(out, Tensor):
+        if self.sites and isinstance(out, (Tensor, tuple)):
             changed = self._follow(func.__name__.strip("_"), args, kwargs, out)
             out = out if changed is None else changed
         return out
@@ -94,6 +98,26 @@ class Columns(TorchFunctionMode):
             group, dim=1
         )
 
+    def _whole(self, query, key, value, width, heads, *_, **given):
+        """``multi_head_attention_forward`` of equal widths, time-major, written out."""
+        names = list(inspect.signature(torch.nn.functional.multi_head_attention_forward).parameters)[5:]
+        given = {**dict(zip(names, _)), **given}
+        queries, batch = query.shape[:2]
+        if given.get("use_separate_proj_weight"):
+            weights = [given[f"{part}_proj_weight"] for part in "qkv"]
+        else:
+            weights = given["in_proj_weight"].chunk(3)
+        biases = given["in_proj_bias"].chunk(3)
+        projected = [x @ w.T + b for x, w, b in zip((query, key, value), weights, biases)]
+        query, key, value = (x.view(len(x), batch, heads, -1).permute(1, 2, 0, 3) for x in projected)
+        mask = given.get("attn_mask")
+        mask = mask if mask is None or mask.ndim == 2 else mask.view(batch, heads, queries, -1)
+        if given.get("key_padding_mask") is not None:
+            hidden = given["key_padding_mask"][:, None, None].to(query.dtype) * -1e300
+            mask = hidden if mask is None else mask + hidden
+        out = self._stock(query, key, value, mask).permute(2, 0, 1, 3).reshape(queries, batch, width)
+        return out @ given["out_proj_weight"].T + given["out_proj_bias"], None
+
     def _of(self, tensor):
         found = self.carried.get(id(tensor)) if isinstance(tensor, Tensor) else None
         return None if found is None else found[1:]
@@ -106,6 +130,8 @@ class Columns(TorchFunctionMode):
             return self._product(name, args, kwargs, out)
         if name == "scaled_dot_product_attention":
             return self._stock(*args, **kwargs)
+        if name == "multi_head_attention_forward":
+            return self._whole(*args, **kwargs)
         operands = [*(args[0] if name == "cat" else args), *kwargs.values()]
         scores = next((x for x in operands if self._of(x) is not None), None)
         if scores is None:
@@ -177,8 +203,7 @@ class Columns(TorchFunctionMode):
             return None
         if out.shape[:-2] != left.shape[:-2]:
             left = left.expand(*out.shape[:-2], *left.shape[-2:])
-        count = left[..., 0, 0].numel()
-        if count % site.rows(left.shape[-2], count):
+        if left[..., 0, 0].numel() % site.rows(left):
             return None
         query = self._apart(site, left)
         if query.shape[1] % site.key.shape[0]:
@@ -194,8 +219,7 @@ class Columns(TorchFunctionMode):
 
     def _apart(self, site: _Site, tensor: Tensor) -> Tensor:
         """``[B, H, T, .]`` from any leading sizes."""
-        count = tensor[..., 0, 0].numel()
-        return tensor.reshape(site.rows(tensor.shape[-2], count), -1, *tensor.shape[-2:])
+        return tensor.reshape(site.rows(tensor), -1, *tensor.shape[-2:])
 
     def _einsum(self, site: _Site, args, out: Tensor) -> Tensor | None:
         """Only equations that name every size; the prefix's operand has no batch."""
@@ -236,6 +260,10 @@ class Columns(TorchFunctionMode):
         return gate[0, 0, 0] if order is None else gate.permute([order.get(c, 3) for c in letters])
 
 
+def _masked_softmax(scores, mask, dim):
+    return scores.masked_fill(~mask.bool(), torch.finfo(scores.dtype).min).softmax(dim)
+
+
 def _enter(mode: Columns):
     def hook(module, args, kwargs):
         hidden = kwargs.get("hidden_states", args[0] if args else None)
@@ -251,18 +279,18 @@ def _leave(mode: Columns):
     return hook
 
 
-def build(model, prefixes, real=lambda name: None, from_end: bool = False):
+def build(model, prefixes, real=lambda name: None, from_end: bool = False, attention: str = "eager"):
     """``model`` (unpatched, copied) attending by the oracle with copies of ``prefixes``; params by name; a context.
 
     As `oracle.build`, but the copy must be run inside ``with context():``. ``from_end``: biases count positions from
-    the last key; those of the prefix's columns are zero where the token's own is.
+    the last key; those of the prefix's columns are zero where the token's own is. ``attention``: "eager" or "sdpa".
     """
     copied = copy.deepcopy(model)
     mode, params = Columns(from_end), {}
     for module in copied.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = "eager"
+            config._attn_implementation_internal = attention
     for name, module in copied.named_modules():
         if name not in prefixes:
             continue
@@ -277,9 +305,14 @@ def build(model, prefixes, real=lambda name: None, from_end: bool = False):
         module.register_forward_pre_hook(_enter(mode), with_kwargs=True)
         module.register_forward_hook(_leave(mode))
 
+    source = sys.modules[type(model).__module__]
+
     @contextmanager
     def context():
-        with mode:
+        with ExitStack() as stack:
+            if hasattr(source, "XSoftmax"):  # written with its own backward, which the mode cannot look into
+                stack.enter_context(mock.patch.object(source.XSoftmax, "apply", _masked_softmax))
+            stack.enter_context(mode)
             yield
         mode.carried.clear()
         mode.factors.clear()

@@ -10,6 +10,7 @@ to be something else is computed as soon as anything asks for its numbers, by th
 from __future__ import annotations
 
 import math
+import types
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ _PRODUCTS = {
     torch.einsum,
 }
 _ATTEND = torch.nn.functional.scaled_dot_product_attention
+_WHOLE = torch.nn.functional.multi_head_attention_forward
+# The same code, without its first lines that would hand the call back to the mode: its products are seen one by one.
+_IN_PARTS = types.FunctionType(
+    _WHOLE.__code__,
+    {**_WHOLE.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=_WHOLE.__defaults__,
+)
 
 
 class Deferring(TorchFunctionMode):
@@ -50,6 +58,9 @@ class Deferring(TorchFunctionMode):
                 return found
         elif function is _ATTEND:
             return _stock(self, *args, **kwargs)
+        elif function is _WHOLE and (args[0] if args else kwargs["query"]).shape[0] > 1:
+            with self:  # one query for a whole sequence is pooling
+                return _IN_PARTS(*args, **kwargs)
         operand = _first_deferred(args, kwargs)
         if operand is not None:
             return operand.apply(function, function.__name__, args, kwargs)
@@ -369,6 +380,8 @@ class Scores(Deferred):
         value = args[2] if len(args) > 2 else kwargs["value"]
         if args[0] is not self:
             return None
+        if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu":
+            value = float(value)
         if isinstance(value, Tensor) or value > HIDDEN:
             return self._explicit(function, args, kwargs)
         return self._then(function, args, kwargs, hidden=[*self.hidden, (mask, self.lead)])

@@ -229,7 +229,8 @@ def _extend(recorder: _Recorder, model, prepare) -> None:
     for given in inputs.with_senses(model):
         other, failure = _pass(model, model, given, prepare)
         if failure is None and not other.watch.lost:
-            recorder.calls = {**other.calls, **recorder.calls}
+            # What ran before without attention over tokens has none now.
+            recorder.calls.update((m, call) for m, call in other.calls.items() if m not in recorder.ran)
             recorder.ran |= other.ran
             return
 
