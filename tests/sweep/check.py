@@ -161,7 +161,7 @@ def _check(model_type: str, kind: str, overrides: dict, result: dict) -> None:
 
 
 def _attention_that_agrees(plain, given: list[tuple[str, dict]], unpatched: list[Tensor]) -> str:
-    """"eager", or "sdpa" where a model's eager attention computes something else than what it runs by default."""
+    """ "eager", or "sdpa" where a model's eager attention computes something else than what it runs by default."""
     eager, _, context = columns.build(plain, {})
     with torch.no_grad(), context():
         for (part, feed), wanted in zip(given, unpatched):
