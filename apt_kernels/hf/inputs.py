@@ -46,6 +46,8 @@ def _joined(model, accepted, sensed: dict, more: int) -> Iterator[dict]:
     if "cross_attention_mask" in accepted and "aspect_ratio_mask" in sensed:
         every = torch.ones(BATCH, given["input_ids"].shape[1], *sensed["aspect_ratio_mask"].shape[1:])
         given.update(_placed(model, {"cross_attention_mask": every.long()}))
+    if "image_attention_mask" in accepted:  # which tokens see which images
+        given["image_attention_mask"] = torch.ones_like(given["input_ids"])[..., None]
     yield given
 
 
@@ -67,7 +69,7 @@ def with_placeholders(model, accepted, sensed: dict, more: int = 0) -> dict | No
             continue
         given = _tokens(model, accepted, more)
         ids = given["input_ids"]
-        ids = torch.cat([ids[:, :2], ids.new_full((BATCH, count // BATCH), token), ids[:, 2:]], dim=1)
+        ids = torch.cat([ids[:, :2], *_enclosed(model, ids, token, count // BATCH, what), ids[:, 2:]], dim=1)
         given["input_ids"] = ids
         if "attention_mask" in given:
             given["attention_mask"] = torch.ones_like(ids)
@@ -76,6 +78,17 @@ def with_placeholders(model, accepted, sensed: dict, more: int = 0) -> dict | No
                 given[name] = (ids == token).long()
         return {**given, **_placed(model, sensed)}
     return None
+
+
+def _enclosed(model, ids: Tensor, token: int, count: int, what: str) -> list[Tensor]:
+    """``count`` tokens of one image, between those that begin and end it where the model has such."""
+    kinds = ("audio",) if what == "audio" else (what, "vision")
+    around = [
+        next((i for k in kinds if isinstance(i := vars(model.config).get(f"{k}_{end}_token_id"), int)), None)
+        for end in ("start", "end")
+    ]
+    run = [(around[0], 1), (token, count), (around[1], 1)]
+    return [ids.new_full((BATCH, length), token) for token, length in run if token is not None]
 
 
 def _names_of_token(what: str) -> tuple[str, ...]:

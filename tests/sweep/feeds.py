@@ -129,7 +129,7 @@ def _first_that_runs(model, tries, seed: int) -> dict:
                 model(**feed)
             return feed
         except Exception as error:
-            failure = failure or error
+            failure = error
     raise failure or ValueError("no inputs are known for this signature")
 
 

@@ -106,10 +106,55 @@ for _name in ("swin", "swinv2", "donut-swin"):
         "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 3, "image_size": 24, "patch_size": 2,
     }  # fmt: skip
 
-for _name in ("blip-2", "instructblip", "instructblipvideo"):
+for _name in ("blip-2", "instructblip"):
     OVERRIDES[_name] = {"image_token_index": 98}
 for _name in ("llava_next", "llava_next_video", "llava_onevision"):
     OVERRIDES[_name] = {"image_grid_pinpoints": [[256, 128], [128, 256]]}
+
+_OMNI = {
+    "vision_start_token_id": 95, "vision_end_token_id": 94, "audio_start_token_id": 93, "audio_end_token_id": 92,
+}  # fmt: skip
+_FEW_BLOCKS = {"base_channels": 32, "latent_channels": 8, "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 64}
+OVERRIDES |= {
+    "chameleon": {"vocabulary_map": {"<image>": 98, "IMGIMGAZ": 97}, "vq_config": _FEW_BLOCKS},
+    "emu3": {
+        "vocabulary_map": {"<image>": 98, "<|extra_200|>": 97, "<|visual token 000001|>": 96},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
+    },
+    "cohere_compass": {"text_config": OVERRIDES["cohere_compass_text"]},
+    "cosmos3_edge": {"text_config": {"rope_parameters": dict(_SECTIONS)}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 2]}}},
+    "florence2": {
+        "vision_config": {
+            "embed_dim": [16, 16, 32, 32],
+            "num_heads": [2] * 4,
+            "num_groups": [2] * 4,
+            "depths": [1] * 4,
+        },
+    },
+    "glm4v_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "partial_rotary_factor": 1.0}}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "granite_speech5_ctc": {"encoder_config": {"context_size": 8}},
+    "hunyuan_vl": {
+        "text_config": {"head_dim": 8, "rope_parameters": {**_SECTIONS, "mrope_section": [1, 1, 1, 1]}},
+    },
+    "align": {"vision_config": {"hidden_dim": 640}},
+    "udop": {"max_2d_position_embeddings": 1024},
+    "instructblipvideo": {"video_token_index": 98},
+    "janus": {"vq_config": _FEW_BLOCKS},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "muse_spark": {"vision_config": {"hidden_sizes": [16, 16, 32, 32], "depths": [1] * 4, "patch_sizes": [4, 2, 2, 2]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "qwen2_5_omni_thinker": {**_OMNI, "text_config": {"rope_parameters": dict(_SECTIONS)}},
+    "qwen3_omni_moe_thinker": _OMNI,
+    "step3p7": {"text_config": {"sliding_window": 5}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "wav2vec2-bert": {"vocab_size": 99},
+    "wav2vec2-conformer": {"vocab_size": 99},
+}
 
 # Models whose position bias counts from the last key there is.
 FROM_END = {"mpt"}

@@ -51,7 +51,7 @@ _RULES: list[tuple[str, object]] = [
     (r"image_size", "image_size"),
     (
         r"(.*_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|embedding_dim|embed_proj_dim|hidden_dim|dim|"
-        r"mid_dim|lru_width|projection_dim|out_hidden_size|d_latents)(_.*)?",
+        r"mid_dim|lru_width|projection_dim|adapter_input_size|out_hidden_size|d_latents)(_.*)?",
         lambda old: WIDTH if old > WIDTH else old,
     ),
     (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|num_.*_layers|depth)", "layers"),
