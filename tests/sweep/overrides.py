@@ -114,7 +114,9 @@ for _name in ("llava_next", "llava_next_video", "llava_onevision"):
 _OMNI = {
     "vision_start_token_id": 95, "vision_end_token_id": 94, "audio_start_token_id": 93, "audio_end_token_id": 92,
 }  # fmt: skip
-_FEW_BLOCKS = {"base_channels": 32, "latent_channels": 8, "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 64}
+_FEW_BLOCKS = {
+    "base_channels": 32, "latent_channels": 8, "channel_multiplier": [1, 1], "num_res_blocks": 1, "resolution": 64,
+}  # fmt: skip
 OVERRIDES |= {
     "chameleon": {"vocabulary_map": {"<image>": 98, "IMGIMGAZ": 97}, "vq_config": _FEW_BLOCKS},
     "emu3": {
