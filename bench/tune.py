@@ -28,8 +28,9 @@ from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.impl.triton import table
 from apt_kernels.op import make_inputs
 
-from . import compile_report
-from .compile_report import VARIANTS, Job, Result
+from . import ahead
+from .ahead import VARIANTS, Job
+from .compile_report import Result, results_of
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,15 @@ def compiled(part: str, architecture: str, width: int, head: int, tile: table.Ti
     """What the part's kernel compiles to with a tile, for every chip of the architecture."""
     own, results = PARTS[part], []
     with replaced(part, architecture, width, head, tile):
-        for job in compile_report.jobs([architecture], [width], [head], [own.variant]):
-            results += compile_report.compile_job(job, own.kernel, own.needs or None)
+        for unit in ahead.units(ahead.jobs([architecture], [width], [head], [own.variant]), own.needs or None):
+            if unit.kernel == own.kernel:
+                results += results_of(unit, ahead.compile_unit(unit, own.needs or None))
     return results
 
 
 def problem(job: Job, device: torch.device) -> tuple[Inputs, torch.Tensor]:
     """Random inputs of the part's variant, and the output's gradient."""
-    generator, dtype = torch.Generator(device).manual_seed(0), compile_report.DTYPES[job.width]
+    generator, dtype = torch.Generator(device).manual_seed(0), ahead.DTYPES[job.width]
     variant, head = VARIANTS[job.variant], job.head
     decoding = variant.queries == 1
     batch, heads, kv_heads, keys, prefix = (16, 16, 4, 4096, 64) if decoding else (2, 16, 4, 2048, 64)
@@ -191,7 +193,7 @@ def tune(architectures, widths, heads, parts, seconds: float, device: torch.devi
         if host:
             own = table.tile(host, architecture, width, head)
             current = current._replace(warps=own.warps, stages=own.stages)
-        job = compile_report.jobs([architecture], [width], [head], [PARTS[part].variant])[0]
+        job = ahead.jobs([architecture], [width], [head], [PARTS[part].variant])[0]
         trial = Trial(part, job, device) if device is not None else None
         for tile in dict.fromkeys([current, *candidates(part, architecture, width, head)]):
             if time.perf_counter() > until:
@@ -200,10 +202,7 @@ def tune(architectures, widths, heads, parts, seconds: float, device: torch.devi
             entry |= {"tile": tile._asdict(), "current": tile == current}
             if trial is None:
                 results = compiled(part, architecture, width, head, tile)
-                entry["compiled"] = [
-                    {name: value for name, value in asdict(result).items() if name not in ("job", "kernel")}
-                    for result in results
-                ]
+                entry["compiled"] = [{"chip": result.chip.target, **asdict(result.facts)} for result in results]
                 entry["fault"] = "; ".join(fault for r in results for fault in r.faults) or None
             else:
                 with replaced(part, architecture, width, head, tile):

@@ -264,15 +264,22 @@ def test_expanded_inputs_and_output_gradient(launches):
     assert launches["query_gradient"] == 1
 
 
-def test_rows_beyond_32_bit_offsets():
-    """Row 16 of the keys starts 2^31 elements into their storage; memory between the rows is never touched."""
+@pytest.mark.parametrize(("keys", "stride"), [(17, 2**27), (9, 2**28)], ids=["between_tiles", "within_a_tile"])
+def test_rows_beyond_32_bit_offsets(keys, stride, launches):
+    """The last keys stand 2^31 elements into their storage; memory between the rows is never touched."""
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of GPU memory")
-    x = replace(CASES["plain"], batch=1, kv_heads=1, group=1, dtype=torch.bfloat16).inputs(DEVICE)
-    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE).as_strided(x.key.shape, (0, 0, 2**27, 1))
+    case = replace(CASES["plain"], batch=1, kv_heads=1, group=1, keys=keys, dtype=torch.bfloat16)
+    x = case.inputs(DEVICE)
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE).as_strided(x.key.shape, (0, 0, stride, 1))
     far.copy_(x.key)
-    near, distant = (torch.ops.apt_kernels.attention(*replace(x, key=key).flat(), "triton")[0] for key in (x.key, far))
-    assert torch.equal(near, distant)
+    found = []
+    for key in (x.key, far):
+        leaves = replace(x, query=x.query.detach().requires_grad_(), key=key.detach().requires_grad_())
+        out = torch.ops.apt_kernels.attention(*leaves.flat(), "triton")[0]
+        found.append([out, *torch.autograd.grad(out.float().sum(), (leaves.query, leaves.key))])
+    assert all(torch.equal(near, distant) for near, distant in zip(*found))
+    assert launches["attention_forward"] == launches["query_gradient"] == launches["column_gradients"] == 2
 
 
 @pytest.mark.parametrize("queries", [1, 2], ids=["split", "fused"])

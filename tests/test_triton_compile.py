@@ -47,9 +47,9 @@ def test_representative_entries_compile_within_limits():
 
 def _count_compilations(variant: str) -> dict[str, int]:
     """Compilations of each kernel over calls that differ in B, T, S and M only. Runs without the interpreter."""
-    from bench import compile_report
+    from bench import ahead
 
-    job = compile_report.jobs(["sm_80"], [2], [64], [variant])[0]
+    job = ahead.jobs(["sm_80"], [2], [64], [variant])[0]
     kernels = {}
 
     def execute(kernel, programs, *args, **named):
@@ -57,19 +57,22 @@ def _count_compilations(variant: str) -> dict[str, int]:
         kernels[kernel.__name__] = kernel
 
     for batch, queries, keys, prefix in _LENGTHS:
-        compile_report.run_launchers(job, execute, batch=batch, queries=queries, keys=keys, prefix=prefix)
+        ahead.run_launchers(job, execute, batch=batch, queries=queries, keys=keys, prefix=prefix)
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 
 
 def _faults_of_wide_tiles() -> dict[str, tuple[str, ...]]:
     """What the report says of tiles too wide for the registers and a chip of 4 KiB. Runs without the interpreter."""
     from apt_kernels.impl.triton import table
-    from bench import compile_report
+    from bench import ahead
+    from bench.compile_report import results_of
 
     table.tile = lambda kernel, *entry: table.Tile(128, 128, 4, 1)
-    job = compile_report.jobs(["sm_86"], [2], [64], ["full"])[0]
-    job = replace(job, limits=replace(job.limits, block_shared=4096))
-    return {result.kernel: result.faults for result in compile_report.compile_job(job)}
+    ahead.CHIPS["sm_86"] = [replace(chip, block_shared=4096) for chip in ahead.CHIPS["sm_86"]]
+    found = ahead.units(ahead.jobs(["sm_86"], [2], [64], ["full"]))
+    results = [result for unit in found for result in results_of(unit, ahead.compile_unit(unit))]
+    assert {result.chip.target for result in results} == {86, 89}
+    return {result.unit.kernel: result.faults for result in results}
 
 
 @pytest.fixture

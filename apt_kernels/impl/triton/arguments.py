@@ -17,6 +17,8 @@ from . import table
 
 # Arguments of every kernel that must not be compiled in: a new length or window costs no compilation.
 RUNTIME = ("T", "S", "M", "heads", "group", "offset", "left", "right", "threshold")
+# A tile of at most 256 rows of this stride reaches beyond 32 bits.
+_FAR_ROWS = 1 << 23
 _FAR = 1 << 40  # beyond every position; sums with it stay in 64 bits
 
 # The dtype of sums, in Triton's terms.
@@ -94,8 +96,11 @@ def rows(tensor: Tensor | None) -> Rows:
 
 
 def aligned(*tiles: Rows) -> bool:
-    """Whether every stride is a multiple of 8 elements, so that rows load in vectors of 16 bytes."""
-    return all((stride - 3) // 2 % 8 == 0 for x in tiles if x.ptr is not None for stride in x[1:])
+    """Whether every stride is a multiple of 8 elements, so that rows load in vectors of 16 bytes, and no tile of rows
+    spans 2^31 elements, so that offsets within it have 32 bits."""
+    held = [x for x in tiles if x.ptr is not None]
+    near = all((x.t - 3) // 2 < _FAR_ROWS for x in held)
+    return near and all((stride - 3) // 2 % 8 == 0 for x in held for stride in x[1:])
 
 
 def _strides(tensor: Tensor | None, dims: int = 0) -> list[int]:
@@ -208,7 +213,7 @@ def launch(kernel, programs: int, tile: table.Tile, *arguments, **named) -> None
 
 
 def execute(kernel, programs: int, *arguments, **named) -> None:
-    """Run a kernel on the device of its tensors; `bench.compile_report` puts a compiler in its place."""
+    """Run a kernel on the device of its tensors; `bench.ahead` puts a compiler in its place."""
     kernel[(programs,)](*arguments, **named)
 
 

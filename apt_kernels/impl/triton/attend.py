@@ -27,6 +27,7 @@ from .primitives import (
     rescale,
     row_keys,
     seen_tokens,
+    similarity,
     store_rows,
     weights,
 )
@@ -36,7 +37,7 @@ from .split import split_forward
 
 @triton.jit
 def _tokens(
-    b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
+    b_out, b_max, b_sum, p_q, s_q, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
     T, S, M, left, right, threshold, i_first, i_end,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -47,7 +48,7 @@ def _tokens(
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[None, :]
         b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK, ALIGNED)  # [COLUMNS, WIDTH]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_k, s_k, i_n, S), D, PRECISION, W)
         b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED, POSITIVE)
         b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S)
         m_seen = seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
@@ -93,7 +94,7 @@ def attention_forward(
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
+        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W)
         b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED, POSITIVE)
         b_p, b_rescale, b_max, b_sum = online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum)
         b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH_V]
@@ -108,17 +109,17 @@ def attention_forward(
     )
     if LEFT:
         b_out, b_max, b_sum = _tokens(
-            b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
+            b_out, b_max, b_sum, p_q, s_q, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
             T, S, M, left, right, threshold, i_first, i_whole,
             D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
         )  # fmt: skip
     b_out, b_max, b_sum = _tokens(
-        b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
+        b_out, b_max, b_sum, p_q, s_q, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
         T, S, M, left, right, threshold, i_whole, i_whole_end,
         D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE, ALIGNED, PRECISION, W, ROWS, COLUMNS, False,
     )  # fmt: skip
     b_out, b_max, b_sum = _tokens(
-        b_out, b_max, b_sum, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
+        b_out, b_max, b_sum, p_q, s_q, b_q, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, i_b, i_h, i_t, i_base,
         T, S, M, left, right, threshold, i_whole_end, i_end,
         D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from .primitives import (
     load_row_sums,
     load_rows,
     position,
-    product,
     row_keys,
+    similarity,
     token_gradients,
 )
 
@@ -62,12 +62,12 @@ def token_bias_gradient(
             p_k, s_k = head(k, i_b, i_h // group, ALIGNED)
             b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
             b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
-            b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+            b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_k, s_k, i_n, S), D, PRECISION, W)
             p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
             p_v, s_v = head(v, i_b, i_h // group, ALIGNED)
             b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
             b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, ALIGNED)  # [COLUMNS, WIDTH_V]
-            b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+            b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_v, s_v, i_n, S), DV, PRECISION, W)
             b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
             b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
             _, b_dz, _ = token_gradients(

@@ -30,6 +30,7 @@ from .primitives import (
     rescale,
     row_keys,
     sigmoids,
+    similarity,
     store_rows,
     token_gradients,
     weights,
@@ -70,8 +71,8 @@ def _tokens(
             # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
             b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
             b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
-            b_s = product(b_k, tl.trans(b_q), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
-            b_r = product(b_v, tl.trans(b_do), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
+            b_s = similarity(b_k, (p_k, s_k, i_n, S), b_q, (p_q, s_q, i_t, T), D, PRECISION, W)
+            b_r = similarity(b_v, (p_v, s_v, i_n, S), b_do, (p_do, s_do, i_t, T), DV, PRECISION, W)
             # Keys past the end need no check: what they get is not stored. Checking positions costs a comparison and
             # a selection; a loop of its own for whole tiles costs the registers of a wider tile.
             b_p, _, b_ds = token_gradients(
@@ -132,8 +133,8 @@ def _prefix(
             b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
             b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
             b_w = weights(gate, i_b, o_t, o_m, T, M, True, W) if PER_QUERY else b_g  # [COLUMNS or 1, ROWS or 1]
-            b_s = product(b_k, tl.trans(b_q), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
-            b_r = product(b_v, tl.trans(b_do), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
+            b_s = similarity(b_k, (p_pk, s_pk, i_m, M), b_q, (p_q, s_q, i_t, T), D, PRECISION, W)
+            b_r = similarity(b_v, (p_pv, s_pv, i_m, M), b_do, (p_do, s_do, i_t, T), DV, PRECISION, W)
             b_p, b_dz, b_dw = prefix_gradients(
                 b_s, b_r, b_w, b_lse, b_delta, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
                 o_m, M, threshold, CAPPED,
@@ -187,10 +188,10 @@ def _query_gate(
         p_pv, s_pv = head(pv, 0, i_h // group, ALIGNED)
         b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W)
         b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
         b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
-        b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_pv, s_pv, i_m, M), DV, PRECISION, W)
         b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
         b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
         _, _, b_dw = prefix_gradients(

@@ -23,6 +23,7 @@ from .primitives import (
     prefix_gradients,
     product,
     row_keys,
+    similarity,
     store_rows,
     token_gradients,
     weights,
@@ -32,7 +33,8 @@ from .ranges import key_tiles
 
 @triton.jit
 def _query_tokens(
-    b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept, i_b, i_h, i_t, i_base,
+    b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
+    i_b, i_h, i_t, i_base,
     T, S, M, left, right, threshold, i_first, i_end,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
@@ -44,8 +46,8 @@ def _query_tokens(
         o_n = i_n + tl.arange(0, COLUMNS)[None, :]
         b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK, ALIGNED)  # [COLUMNS, WIDTH]
         b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK, ALIGNED)  # [COLUMNS, WIDTH_V]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
-        b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_k, s_k, i_n, S), D, PRECISION, W)
+        b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_v, s_v, i_n, S), DV, PRECISION, W)
         _, _, b_ds = token_gradients(
             b_s, b_r, b_lse, b_delta, seen, b_keys, b_scale, b_cap, b_kept, i_b, i_h, o_t, o_n, i_base,
             T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, CHECK,
@@ -56,7 +58,7 @@ def _query_tokens(
 
 @triton.jit
 def _query_gradient(
-    q, k, v, pk, pv, b_do, b_delta, p_lse, dq, gate, seen, p_seed, i_b, i_h, i_t, i_bh, i_kv,
+    q, k, v, pk, pv, p_do, s_do, b_do, b_delta, p_lse, dq, gate, seen, p_seed, i_b, i_h, i_t, i_bh, i_kv,
     T, S, M, offset, left, right, threshold, kept, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
@@ -80,8 +82,8 @@ def _query_gradient(
         b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH]
         b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH_V]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
-        b_r = product(b_do, tl.trans(b_v), tl.zeros([ROWS, PREFIX], W), PRECISION, W)
+        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W)
+        b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_pv, s_pv, i_m, M), DV, PRECISION, W)
         _, b_dz, _ = prefix_gradients(
             b_s, b_r, b_g, b_lse, b_delta, b_keys, b_scale, b_cap, b_kept, o_m, M, threshold, CAPPED
         )
@@ -95,18 +97,18 @@ def _query_gradient(
     )
     if LEFT:
         b_dq = _query_tokens(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
-            i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_first, i_whole,
+            b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap,
+            b_kept, i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_first, i_whole,
             D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
         )  # fmt: skip
     b_dq = _query_tokens(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
-        i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole, i_whole_end,
+        b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap,
+        b_kept, i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole, i_whole_end,
         D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, False,
     )  # fmt: skip
     b_dq = _query_tokens(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
-        i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole_end, i_end,
+        b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap,
+        b_kept, i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole_end, i_end,
         D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
     )  # fmt: skip
     p_dq, s_dq = head(dq, i_b, i_h, ALIGNED)
@@ -142,7 +144,7 @@ def query_gradient(
     tl.store(p_delta + tl.cast(i_bh, tl.int64) * T + o_t, b_delta, mask=o_t < T)
     if dq.ptr is not None:
         _query_gradient(
-            q, k, v, pk, pv, b_do, b_delta, p_lse, dq, gate, seen, p_seed, i_b, i_h, i_t, i_bh, i_kv,
+            q, k, v, pk, pv, p_do, s_do, b_do, b_delta, p_lse, dq, gate, seen, p_seed, i_b, i_h, i_t, i_bh, i_kv,
             T, S, M, offset, left, right, threshold, kept, scale, softcap, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
             PER_QUERY, ALIGNED, PRECISION, W, ROWS, COLUMNS, PREFIX, SCAN,
         )  # fmt: skip

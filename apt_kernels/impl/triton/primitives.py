@@ -8,8 +8,11 @@ serves a tile and its transpose. Logits are in base 2. ``W`` is the dtype of sum
 import triton
 import triton.language as tl
 
+from . import table
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+PART = tl.constexpr(table.PART)
 
 
 @triton.jit
@@ -21,10 +24,12 @@ def plain(n):
 @triton.jit
 def stride(n, ALIGNED: tl.constexpr):
     """`plain` of a stride. ``ALIGNED``: of a multiple of 8, which the product shows to any compiler (a hint on what a
-    function returns does not outlive inlining in Triton 3.6, and rows were then loaded element by element)."""
+    function returns does not outlive inlining in Triton 3.6, and rows were then loaded element by element), and so
+    small that offsets within a tile have 32 bits."""
+    s = tl.cast(n - 3, tl.int64) >> 1
     if ALIGNED:
-        return ((n - 3) >> 4) * 8
-    return (n - 3) >> 1
+        s = ((n - 3) >> 4) * 8
+    return s
 
 
 @triton.jit
@@ -75,6 +80,36 @@ def product(a, b, acc, PRECISION: tl.constexpr, W: tl.constexpr):
         a, b = a.to(W), b.to(W)
         return tl.dot(a, b, acc, input_precision="ieee", out_dtype=W)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=W)
+
+
+@triton.jit
+def _load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """``COLUMNS`` columns from ``i_d`` of the rows that ``at`` names."""
+    p, s_t, i_first, limit = at
+    o_r, o_d = tl.arange(0, ROWS)[:, None], i_d + tl.arange(0, COLUMNS)[None, :]
+    p_tile = p + tl.cast(i_first, tl.int64) * s_t + (o_r * s_t + o_d)
+    return tl.load(p_tile, mask=(i_first + o_r < limit) & (o_d < D), other=0.0)
+
+
+@triton.jit
+def similarity(b_a, at_a, b_b, at_b, D: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr):
+    """``b_a @ b_b.T``; ``at``: pointer, stride, first row and number of rows of what each was loaded from, or None.
+
+    float32 and float64 products hold both rows of a sum in registers at once, so wide ones are loaded anew in parts.
+    """
+    BITS: tl.constexpr = b_a.dtype.primitive_bitwidth
+    b_s = tl.zeros([b_a.shape[0], b_b.shape[0]], W)
+    if at_a is None:
+        b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
+    else:
+        if BITS < 32 or b_a.shape[1] <= 128:
+            b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
+        else:
+            for i_d in tl.range(0, b_a.shape[1], PART // BITS, num_stages=1):
+                b_left = _load_columns(at_a, i_d, D, b_a.shape[0], PART // BITS).to(b_a.dtype)
+                b_right = _load_columns(at_b, i_d, D, b_b.shape[0], PART // BITS).to(b_a.dtype)
+                b_s = product(b_left, tl.trans(b_right), b_s, PRECISION, W)
+    return b_s
 
 
 @triton.jit
@@ -245,10 +280,12 @@ def seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.co
     m_seen = None
     if CHECK:
         m_seen = o_n < S
-        if RIGHT:
-            m_seen = o_n < tl.minimum(o_t + near(i_base + right + 1), S)
         if LEFT:
-            m_seen = m_seen & (o_n >= o_t + near(i_base - left))
+            # One comparison, and one bound for each row in registers: below the first key, the difference wraps round.
+            i_left, i_right = near(i_base - left), near(i_base + right + 1)
+            m_seen = m_seen & ((o_n - (o_t + i_left)).to(tl.uint32) < (i_right - i_left).to(tl.uint32))
+        elif RIGHT:
+            m_seen = o_n < tl.minimum(o_t + near(i_base + right + 1), S)
     i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
     if seen.padding is not None:
         m_key = tl.load(seen.padding + i_b * plain(seen.padding_b) + o_n * plain(seen.padding_s), mask=o_n < S, other=0)
@@ -260,7 +297,7 @@ def seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.co
         m_seen = both(m_seen, m_same)
     if seen.dense is not None:
         p_dense = seen.dense + i_b * plain(seen.dense_b) + i_h * plain(seen.dense_h) + o_t64 * plain(seen.dense_t)
-        m_dense = tl.load(p_dense + o_n * plain(seen.dense_s), mask=(o_t < T) & (o_n < S), other=0)
+        m_dense = tl.load(p_dense + tl.cast(o_n, tl.int64) * plain(seen.dense_s), mask=(o_t < T) & (o_n < S), other=0)
         m_seen = both(m_seen, m_dense != 0)
     return m_seen
 
@@ -271,7 +308,7 @@ def add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S):
     if seen.bias is not None:
         i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
         p_bias = seen.bias + i_b * plain(seen.bias_b) + i_h * plain(seen.bias_h) + o_t64 * plain(seen.bias_t)
-        b_bias = tl.load(p_bias + o_n * plain(seen.bias_s), mask=(o_t < T) & (o_n < S), other=0.0)
+        b_bias = tl.load(p_bias + tl.cast(o_n, tl.int64) * plain(seen.bias_s), mask=(o_t < T) & (o_n < S), other=0.0)
         b_x = b_x * b_factor + b_bias.to(b_x.dtype) * LOG2E
         b_factor = tl.full((1,), 1.0, b_x.dtype)
     return b_x, b_factor

@@ -28,6 +28,7 @@ from .primitives import (
     rescale,
     row_keys,
     seen_tokens,
+    similarity,
     weights,
 )
 from .ranges import key_share
@@ -37,7 +38,9 @@ from .ranges import key_share
 def _load_queries(q, o_b, o_h, o_t, T, D: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
     """``[rows, WIDTH]``: the queries ``o_t`` of the heads ``o_h`` of the batch rows ``o_b``; zero past the last."""
     o_d = tl.arange(0, WIDTH)[None, :]
-    o_row = tl.cast(o_b, tl.int64) * plain(q.b) + tl.cast(o_h, tl.int64) * plain(q.h) + o_t * plain(q.t)
+    o_row = (
+        tl.cast(o_b, tl.int64) * plain(q.b) + tl.cast(o_h, tl.int64) * plain(q.h) + tl.cast(o_t, tl.int64) * plain(q.t)
+    )
     p_tile = q.ptr + o_row + o_d
     if ALIGNED:
         p_tile = tl.max_contiguous(tl.multiple_of(p_tile, (1, 16)), (1, WIDTH))
@@ -90,7 +93,7 @@ def _prefix_share(
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
         b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, W)  # [ROWS or 1, COLUMNS or 1]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
-        b_s = product(b_q, tl.trans(b_k), tl.zeros([ROWS, COLUMNS], W), PRECISION, W)
+        b_s = similarity(b_q, None, b_k, None, D, PRECISION, W)
         b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED, POSITIVE)
         b_p, b_rescale, b_max, b_sum = _online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum, 1)
         b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
@@ -134,7 +137,7 @@ def _token_share(
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[:, None]
         b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
-        b_s = product(b_k, tl.trans(b_q), tl.zeros([COLUMNS, ROWS], W), PRECISION, W)
+        b_s = similarity(b_k, None, b_q, None, D, PRECISION, W)
         b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED, POSITIVE)
         b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, o_h[None, :], o_t[None, :], o_n, T, S)
         m_seen = (o_n < i_end) & seen_tokens(

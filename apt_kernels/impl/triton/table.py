@@ -35,6 +35,8 @@ def _entry(tiles: str) -> dict[str, Tile]:
     return {name: Tile(*map(int, re.split("[x/]", text))) for name, text in zip(KERNELS, tiles.split())}
 
 
+# Bits of a row that float32 and float64 products take at once (see `primitives.similarity`).
+PART = 2048
 # How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
 PROGRAMS = 512
 # The kernels that hold no heads are cut alike everywhere.
@@ -59,22 +61,22 @@ _FLOAT64 = dict.fromkeys((64, 128, 256), _entry("16x16/4/1 " * 8))
 _AMPERE = {
     64: _entry("128x64/8/2  128x64/8/2 32x128/8/2  32x64   32x32   32x32/4/1  16x64/4/2  64x32"),
     128: _entry("128x64/8/1  64x64/8/2  64x64/8/1   64x64   32x16   64x32/8/1  16x64/4/2  32x32"),
-    256: _entry("64x32/8/2   32x32/8/1  16x64/8/1   16x64   32x16   32x16/8/1  16x32/4/2  16x32"),
+    256: _entry("64x32/8/2   32x32/8/1  32x32/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
 _HOPPER = {
     64: _entry("128x128/8/2 128x64/8/3 64x128/8/2  64x64   64x64   64x64/8/1  16x128/4/3 64x32"),
     128: _entry("128x64/8/3  128x64/8/2 32x128/8/2  32x64   64x64   64x64/8/1  16x64/4/3  32x32"),
-    256: _entry("128x32/8/2  128x32/8/1 32x128/8/1  32x32   32x16   64x32/8/1  16x32/4/3  16x32"),
+    256: _entry("128x32/8/2  128x32/8/2 32x128/8/1  32x32   32x16   64x32/8/1  16x32/4/3  16x32"),
 }
 _BLACKWELL = {
     64: _entry("128x64/8/2  128x64/8/2 64x64/8/2   64x64   64x64   64x64/8/1  16x64/4/2  64x32"),
     128: _entry("128x64/8/2  64x64/8/2  64x64/8/1   32x128  64x64   64x64/8/1  16x64/4/2  32x32"),
-    256: _entry("64x32/8/1   32x32/8/1  32x32/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
+    256: _entry("64x32/8/1   128x32/8/1 16x64/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
 _CDNA = {
     64: _entry("128x64/8/2  128x64/4/2 64x64/4/2   64x64   64x64   64x64/4/1  16x64/4/2  64x32"),
     128: _entry("64x64/4/1   64x64/4/1  32x64/4/1   32x64   64x64   64x64/8/1  16x64/4/2  32x32"),
-    256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x32   32x32   32x32/4/1  16x32/4/2  16x32"),
+    256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x16   32x32   32x32/4/1  16x32/4/2  16x32"),
 }
 # By architecture, bytes of an element, and padded head size.
 _TABLE = {
@@ -87,8 +89,8 @@ _TABLE = {
     )
     for name in names
 }
-# Where heads of more than 128 columns have dk and dv apart.
-_APART = {("sm_90", 2), ("interpreter", 4)}
+# Where heads of more than 128 columns have dk and dv apart, beside float64 everywhere.
+_APART = {("sm_90", 2), ("sm_100", 2), ("interpreter", 4)}
 ARCHITECTURES = tuple(sorted(_TABLE))
 WIDTHS = (2, 4, 8)
 HEADS = (64, 128, 256)
@@ -138,7 +140,7 @@ def programs(architecture: str) -> int:
 
 def is_apart(architecture: str, width: int, dim: int) -> bool:
     """Whether dk and dv of a head size come from programs of their own (see `columns.column_gradients`)."""
-    return (architecture, width) in _APART and dim > 128
+    return (width == 8 or (architecture, width) in _APART) and dim > 128
 
 
 def is_split(x: Inputs, architecture: str) -> bool:
