@@ -298,6 +298,8 @@ def compile_cached(unit: Unit) -> dict[int | str, Facts]:
     known = cached(unit)
     if known is None:
         known, file = compile_unit(unit), _cache_file(unit)
+        if any(facts.error for facts in known.values()):
+            return known
         file.parent.mkdir(parents=True, exist_ok=True)
         written = file.with_suffix(f".{os.getpid()}")
         written.write_bytes(pickle.dumps(known))

@@ -75,6 +75,14 @@ def test_prefix_of_many_tiles():
     hold(Case(batch=1, kv_heads=1, group=1, queries=3, keys=3, length=500, gate="row", sinks=True).inputs(DEVICE))
 
 
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window": (70, None)}, {"padding": "left"}], ids=str)
+def test_decoding_over_many_tiles(mask):
+    """Every share of the keys, and of the prefix, is several tiles: what is summed is rescaled on the way."""
+    case = Case(batch=4, kv_heads=2, group=1, queries=1, keys=100, length=100, spread=2.0, **mask)
+    assert dispatch.choose(case.inputs(DEVICE), "triton").strategy == "split"
+    hold(case.inputs(DEVICE))
+
+
 @settings(max_examples=10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 300)
 @given(
     cases(
@@ -94,7 +102,7 @@ def test_any_inputs(case):
 
 
 @pytest.mark.parametrize("name", ["everything", "gate_indexed_query", "bias_keys_gradient"])
-def test_same_bits_twice(name):
+def test_same_bits_twice(name, launches):
     x = small(name).inputs(DEVICE)
     grad_out = torch.randn(x.query.shape[:3] + x.value.shape[3:]).to(x.query)
     grad_logsumexp = torch.randn(x.query.shape[:3]).to(x.query)
@@ -107,6 +115,7 @@ def test_same_bits_twice(name):
             return evaluate(op, x, differentiable(x), grad_out, grad_logsumexp)
 
     first, second = run(), run()
+    assert set(launches.values()) == {2}
     assert set(first) == {"out", "logsumexp", *differentiable(x)}
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -362,3 +371,22 @@ def test_torch_compile(launches):
     for eager, compiled in zip(*results):
         assert torch.equal(eager, compiled)
     assert launches["attention_forward"] == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_torch_compile_of_models(family, launches, monkeypatch):
+    """One graph through a patched model, forward and backward, with the kernels in it."""
+    models, randomise = pytest.importorskip("models"), pytest.importorskip("test_models").randomise
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    model = apt_kernels.patch(models.build(family), prefix_length=4).to(DEVICE)
+    randomise(model)
+    given = {name: tensor.to(DEVICE) for name, tensor in models.inputs(family, "right").items()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        logits = run(**given).logits
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), parameters)])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(eager, compiled)
+    layers = len(apt_kernels.prefixes(model))
+    assert launches == dict.fromkeys(FORWARD["fused"] | BACKWARD, 2 * layers)
