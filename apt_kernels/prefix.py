@@ -130,8 +130,8 @@ class AdaptivePrefix(nn.Module):
         Args:
             hidden_states: ``[B, T, d]``, what enters the attention module.
             real_tokens: ``[B, T]`` bool, False at padding; None: every token is real.
-            segments: ``[B, T]`` integers, equal within a packed document; with ``first``, each document then has the
-                gate of its own first token, and the logits are ``[B, T, M]``.
+            segments: ``[B, T]`` integers, equal within a packed document; with ``first`` and ``mean``, each document
+                then has the gate of its own first token or mean, and the logits are ``[B, T, M]``.
         """
         if self.gate == "none":
             return None
@@ -141,6 +141,8 @@ class AdaptivePrefix(nn.Module):
             hidden_states = _first_of_segment(hidden_states, segments)
         elif self.gate == "first":
             hidden_states = _first(hidden_states, real_tokens)
+        elif self.gate == "mean" and segments is not None:
+            hidden_states = _mean_of_segment(hidden_states, real_tokens, segments)
         elif self.gate == "mean":
             hidden_states = _mean(hidden_states, real_tokens)
         return gate_product(hidden_states, self._here(self.gate_weight))
@@ -195,12 +197,26 @@ def _first(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:
     return hidden_states[torch.arange(hidden_states.shape[0], device=index.device), index]
 
 
-def _first_of_segment(hidden_states: Tensor, segments: Tensor) -> Tensor:
-    position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+def _begins(segments: Tensor) -> Tensor:
+    """``[B, T]`` bool: the first token of each document."""
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    start = torch.where(begins, position, 0).cummax(dim=1).values
+    return begins
+
+
+def _first_of_segment(hidden_states: Tensor, segments: Tensor) -> Tensor:
+    position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    start = torch.where(_begins(segments), position, 0).cummax(dim=1).values
     return hidden_states.gather(1, start[..., None].expand_as(hidden_states))
+
+
+def _mean_of_segment(hidden_states: Tensor, real_tokens: Tensor | None, segments: Tensor) -> Tensor:
+    number = _begins(segments).cumsum(dim=1) - 1
+    number = number[..., None].expand_as(hidden_states)
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    real = torch.ones_like(wide) if real_tokens is None else real_tokens[..., None].to(wide.dtype).expand_as(wide)
+    total, count = (torch.zeros_like(wide).scatter_add(1, number, part) for part in (wide * real, real))
+    return (total / count.clamp(min=1)).gather(1, number).to(hidden_states.dtype)
 
 
 def _mean(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:

@@ -14,8 +14,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         marker = item.get_closest_marker("proves")
         if marker:
-            family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-            item.user_properties.append(("proves", [list(marker.args), family, item.originalname]))
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            family = marker.kwargs.get("family") or params.get("family")
+            shown = {"capabilities": list(marker.args), "family": family, "refused": marker.kwargs.get("refused")}
+            item.user_properties.append(("proves", {**shown, "test": item.originalname}))
 
 
 class Collector:
@@ -27,11 +29,16 @@ class Collector:
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
             return
-        for name, (capabilities, family, test) in report.user_properties:
+        note = str(report.longrepr[2]).removeprefix("Skipped: ") if report.skipped else None
+        for name, shown in report.user_properties:
             if name == "proves":
-                where = f"{report.location[0]}::{test}"
-                row = {"family": family, "test": where, "outcome": report.outcome}
-                self.rows += [{"capability": each, **row} for each in capabilities]
+                row = {
+                    "family": shown["family"],
+                    "test": f"{report.location[0]}::{shown['test']}",
+                    "outcome": report.outcome,
+                    "note": note or shown["refused"],
+                }
+                self.rows += [{"capability": each, **row} for each in shown["capabilities"]]
 
     def pytest_sessionfinish(self):
         self.path.write_text(json.dumps(self.rows, indent=1) + "\n")

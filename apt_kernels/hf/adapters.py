@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
-from . import parallel, saving
+from . import packing, parallel, saving
 from .patching import State, attach, build, detach, make_config, prefixes, state_of, trainable_names
 from .wrappers import inner
 
@@ -84,6 +84,7 @@ def set_adapter(model, name: str):
     for site, prefix in incoming.prefixes.items():
         prefix.to(_device(base.get_submodule(site)))
     attach(base, incoming.prefixes, state.sites)
+    packing.install(base, state.sites, incoming.prefixes.values())
     _write(base, incoming.values)
     parameters = dict(base.named_parameters())
     for each in incoming.values:

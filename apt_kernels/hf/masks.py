@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from ..mask import Mask
+from . import packing
 
 
 class AttentionMask:
@@ -83,15 +84,18 @@ def describe(
     else:
         parts = _recognise(mask_function)
     offset = q_offset - kv_offset
+    segments = packing.documents(parts is None or parts.causal, batch_size, q_length, kv_length)
     if parts is None:
-        return AttentionMask(_dense(locals(), kwargs), shape, padding, kv_offset, offset)
+        mask = Mask(dense=_dense(locals(), kwargs), query_segments=segments, key_segments=segments)
+        return AttentionMask(mask, shape, padding, kv_offset, offset)
+    segments = parts.segments if segments is None else segments
     mask = Mask(
         causal=parts.causal,
         window=parts.window,
         query_offset=offset if parts.has_positions else None,
         key_padding=padding,
-        query_segments=parts.segments,
-        key_segments=parts.segments,
+        query_segments=segments,
+        key_segments=segments,
     )
     return AttentionMask(mask, shape, padding, kv_offset, offset)
 
@@ -108,16 +112,15 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
     return padding
 
 
-def _dense(arguments: dict, kwargs: dict) -> Mask:
+def _dense(arguments: dict, kwargs: dict) -> Tensor:
     names = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask")
-    seen = masking_utils.sdpa_mask(
+    return masking_utils.sdpa_mask(
         **{name: arguments[name] for name in names},
         device=arguments["device"],
         allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False,
         use_vmap=kwargs.get("use_vmap", False),
     )
-    return Mask(dense=seen)
 
 
 class _Parts:

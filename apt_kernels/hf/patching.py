@@ -15,7 +15,7 @@ from .. import dispatch
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
-from . import inline, parallel, route, saving
+from . import continuous, inline, packing, parallel, route, saving
 from .layers import lengths_of
 from .record import Site, record
 from .wrappers import inner, join_peft, peft_parameters
@@ -178,6 +178,8 @@ def _commit(
     _let_reentrant_checkpoints_train(model)
     model._apt_state = state
     saving.install(model, trainable)
+    continuous.install(model)
+    packing.install(model, sites, built.values())
     join_peft()
 
 
@@ -292,6 +294,8 @@ def unpatch(model):
     # Otherwise PEFT came, went or merged since; what is frozen is its to say.
     restore_implementations(model, state.implementations)
     saving.remove(model)
+    continuous.remove(model)
+    packing.remove(model)
     del model._apt_state
     return wrapped
 

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import PatchError
 from ..mask import Mask
 from ..op import attention
-from . import gate_memory
+from . import continuous, gate_memory
 from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
@@ -71,10 +71,13 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cache=None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: ``[B, T, Hq, Dv]`` and no attention weights."""
     prefix = getattr(module, "apt", None)
+    if cache is not None:
+        key, value = continuous.paged(module, cache, key, value, kwargs)
     if prefix is None:
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
         return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
