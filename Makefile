@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo bench test lint format fuzz sweep cuda library report sanitize clean
+.PHONY: help demo bench test lint format fuzz sweep support cuda library report sanitize clean
 
 help:
 	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make lint   ruff: rules and formatting'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
 	@echo 'make sweep  every architecture of transformers as a tiny model against an oracle'
+	@echo 'make support  what works with which models, next to PEFT: docs/support.md'
 	@echo 'make cuda   the tests that need a CUDA device'
 	@echo 'make library   build the CUDA library into the source tree; needs nvcc (TORCH_CUDA_ARCH_LIST: for which chips)'
 	@echo 'make report    compile the CUDA kernels; registers, spills, shared memory; needs nvcc'
@@ -47,6 +48,9 @@ fuzz: $(VENV)/stamp
 
 sweep: $(VENV)/stamp
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(RUN) -m sweep $(ARGS)
+
+support: $(VENV)/stamp
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(RUN) -m support $(ARGS)
 
 cuda: $(VENV)/stamp
 	$(RUN) -m pytest -m cuda $(ARGS)

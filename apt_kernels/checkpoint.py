@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import AptConfig
 from .errors import AdapterError, ConfigError, PatchError
+from .hf import hub
 from .hf.patching import is_patched, patch, prefixes, state_of, unpatch
 from .hf.wrappers import inner, peft_parameters
 
@@ -23,8 +24,16 @@ WEIGHTS = "adapter.safetensors"
 CONFIG = "apt_config.json"
 
 
-def save(model, folder: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the trained weights of a patched model (prefixes, and every other trainable parameter) to ``folder``.
+def save(
+    model,
+    folder: str | os.PathLike | None = None,
+    *,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the trained weights of a patched model (prefixes, and every other trainable parameter).
 
     A reparameterised prefix is written as the key and value that it gives; the model keeps its MLP.
 
@@ -32,15 +41,35 @@ def save(model, folder: str | os.PathLike, *, state_dict: dict[str, Tensor] | No
 
     Args:
         model: a patched model.
-        folder: where to write; it is made if need be.
+        folder: where to write; it is made if need be. May be left out where ``repo_id`` is given.
+        repo_id: a repository of the Hugging Face hub, ``owner/name``, to upload the two files to; it is made if need
+            be, ``private`` or not, and gets one commit. Of several processes the first uploads.
+        private, commit_message: of the repository, and of the commit.
         state_dict: the weights to take in place of the model's own, by the model's names: those gathered from shards.
 
     Raises:
         PatchError: the model is not patched.
-        AdapterError: ``state_dict`` lacks a trained weight.
+        AdapterError: ``state_dict`` lacks a trained weight, or the hub refuses the upload.
     """
+    if folder is None and repo_id is None:
+        raise AdapterError("folder and repo_id are None; save needs one of them")
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        _write(model, Path(place), state_dict)
+        if repo_id is not None and _is_first_process():
+            hub.publish(Path(place), [WEIGHTS, CONFIG], repo_id, private, commit_message)
+
+
+def _is_first_process() -> bool:
+    return (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or not torch.distributed.get_rank()
+    )
+
+
+def _write(model, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
     state, model = state_of(model), inner(model)
-    folder, trained = Path(folder), _trained(model)
+    trained = _trained(model)
     with gathered(trained.values() if state_dict is None else ()):
         tensors = {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
         tensors = _folded(model, tensors)
@@ -127,10 +156,17 @@ def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None):
+def load(model, folder: str | os.PathLike, *, revision: str | None = None, example_inputs: dict | None = None):
     """Load what `save` wrote into ``model``, patching it first if it is not; the weights keep the model's dtypes.
 
     Everything is checked before anything changes: on an error the model is as it was.
+
+    Args:
+        model: a transformers model, patched or not.
+        folder: where `save` wrote, or a repository of the Hugging Face hub, ``owner/name``; a folder of that name goes
+            first.
+        revision: a branch, tag or commit of the repository.
+        example_inputs: as for `patch`.
 
     Returns:
         The same model.
@@ -139,7 +175,7 @@ def load(model, folder: str | os.PathLike, *, example_inputs: dict | None = None
         AdapterError: a file is missing, damaged, of a newer format, or its first mismatching weight is named.
         PatchError: the model cannot be patched, or is patched with other settings.
     """
-    folder = Path(folder)
+    folder = hub.fetch(folder, [WEIGHTS, CONFIG], revision) if hub.is_repository(folder) else Path(folder)
     wrapped, model = model, inner(model)
     config = _read_config(folder / CONFIG)
     fresh = not is_patched(model)

@@ -144,10 +144,11 @@ def test_continuing_from_returned_caches_of_interleaved_generations(family, gate
 
 @pytest.mark.proves("quantised cache")
 @pytest.mark.parametrize("gate", GATES)
-def test_quantised_cache(gate):
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "qwen2", "qwen3"] if models.EVERY else ["llama"])
+def test_quantised_cache(family, gate):
     """A quantised cache rounds what it keeps; a 4-bit one changes the logits, the prefix stays exact beside it."""
     pytest.importorskip("optimum.quanto", reason="the package optimum-quanto is not installed")
-    model, given = tuned("llama", gate).float(), prompt("llama")
+    model, given = tuned(family, gate).float(), prompt(family)
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
     found, exact = generate(model, given, **options), generate(model, given, use_cache=False)
     torch.testing.assert_close(found[1][0], exact[1][0])  # the prompt itself is attended before it is rounded
@@ -158,7 +159,7 @@ def test_quantised_cache(gate):
 
 
 @pytest.mark.cuda
-@pytest.mark.proves("offloaded cache")
+@pytest.mark.proves("offloaded cache", family="llama")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers' offloaded caches need a CUDA device")
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("gate", GATES)
@@ -169,7 +170,10 @@ def test_offloaded_caches(gate, kind):
 
 
 @pytest.mark.proves("compiled decoding")
-@pytest.mark.parametrize(("family", "gate"), [("llama", "first"), ("gemma2", "token")])
+@pytest.mark.parametrize(
+    ("family", "gate"),
+    [("llama", "first"), ("gemma2", "token"), *((f, "token") for f in FAMILIES if models.EVERY and f != "gemma2")],
+)
 def test_compiled_decoding(family, gate):
     torch._dynamo.reset()
     model, given = tuned(family, gate), prompt(family)

@@ -34,6 +34,7 @@ def assert_same(found, expected):
     torch.testing.assert_close(found[1], expected[1])
 
 
+@pytest.mark.proves("greedy and beam search, left padding", "no cache (use_cache=False)")
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize(("family", "gate"), [(f, g) for f in FAMILIES for g in ("first", "token")])
 def test_left_padded_generation_equals_recomputation(family, gate, beams):
@@ -45,8 +46,9 @@ def test_left_padded_generation_equals_recomputation(family, gate, beams):
     assert moved.nan_to_num(posinf=0, neginf=0).abs().max() > 1e-2, "the prefix has no influence"
 
 
+@pytest.mark.proves("a row alone and padded in a batch")
 @pytest.mark.parametrize("gate", ["token", "first"])
-@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", models.DECODERS if models.EVERY else ["gpt2", "opt", "qwen3", "phi3"])
 def test_a_row_generates_the_same_alone_and_padded_in_a_batch(family, gate):
     model, given = tuned(family, gate), models.inputs(family, "left")
     together = generate(model, given)[0][:, 12:]

@@ -58,6 +58,7 @@ def check_equals_the_oracle(family, gate, padding, device="cpu"):
         torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.proves("outputs and gradients, padding on either side")
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize(("family", "gate"), [(f, g) for f in models.FAMILIES for g in gates(f)])
 def test_outputs_and_gradients_equal_the_oracle(family, gate, padding):

@@ -38,6 +38,7 @@ def assert_unchanged(model, before):
         assert now[key] == before[key], key
 
 
+@pytest.mark.proves("unpatch, bit for bit")
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_unpatch_restores_the_model_bit_for_bit(family):
     model, given = models.build(family), models.inputs(family, "right")

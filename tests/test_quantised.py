@@ -58,7 +58,7 @@ def check(model, given, quantise_first, quantise):
 
 @pytest.mark.proves("quantised base")
 @pytest.mark.parametrize("quantise", [stand_in, torchao])
-@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("family", models.FAMILIES if models.EVERY else ["bert", "llama", "t5"])
 def test_a_quantised_base_trains_its_prefix(family, quantise):
     given = models.inputs(family, "right")
     before, after = (check(models.build(family), given, first, quantise) for first in (True, False))

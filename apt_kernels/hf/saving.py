@@ -36,12 +36,12 @@ class SavePretrained:
     ) -> None:
         from ..checkpoint import WEIGHTS, save, save_unfolded  # checkpoint imports the patch, and the patch this file
 
-        if push_to_hub:
-            raise ValueError("push_to_hub is True; save to a folder, and upload that with huggingface_hub")
         if not is_main_process:
             return
         folder = Path(save_directory)
-        save(self.model, folder, state_dict=state_dict)
+        hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
+        hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
+        save(self.model, folder, state_dict=state_dict, **hub)
         link = folder / TRAINER_WEIGHTS
         if any(isinstance(m, AdaptivePrefix) and m.mlp is not None for m in self.model.modules()):
             save_unfolded(self.model, link, state_dict)

@@ -9,6 +9,7 @@ import sys
 from torch import nn
 
 from ..prefix import AdaptivePrefix
+from . import hub, names
 
 
 def inner(model):
@@ -59,6 +60,7 @@ def join_peft() -> None:
     tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
     if tuners is None or models is None:
         return
+    names.check_peft()
     _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
     _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
     _wrap(models.PeftModel, "load_adapter", _load_adapter)
@@ -95,11 +97,14 @@ def _save_pretrained(original, self, save_directory, *args, **kwargs):
 
 
 def _load_adapter(original, self, model_id, *args, **kwargs):
-    from ..checkpoint import CONFIG, load
+    from ..checkpoint import CONFIG, WEIGHTS, load
 
     result = original(self, model_id, *args, **kwargs)
-    if os.path.isfile(os.path.join(model_id, CONFIG)):
-        load(self, model_id)
+    folder = model_id
+    if hub.is_repository(model_id):
+        folder = hub.fetch(model_id, [WEIGHTS, CONFIG], kwargs.get("revision"))
+    if os.path.isfile(os.path.join(folder, CONFIG)):
+        load(self, folder)
     return result
 
 

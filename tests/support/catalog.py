@@ -9,12 +9,16 @@ _DECODERS_ONLY = {**_NO_TEXT, **dict.fromkeys(models.SEQ2SEQ, "transformers does
 _NO_WINDOW = dict.fromkeys(
     (f for f in models.FAMILIES if f not in ("mistral", "gemma2", "gemma3", "phi3")), "it has no sliding window"
 )
-_ENCODERS_ONLY = dict.fromkeys(models.DECODERS + models.SEQ2SEQ, "the family has no such head in transformers")
-_NOT_PACKED = {
-    **dict.fromkeys(models.SEQ2SEQ, "one set of boundaries does not fit the encoder's and the decoder's tokens"),
+_NO_HEAD = "transformers has no such head for it"
+_NOT_CAUSAL = dict.fromkeys(models.ENCODERS, "an encoder sees both sides; see masked language model")
+_SEQ2SEQ_HEAD = dict.fromkeys(models.SEQ2SEQ, "see sequence to sequence")
+_QUANTISED = {
+    **_NO_TEXT,
+    **dict.fromkeys(("mistral", "gemma2", "gemma3", "phi3"), "transformers quantises no sliding-window layers' cache"),
+    **dict.fromkeys(models.SEQ2SEQ, "transformers has no quantised cache for encoder-decoders"),
 }
 _NO_POSITIONS = {
-    **_NOT_PACKED,
+    **dict.fromkeys(models.SEQ2SEQ, "it takes no position ids, or packs no documents by them"),
     **dict.fromkeys(models.ENCODERS, "position ids that begin again are no documents to an encoder; cu_seq_lens are"),
 }
 
@@ -25,7 +29,7 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "unpatch, bit for bit": {},
         "sliding window: every query sees the whole prefix": _NO_WINDOW,
         "packed documents by position ids": _NO_POSITIONS,
-        "packed documents by cu_seq_lens": _NOT_PACKED,
+        "packed documents by cu_seq_lens": {},
     },
     "Generation": {
         "greedy and beam search, left padding": _NO_TEXT,
@@ -36,7 +40,7 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "no cache (use_cache=False)": _NO_TEXT,
         "static cache": _NO_TEXT,
         "sliding-window cache": _NO_TEXT,
-        "quantised cache": _NO_TEXT,
+        "quantised cache": _QUANTISED,
         "offloaded cache": _NO_TEXT,
         "generation from inputs_embeds": _NO_TEXT,
         "chunked prefill": _NO_TEXT,
@@ -45,9 +49,38 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "continuous batching": _DECODERS_ONLY,
         "compiled decoding": _NO_TEXT,
     },
-    "Task heads": {},
-    "Training": {},
-    "Comfort": {},
+    "Task heads": {
+        "causal language model": {**_NOT_CAUSAL, **_SEQ2SEQ_HEAD},
+        "masked language model": dict.fromkeys(models.DECODERS + models.SEQ2SEQ, "it has no masked language model"),
+        "sequence to sequence": dict.fromkeys(models.ENCODERS + models.DECODERS, "it has one side only"),
+        "sequence classification": {},
+        "reward (one number a sequence)": dict.fromkeys(models.ENCODERS, "as sequence classification"),
+        "token classification": dict.fromkeys(("opt", "gemma3", "bart"), _NO_HEAD),
+        "question answering": dict.fromkeys(("gemma2", "gemma3", "phi3"), _NO_HEAD),
+        "multiple choice": dict.fromkeys(models.DECODERS + models.SEQ2SEQ, _NO_HEAD),
+        "embeddings (bare model)": {},
+    },
+    "Training": {
+        "Trainer: checkpoint without base weights, resume with equal losses, best model": {},
+        "Trainer: predictions": {},
+        "gradient checkpointing under Trainer, bfloat16 base under autocast": {},
+        "Accelerate": {},
+        "DDP, two processes: losses, gradients, a step, saved adapters": {},
+        "FSDP2, two processes: losses, gradients, a step, saved adapters": {},
+        "tensor parallel by transformers' plan, two processes: heads of the prefix sharded, as above": {},
+        "DeepSpeed ZeRO-3, two processes: losses, gradients, a step, saved adapters": {},
+        "torch.compile, dynamic lengths": {},
+        "quantised base": {},
+        "LoRA and other PEFT methods on the same model, patched before or after, merged and unmerged": {},
+    },
+    "Comfort": {
+        "which layers, by name, index or kind; a length each": {},
+        "summary of what trains": {},
+        "prefix off and on by a context manager": {},
+        "several named adapters": {},
+        "save and load": {},
+        "save to and load from a hub repository": {},
+    },
 }
 
 

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         from . import peft_probes
 
         after["peft"] = peft_probes.run()
-    if options.peft or options.only:
+    if (options.peft or options.only) and RESULTS.exists():
         after = merged(json.loads(RESULTS.read_text()), after)
     RESULTS.write_text(json.dumps(after, indent=0, sort_keys=True) + "\n")
     DOCUMENT.write_text(table.render(after))
