@@ -1,6 +1,7 @@
 """What a layer's kernels really do, counted while Triton's interpreter runs them: launches, multiplications, bytes.
 
     TRITON_INTERPRET=1 python -m bench.launches [--architecture sm_90]
+    TRITON_INTERPRET=1 python -m bench.launches --update     # bench/results/launches.json, for the table of targets
 
 Tiles are those of the architecture's table; products and loads are counted where the kernels make them, so masked and
 padded parts of tiles count too; PyTorch's own kernels around them (casts, sums of partial results) are listed with the
@@ -11,9 +12,10 @@ measured: this is what a time would have to be explained by.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -25,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 from apt_kernels.impl.inputs import DIFFERENTIABLE
 from apt_kernels.op import make_inputs
 
-from . import counts
+from . import counts, machine
 from .shapes import Shape, causal, decode, encoder, operands
 from .tables import markdown, number
 
+RECORD = machine.RESULTS / "launches.json"
 # Small enough to interpret, large enough that full tiles outnumber the cut ones.
 SHAPES = (
     causal(1, 2, 1, 512, 64, 16),
@@ -153,20 +156,48 @@ def of(shape: Shape, architecture: str | None = None, dtype: torch.dtype = torch
     return found
 
 
-def table(architecture: str | None = None, shapes=SHAPES) -> str:
+def passes(architecture: str | None = None, shapes=SHAPES) -> Iterator[tuple[Shape, str, Counted]]:
+    """Every pass of every shape."""
+    for shape in shapes:
+        for which, found in of(shape, architecture).items():
+            yield shape, which, found
+
+
+def table(counted_passes: Iterable[tuple[Shape, str, Counted]]) -> str:
     """Every launch of every shape, and each pass against its floor."""
     header = ["case", "pass", "launch", "programs", "MFLOP", "/ floor", "MiB read", "MiB written", "bytes / floor"]
     lines = []
-    for shape in shapes:
-        for which, found in of(shape, architecture).items():
-            for launch in found.launches:
-                lines.append([shape.name, which, launch.kernel, str(launch.programs or ""), *_cells(launch)])
-            total = Launch("all", 0, *(found.total(field) for field in ("flops", "read", "written")))
-            flops = counts.flops(shape, which) - counts.gate_flops(shape, which)
-            least = counts.fewest_bytes(shape, torch.bfloat16, which)
-            said = f"{len(found.ours)} of ours, {len(found.launches) - len(found.ours)} of PyTorch"
-            lines.append([shape.name, which, said, "", *_cells(total, flops, least)])
+    for shape, which, found in counted_passes:
+        for launch in found.launches:
+            lines.append([shape.name, which, launch.kernel, str(launch.programs or ""), *_cells(launch)])
+        total = Launch("all", 0, *(found.total(field) for field in ("flops", "read", "written")))
+        said = f"{len(found.ours)} of ours, {len(found.launches) - len(found.ours)} of PyTorch"
+        lines.append([shape.name, which, said, "", *_cells(total, *_floor(shape, which))])
     return markdown(header, lines)
+
+
+def _floor(shape: Shape, which: str) -> tuple[float, int]:
+    flops = counts.flops(shape, which) - counts.gate_flops(shape, which)
+    return flops, counts.fewest_bytes(shape, torch.bfloat16, which)
+
+
+def record(architecture: str, counted_passes: Iterable[tuple[Shape, str, Counted]]) -> dict:
+    """What `RECORD` holds: launches, arithmetic and bytes of every pass, the last two by their floors."""
+    rows = []
+    for shape, which, found in counted_passes:
+        flops, least = _floor(shape, which)
+        rows.append(
+            {
+                "case": shape.name,
+                "kind": "decoding" if shape.kind == "decode" else ("long" if shape.length >= 512 else "training"),
+                "pass": which,
+                "ours": len(found.ours),
+                "all": len(found.launches),
+                "flops_by_floor": found.total("flops") / flops,
+                "bytes_by_floor": (found.total("read") + found.total("written")) / least,
+            }
+        )
+    return {"tiles": architecture, "dtype": "bfloat16", "versions": machine.versions(), "passes": rows}
 
 
 def _cells(launch: Launch, flops: float | None = None, least: int | None = None) -> list[str]:
@@ -185,11 +216,15 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="sm_90")
+    parser.add_argument("--update", action="store_true", help=f"write {RECORD.relative_to(machine.ROOT)}")
     options = parser.parse_args()
     if not triton._interpreted():
         print("TRITON_INTERPRET=1 is not set: there is nothing to count", file=sys.stderr)
         return 2
-    print(table(options.architecture))
+    found = list(passes(options.architecture))
+    print(table(found))
+    if options.update:
+        RECORD.write_text(json.dumps(record(options.architecture, found), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

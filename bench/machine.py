@@ -28,20 +28,25 @@ def processor() -> str:
     return next(found, platform.processor() or platform.machine())
 
 
-def machine(device: torch.device) -> dict:
-    """Everything about the machine that a figure may depend on; nothing that names the machine itself."""
-    versions = {name: version for name, version in apt_kernels.info()["versions"].items() if version}
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a figure may depend on; None: not installed."""
+    found = {name: version for name, version in apt_kernels.info()["versions"].items() if version}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+            found[package] = None
+    return found
+
+
+def machine(device: torch.device) -> dict:
+    """Everything about the machine that a figure may depend on; nothing that names the machine itself."""
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "versions": versions(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "APT_"))},
     }
     if device.type == "cuda":
@@ -66,8 +71,12 @@ def slug(device: torch.device) -> str:
 
 def line(found: dict) -> str:
     """A machine in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return f"{found['device']}, {found['threads']} threads; {versions}"
+    return f"{found['device']}, {found['threads']} threads; {named(found['versions'])}"
+
+
+def named(found: dict[str, str | None]) -> str:
+    """Versions in one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
 def commit() -> dict:

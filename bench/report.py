@@ -10,6 +10,7 @@ A source is a JSON file, a folder of them, or ``REVISION:folder`` as committed i
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,12 @@ _EXPLAINED = (
     "stock attention without any prefix; `share` is what the prefix adds to the arithmetic, gate product included; "
     "`of the floor's rate` is our arithmetic per second by that of `no prefix`. Ratios `peer / ours` above 1: ours is "
     "faster. Memory: most bytes alive at once beyond the inputs."
+)
+_COUNTED = (
+    "Launches are counted, not timed: the Triton kernels interpreted with that chip's tiles, PyTorch's own kernels "
+    "included ([launches.json](launches.json), `python -m bench.launches --update`; {}). Why some are missed: a "
+    "float32 prefix of 512 columns or more is cast first, key and value, since each tile of queries would cast it "
+    "again; decoding deals the keys out, then merges."
 )
 
 
@@ -38,13 +45,15 @@ def heading(results: Results) -> str:
 
 def everything(found: dict[str, Results]) -> str:
     """`bench/results/README.md`: targets, then every machine's table and details."""
+    counted = json.loads((machine.RESULTS / "launches.json").read_text(encoding="utf-8"))
     parts = [
         "# Results",
         "Generated: `python -m bench.report --update`.",
         "## Targets",
-        targets.table(list(found.values())),
+        targets.table(list(found.values()), counted),
+        _COUNTED.format(machine.named(counted["versions"])),
+        _EXPLAINED,
     ]
-    parts.append(_EXPLAINED)
     for name, results in found.items():
         parts += [f"## {name}", heading(results), table(results), "### Every peer", details(results)]
     return "\n\n".join(parts) + "\n"

@@ -120,8 +120,29 @@ TARGETS = (
 )
 
 
-def table(results: list[Results]) -> str:
-    """Every target with its worst measured figure."""
+# Of `bench.launches`, which needs no GPU: what is counted, of which kinds of rows, and the most there should be.
+_COUNTED = (
+    ("launches of a layer, forward", "training", "forward", 1),
+    ("launches of a layer, backward", "training", "backward", 3),
+    ("launches of a layer, forward, float32 prefix of 512 columns or more", "long", "forward", 1),
+    ("launches of a layer, backward, the same", "long", "backward", 3),
+    ("launches of a layer, decoding", "decoding", "forward", 1),
+)
+
+
+def _counted(record: dict) -> list[list[str]]:
+    """The targets that are counted; launches of PyTorch's own kernels included."""
+    lines = []
+    for text, kind, which, limit in _COUNTED:
+        found = [(row["all"], row["case"]) for row in record["passes"] if (row["kind"], row["pass"]) == (kind, which)]
+        value, case = max(found)
+        cells = [f"tiles of {record['tiles']}", text, f"at most {limit}", str(value)]
+        lines.append([*cells, "met" if value <= limit else "missed", f"{case} (worst of {len(found)})"])
+    return lines
+
+
+def table(results: list[Results], counted: dict | None = None) -> str:
+    """Every target with its worst measured figure; ``counted``: what `bench.launches` recorded."""
     lines = []
     for target in TARGETS:
         worst, sign = target.worst(results), "at most" if target.at_most else "at least"
@@ -132,4 +153,5 @@ def table(results: list[Results]) -> str:
         value, case, count = worst
         met = value <= target.limit if target.at_most else value >= target.limit
         lines.append([*cells, f"{value:.2f}", "met" if met else "missed", f"{case} (worst of {count})"])
+    lines += _counted(counted) if counted else []
     return markdown(["machine", "row", "target", "measured", "", "case"], lines)

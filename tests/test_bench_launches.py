@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import replace
 
@@ -85,5 +86,15 @@ def _steps(values: list[int]) -> list[int]:
 
 
 def test_the_table_names_every_launch():
-    text = launches.table(shapes=(replace(WHOLE, tokens=32, keys=32, length=16),))
+    found = list(launches.passes(shapes=(replace(WHOLE, tokens=32, keys=32, length=16),)))
+    text = launches.table(found)
     assert all(name in text for name in ("attention_forward", "column_gradients", "finish_gradients", "1 of ours"))
+    recorded = launches.record("sm_90", found)["passes"]
+    assert [(row["pass"], row["all"]) for row in recorded] == [("forward", 1), ("backward", 3)]
+    assert all(row["flops_by_floor"] >= 1 <= row["bytes_by_floor"] for row in recorded)
+
+
+def test_what_is_recorded_is_of_the_registered_shapes():
+    recorded = json.loads(launches.RECORD.read_text(encoding="utf-8"))
+    cases = [(shape.name, which) for shape in launches.SHAPES for which in shape.passes if which != "both"]
+    assert [(row["case"], row["pass"]) for row in recorded["passes"]] == cases

@@ -100,11 +100,11 @@ class Call(NamedTuple):
         """Add these columns to an output and a log-sum-exp over others, in place."""
         more, more_logsumexp = self.forward()
         out, logsumexp = out[:, :, self.rows], logsumexp[:, :, self.rows]
-        both = torch.stack((logsumexp, more_logsumexp))
+        total = torch.logaddexp(logsumexp, more_logsumexp)
         # Two weights, each exact in relative terms; as "w and 1 - w" the smaller would not be.
-        weight, more_weight = both.softmax(0)[..., None].to(out.dtype).unbind()
+        weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
         out.mul_(weight).addcmul_(more, more_weight)
-        torch.logsumexp(both, 0, out=logsumexp)
+        logsumexp.copy_(total)
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
