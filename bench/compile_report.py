@@ -22,7 +22,6 @@ from apt_kernels.impl.triton import table
 
 from .ahead import VARIANTS, Chip, Facts, Job, Unit, cached, compile_cached, jobs, units
 from .machine import RESULTS, commit
-from .tables import markdown
 
 # Kernels whose half-precision tensors are all loaded by rows, in vectors.
 _HALVES = ("attention_forward", "query_gradient", "column_gradients", "split_attention")
@@ -111,14 +110,16 @@ def results_of(unit: Unit, facts: dict[int | str, Facts]) -> list[Result]:
 
 
 def _risk(unit: Unit) -> tuple:
-    """Most at risk first: default configurations, half precision, wide heads."""
+    """Most at risk first: default configurations, half precision, variants as they are listed, wide heads."""
     job = unit.jobs[0]
     default = any(VARIANTS[job.variant].default for job in unit.jobs)
-    return not default, job.width, -job.head, list(VARIANTS).index(job.variant)
+    return not default, job.width, list(VARIANTS).index(job.variant), -job.head
 
 
 def summary(found: list[Unit], facts: dict[str, dict]) -> str:
     """A line for every chip, element, head size and kernel: the worst over its variants, and how many were compiled."""
+    from .tables import markdown
+
     rows, all_of = {}, {}
     for unit in found:
         for job in unit.jobs:

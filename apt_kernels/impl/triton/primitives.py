@@ -83,7 +83,7 @@ def product(a, b, acc, PRECISION: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """``COLUMNS`` columns from ``i_d`` of the rows that ``at`` names."""
     p, s_t, i_first, limit = at
     o_r, o_d = tl.arange(0, ROWS)[:, None], i_d + tl.arange(0, COLUMNS)[None, :]
@@ -106,8 +106,8 @@ def similarity(b_a, at_a, b_b, at_b, D: tl.constexpr, PRECISION: tl.constexpr, W
             b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
         else:
             for i_d in tl.range(0, b_a.shape[1], PART // BITS, num_stages=1):
-                b_left = _load_columns(at_a, i_d, D, b_a.shape[0], PART // BITS).to(b_a.dtype)
-                b_right = _load_columns(at_b, i_d, D, b_b.shape[0], PART // BITS).to(b_a.dtype)
+                b_left = load_columns(at_a, i_d, D, b_a.shape[0], PART // BITS).to(b_a.dtype)
+                b_right = load_columns(at_b, i_d, D, b_b.shape[0], PART // BITS).to(b_a.dtype)
                 b_s = product(b_left, tl.trans(b_right), b_s, PRECISION, W)
     return b_s
 

@@ -14,12 +14,14 @@ from .arguments import RUNTIME, Problem, Rows, count_tiles, launch
 from .primitives import (
     LN2,
     LOG2E,
+    PART,
     add_bias,
     as_tile,
     drop,
     head,
     hide,
     kept_columns,
+    load_columns,
     load_rows,
     logits,
     plain,
@@ -35,16 +37,36 @@ from .ranges import key_share
 
 
 @triton.jit
-def _load_queries(q, o_b, o_h, o_t, T, D: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
-    """``[rows, WIDTH]``: the queries ``o_t`` of the heads ``o_h`` of the batch rows ``o_b``; zero past the last."""
-    o_d = tl.arange(0, WIDTH)[None, :]
-    o_row = (
-        tl.cast(o_b, tl.int64) * plain(q.b) + tl.cast(o_h, tl.int64) * plain(q.h) + tl.cast(o_t, tl.int64) * plain(q.t)
-    )
-    p_tile = q.ptr + o_row + o_d
+def _load_queries(q, o_b, o_h, o_t, i_d, T, D: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    """``[rows, WIDTH]``: the queries ``o_t`` of the heads ``o_h`` of the batch rows ``o_b``, from column ``i_d``; zero
+    past the last."""
+    o_d = i_d + tl.arange(0, WIDTH)[None, :]
+    o_row = tl.cast(o_b, tl.int64) * plain(q.b) + tl.cast(o_h, tl.int64) * plain(q.h)
+    p_tile = q.ptr + (o_row + tl.cast(o_t, tl.int64) * plain(q.t)) + o_d
     if ALIGNED:
         p_tile = tl.max_contiguous(tl.multiple_of(p_tile, (1, 16)), (1, WIDTH))
     return tl.load(p_tile, mask=(o_t < T) & (o_d < D), other=0.0)
+
+
+@triton.jit
+def _similarity(b_q, q, o_b, o_h, o_t, T, b_k, at_k, D: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
+                TRANSPOSED: tl.constexpr):  # fmt: skip
+    """`primitives.similarity` of queries that are no tile of rows, or (``TRANSPOSED``) of keys and queries."""
+    if b_q.dtype.primitive_bitwidth < 32 or b_q.shape[1] <= 128:
+        if TRANSPOSED:
+            b_s = similarity(b_k, None, b_q, None, D, PRECISION, W)
+        else:
+            b_s = similarity(b_q, None, b_k, None, D, PRECISION, W)
+    else:
+        COLUMNS: tl.constexpr = PART // b_q.dtype.primitive_bitwidth
+        b_s = tl.zeros([b_q.shape[0], b_k.shape[0]], W)
+        for i_d in tl.range(0, b_q.shape[1], COLUMNS, num_stages=1):
+            b_left = _load_queries(q, o_b, o_h, o_t, i_d, T, D, COLUMNS, False)
+            b_right = load_columns(at_k, i_d, D, b_k.shape[0], COLUMNS).to(b_q.dtype)
+            b_s = product(b_left, tl.trans(b_right), b_s, PRECISION, W)
+        if TRANSPOSED:
+            b_s = tl.trans(b_s)
+    return b_s
 
 
 @triton.jit
@@ -82,7 +104,7 @@ def _prefix_share(
     m_r = o_r < batch * T * group
     o_b, o_h = tl.where(m_r, o_r // (T * group), 0), i_kv * group + o_r % group
     o_t = tl.where(m_r, o_r // group % T, T)
-    b_q = _load_queries(q, o_b[:, None], o_h[:, None], o_t[:, None], T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
+    b_q = _load_queries(q, o_b[:, None], o_h[:, None], o_t[:, None], 0, T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
     b_keys = row_keys(p_seed, (o_b * heads + o_h)[:, None], o_t[:, None])
     b_out = tl.zeros([ROWS, WIDTH_V], W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
@@ -93,7 +115,9 @@ def _prefix_share(
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
         b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, W)  # [ROWS or 1, COLUMNS or 1]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
-        b_s = similarity(b_q, None, b_k, None, D, PRECISION, W)
+        b_s = _similarity(
+            b_q, q, o_b[:, None], o_h[:, None], o_t[:, None], T, b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W, False
+        )
         b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED, POSITIVE)
         b_p, b_rescale, b_max, b_sum = _online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum, 1)
         b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
@@ -122,7 +146,7 @@ def _token_share(
     o_r = i_row + tl.arange(0, ROWS)
     m_r = o_r < T * group
     o_h, o_t = i_kv * group + o_r % group, tl.where(m_r, o_r // group, T)
-    b_q = _load_queries(q, i_b, o_h[:, None], o_t[:, None], T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
+    b_q = _load_queries(q, i_b, o_h[:, None], o_t[:, None], 0, T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
     b_keys = row_keys(p_seed, (i_b * heads + o_h)[None, :], o_t[None, :])
     b_out = tl.zeros([WIDTH_V, ROWS], W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
@@ -137,7 +161,7 @@ def _token_share(
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[:, None]
         b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
-        b_s = similarity(b_k, None, b_q, None, D, PRECISION, W)
+        b_s = _similarity(b_q, q, i_b, o_h[:, None], o_t[:, None], T, b_k, (p_k, s_k, i_n, S), D, PRECISION, W, True)
         b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED, POSITIVE)
         b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, o_h[None, :], o_t[None, :], o_n, T, S)
         m_seen = (o_n < i_end) & seen_tokens(
