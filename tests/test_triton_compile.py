@@ -100,6 +100,76 @@ def test_report_finds_faults(compiling):
     assert "shared memory is over the limit of 4 KiB" in faults["column_gradients"]
 
 
+def _ptx(target: int) -> str:
+    """The forward's PTX, but for the line that names the chip. Runs without the interpreter."""
+    from bench import ahead
+
+    ahead.CHIPS["sm_86"], found = [ahead.Chip(target, 101376, 102400, 48)], []
+
+    def execute(kernel, programs, *args, **named):
+        if kernel.__name__ == "attention_forward":
+            kernel.device_caches.clear()
+            found.append(kernel.warmup(*args, grid=(programs,), **named).asm["ptx"])
+
+    ahead.run_launchers(ahead.jobs(["sm_86"], [2], [64], ["causal"])[0], execute)
+    return re.sub(r"\.target sm_\d+", "", found[0])
+
+
+@pytest.mark.slow
+def test_one_ptx_serves_two_chips(compiling):
+    """`bench.ahead.CHIPS` says of 8.9 that it is like 8.6: its code is assembled, not compiled again."""
+    assert compiling(_ptx, 86) == compiling(_ptx, 89)
+
+
+def _judged(variant: str, architecture: str = "sm_86", width: int = 2, **facts) -> dict:
+    """Faults by chip of a forward that compiled to ``facts``."""
+    from bench import ahead, compile_report
+
+    job = ahead.Job(architecture, width, 64, variant)
+    unit = ahead.Unit("attention_forward", "key", "128x64 w8 s2", [job])
+    known = ahead.Facts(**{"registers": 200, "warps": 8, "shared": 50_000, "instruction": "mma.sync", **facts})
+    results = compile_report.results_of(unit, {chip.target: known for chip in job.chips})
+    return {result.chip.target: result.faults for result in results}
+
+
+def test_report_judges():
+    fine, spills = {86: (), 89: ()}, ("spills in a default configuration",)
+    assert _judged("causal") == fine
+    assert _judged("causal", stack=8) == {86: spills, 89: spills}
+    assert _judged("softcap", stack=8) == fine
+    assert "over the limit of 99 KiB" in _judged("softcap", shared=102_000)[89][0]
+    assert _judged("causal", "sm_80", shared=102_000) == {80: ()}
+    assert _judged("causal", narrow=True)[86] == ("loads rows element by element",)
+    assert _judged("causal", width=4, instruction="-") == fine
+    assert _judged("causal", "sm_90") == {90: ("needs wgmma.mma_async",)}
+    assert _judged("causal", "gfx942", instruction="v_mfma") == {"gfx942": ()}
+    assert _judged("softcap", error="PTXASError: no")[86] == ("PTXASError: no",)
+
+
+def test_table_says_what_was_not_compiled():
+    from bench import ahead, compile_report
+
+    jobs = ahead.jobs(["sm_86"], [2], [64], ["causal", "softcap"])
+    units = [ahead.Unit("attention_forward", job.variant, "128x64 w8 s2", [job]) for job in jobs]
+    facts = {chip.target: ahead.Facts(registers=200, stack=8, instruction="mma.sync") for chip in jobs[0].chips}
+    lines = compile_report.summary(units, {"softcap": facts}).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["86", "89"]
+    assert all("1 of 2" in line and "up to 8 bytes in rare variants" in line for line in lines)
+
+
+def test_variants_share_their_code(compiling):
+    """Sinks are no part of the keys' gradients: the report compiles those once."""
+    kernels = compiling(_kernels_of, ["causal", "sinks"])
+    assert kernels.count("column_gradients") == kernels.count("query_gradient") == 1
+    assert kernels.count("attention_forward") == 2
+
+
+def _kernels_of(variants: list[str]) -> list[str]:
+    from bench import ahead
+
+    return [unit.kernel for unit in ahead.units(ahead.jobs(["sm_90"], [2], [64], variants))]
+
+
 def test_import_needs_torch_alone():
     code = "import apt_kernels, sys; sys.exit(any(name.partition('.')[0] == 'triton' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=_ROOT).returncode == 0
