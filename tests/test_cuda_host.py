@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from itertools import product
 
 import cuda_host
 import pytest
@@ -87,6 +88,21 @@ def test_many_tiles(dtype):
     """More than one tile of queries, of keys and of the prefix, for every cut of the kernels."""
     case = Case(batch=1, kv_heads=1, group=1, queries=150, keys=160, length=140, causal=True, gate="query", dtype=dtype)
     hold(case.inputs())
+
+
+@pytest.mark.parametrize(
+    ("window", "offset"),
+    [
+        *product([(1, None), (None, 0), (0, 62), (64, 0)], [-1, 0, 1]),
+        ((None, 0), 30),  # the first query of a tile misses one key of a tile of 32
+        ((30, None), 0),  # its last query does
+    ],
+    ids=str,
+)
+def test_windows_that_end_at_the_edge_of_a_tile(window, offset):
+    """One query or key beyond a tile's edge is the only one of its tile to be seen, or not to be."""
+    sizes = {"batch": 1, "kv_heads": 1, "group": 1, "queries": 99, "keys": 131, "head_dim": 8, "value_dim": 8}
+    hold(Case(window=window, offset=offset, **sizes).inputs())
 
 
 @pytest.mark.parametrize(
