@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweep import feeds, report
+from sweep import feeds, report, run
 
 ROOT = Path(__file__).parent.parent
 # One of each way to attend; the rest is in the whole sweep.
@@ -17,6 +17,11 @@ GROUPS = {
     "inline": ("causal", ["bloom", "falcon", "mpt", "gptj", "gpt_neo", "xlnet", "codegen", "xglm"]),
     "encoders": ("masked", ["deberta", "deberta-v2", "mpnet", "rembert", "mobilebert", "squeezebert", "funnel"]),
     "seq2seq": ("seq2seq", ["t5", "t5gemma2", "fsmt", "longt5"]),
+    "images": ("image", ["vit", "dinov2", "swin"]),
+    "contrasted": ("contrastive", ["clip", "siglip2"]),
+    "audio": ("audio", ["wav2vec2", "wavlm", "sew-d"]),
+    "speech": ("speech", ["whisper"]),
+    "vision and language": ("vision-language", ["qwen2_vl", "gemma3", "llama4", "mllama"]),
 }
 
 
@@ -35,10 +40,33 @@ def test_architectures_equal_the_oracle(group, tmp_path):
 
 
 def test_what_was_green_and_is_not_is_reported():
-    kind, types = next(iter(report.known_green().items()))
-    fine = {"type": types[0], "kind": kind, "green": True}
-    assert report.lost([fine]) == []
+    kind, known = next(iter(report.known_green().items()))
+    name, senses = next(iter(known.items()))
+    fine = {"type": name, "kind": kind, "green": True, "senses": senses}
+    fewer = {**fine, "senses": {**senses, "text": senses["text"] - 1}}
+    assert report.lost([fine, {**fine, "type": "new", "green": False}]) == []
     assert report.lost([{**fine, "green": False}]) == [{**fine, "green": False}]
+    assert report.lost([fewer]) == [fewer]
+
+
+def test_a_lost_architecture_fails_the_sweep_and_leaves_the_table(monkeypatch, tmp_path):
+    kind, known = next(iter(report.known_green().items()))
+    written = []
+    monkeypatch.setattr(report, "update", written.append)
+    failed = {
+        "type": next(iter(known)),
+        "kind": kind,
+        "green": False,
+        "stage": "outputs",
+        "reason": "off",
+        "checks": [],
+    }
+    monkeypatch.setattr(run, "sweep", lambda jobs, *_: [failed])
+    arguments = [failed["type"], "--kind", kind, "--json", str(tmp_path / "out.json"), "--update"]
+    assert run.main(arguments) == 1
+    assert written == []
+    assert run.main([*arguments, "--lose"]) == 0
+    assert written == [[failed]]
 
 
 def test_the_table_and_the_list_of_what_is_green_agree():
@@ -46,7 +74,7 @@ def test_the_table_and_the_list_of_what_is_green_agree():
     for kind, types in green.items():
         section = page.partition(f"## {feeds.KINDS[kind].title}\n")[2].partition("\n## ")[0]
         rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| ")][2:]
-        assert sorted(name.strip() for name, said in rows if said.strip().startswith("yes")) == types
+        assert sorted(name.strip() for name, said in rows if said.strip().startswith("yes")) == list(types)
 
 
 def test_nine_in_ten_text_architectures_are_green():

@@ -19,6 +19,8 @@ from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
+# Where a module keeps the number of its layer in the cache.
+_LAYER = ("cache_key", "layer_idx", "layer_id")
 
 
 class Pending(NamedTuple):
@@ -46,7 +48,8 @@ def _holds_tokens(cache, module) -> bool:
     """Whether this module's own layer of the cache was filled by an earlier forward."""
     if module.apt.cross:
         cache = getattr(cache, "cross_attention_cache", cache)
-    return int(cache.get_seq_length(getattr(module, "layer_idx", None) or 0)) > 0
+    index = next((i for i in map(module.__dict__.get, _LAYER) if isinstance(i, int)), 0)
+    return int(cache.get_seq_length(index)) > 0
 
 
 def after(module, args, output) -> None:
