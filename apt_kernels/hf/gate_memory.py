@@ -94,6 +94,11 @@ def waits(cache, owner: tuple[str, str]) -> bool:
     return _kept(cache, owner).begun is not None
 
 
+def has(cache, owner: tuple[str, str]) -> bool:
+    """Whether ``cache`` holds a gate of ``owner``."""
+    return owner in getattr(cache, "apt_gates", {})
+
+
 def recall(cache, owner: tuple[str, str]) -> Tensor:
     """The gate that the prompt left on ``cache``."""
     return _kept(cache, owner).gate

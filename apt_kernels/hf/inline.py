@@ -191,7 +191,13 @@ def without_deferred(out):
 
 @memoise
 def _inline_class(base: type) -> type:
-    return type(base.__name__, (_AttendsInline, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    # Scores that are no tensors cannot be traced: what is compiled ends before such a module and begins after it.
+    forward = torch.compiler.disable(_AttendsInline.forward, reason="attention written inline runs outside of graphs")
+    return type(
+        base.__name__,
+        (_AttendsInline, base),
+        {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__},
+    )
 
 
 def _restore(base: type):

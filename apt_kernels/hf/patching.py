@@ -148,6 +148,11 @@ def _gate(gate: str, site: Site) -> str:
         raise ConfigError(
             f"gate is {gate!r}, but {site.name} is not handed one hidden state for every query; use 'static' or 'none'"
         )
+    if gate == "first" and site.causal and site.repeated:
+        raise ConfigError(
+            f"gate is 'first', but {site.name} attends more than once in a forward, each time with another gate, of "
+            "which a cache keeps one; use 'token', 'static' or 'none'"
+        )
     if gate == "auto":
         return "token" if site.causal or site.cross else "first"
     if gate == "mean" and (site.causal or site.cross):

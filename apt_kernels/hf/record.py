@@ -37,6 +37,7 @@ class Site:
     device: torch.device
     inline: inline.Inline | None = None  # None: it attends through transformers' attention interface
     senses: frozenset[str] = frozenset(("text",))  # what goes into the part of the model it stands in
+    repeated: bool = False  # it attends more than once in a forward
     mesh: object | None = None  # of a module that tensor parallelism spreads over processes
     sharded: bool = False  # every process attends with a part of the heads; `heads` and `kv_heads` count them all
 
@@ -146,7 +147,9 @@ class _Recorder:
 
     def note(self, module, found: dict) -> None:
         """A module may attend more than once in a forward, with one prefix."""
+        found["repeated"] = module in self.calls
         before = self.calls.setdefault(module, found)
+        before["repeated"] |= found["repeated"]
         if any(before[name] != found[name] for name in _PREFIX_SHAPE):
             raise PatchError("it attends more than once in one module, with keys and values of different shapes")
         before["causal"] &= found["causal"]

@@ -20,7 +20,7 @@ from .masks import AttentionMask, describe
 NAME = "apt_kernels"
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 # Where a module keeps the number of its layer in the cache.
-_LAYER = ("cache_key", "layer_idx", "layer_id")
+_LAYER = ("layer_idx", "layer_id")
 
 
 class Pending(NamedTuple):
@@ -45,11 +45,17 @@ def before(module, args, kwargs) -> None:
 
 
 def _holds_tokens(cache, module) -> bool:
-    """Whether this module's own layer of the cache was filled by an earlier forward."""
-    if module.apt.cross:
+    """Whether this module's tokens of an earlier forward are in the cache: its gate is kept there, or should be."""
+    prefix = module.apt
+    if gate_memory.has(cache, (prefix.name, prefix.adapter)):
+        return True
+    if prefix.cross:
         cache = getattr(cache, "cross_attention_cache", cache)
-    index = next((i for i in map(module.__dict__.get, _LAYER) if isinstance(i, int)), 0)
-    return int(cache.get_seq_length(index)) > 0
+    index = next((i for i in map(module.__dict__.get, _LAYER) if isinstance(i, int)), None)
+    try:
+        return index is not None and int(cache.get_seq_length(index)) > 0
+    except ValueError:  # a layer that uses the keys of another has none of its own in the cache
+        return False
 
 
 def after(module, args, output) -> None:
