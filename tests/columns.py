@@ -72,7 +72,7 @@ class Columns(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.sites and isinstance(out, (Tensor, tuple)):
+        if self.sites and (isinstance(out, Tensor) or func.__name__ == "multi_head_attention_forward"):
             changed = self._follow(func.__name__.strip("_"), args, kwargs, out)
             out = out if changed is None else changed
         return out

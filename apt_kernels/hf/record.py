@@ -210,7 +210,6 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
     cannot be is left without a prefix, with a warning. ``set_implementation(module, name)`` switches attention;
     ``example_inputs`` are keyword arguments of the model's forward, and then all that it reaches is what is found.
     """
-    names = {module: name for name, module in model.named_modules()}
     with evaluating(model), torch.no_grad():
         recorder, implementation = _recorded(model, set_implementation, example_inputs)
         found = [(model, recorder, implementation)]
@@ -220,7 +219,10 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
             parts, error = _recorded_part(part, set_implementation)
             found += parts
             if not parts and not isinstance(error, _NoAttention):
-                warnings.warn(f"{names[part]} stays without a prefix. {error}", stacklevel=2)
+                name = next(name for name, module in model.named_modules() if module is part)
+                warnings.warn(f"{name} stays without a prefix. {error}", stacklevel=2)
+    # Only now: some models exchange a module when they see how long a text is.
+    names = {module: name for name, module in model.named_modules()}
     calls = {module: call for _, recorder, _ in found for module, call in recorder.calls.items()}
     senses = _senses(model)
     sites = [Site(names[module], **calls[module], senses=senses[module]) for module in names if module in calls]
