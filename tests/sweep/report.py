@@ -89,7 +89,8 @@ def _row(result: dict) -> str:
 def _places(result: dict) -> str:
     counts = ", ".join(f"{part} {count}" for part, count in result["senses"].items() if count)
     alone = "".join(f"; {part} by itself" for part in result["alone"])
-    return f"yes: {counts}{alone}" + "".join(f"; not: {_cell(said)}" for said in result["left out"])
+    own = f"; {result['attention']}" if "attention" in result else ""
+    return f"yes: {counts}{alone}{own}" + "".join(f"; not: {_cell(said)}" for said in result["left out"])
 
 
 _STAGES = {
