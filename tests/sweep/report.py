@@ -49,14 +49,15 @@ def _worse(result: dict, before: dict[str, int] | None) -> bool:
 
 
 def update(results: list[dict]) -> None:
-    """Write the table and the list of what is green; groups that were not run keep their list."""
+    """Write the table and the list of what is green; groups that were not run keep their section and their list."""
     import transformers
 
     green = known_green()
     for kind, rows in _by_kind(results):
         green[kind] = {r["type"]: r["senses"] for r in sorted(rows, key=lambda r: r["type"]) if r["green"]}
     GREEN.write_text(json.dumps(green, indent=1) + "\n")
-    TABLE.write_text(table(results, transformers.__version__))
+    kept = TABLE.read_text() if TABLE.exists() else ""
+    TABLE.write_text(table(results, transformers.__version__, kept))
 
 
 def _by_kind(results: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -64,17 +65,22 @@ def _by_kind(results: list[dict]) -> list[tuple[str, list[dict]]]:
     return [(kind, rows) for kind, rows in grouped if rows]
 
 
-def table(results: list[dict], version: str) -> str:
-    """The whole page."""
-    page = _HEAD.format(version=version)
-    for kind, rows in _by_kind(results):
-        green = sum(r["green"] for r in rows)
-        page += f"| {feeds.KINDS[kind].title} | {len(rows)} | {green} | {len(rows) - green} |\n"
-    for kind, rows in _by_kind(results):
-        page += f"\n## {feeds.KINDS[kind].title}\n\n"
-        page += "| architecture | supported | causal | cache |\n| --- | --- | --- | --- |\n"
-        page += "".join(_row(r) for r in sorted(rows, key=lambda r: r["type"]))
-    return page
+def table(results: list[dict], version: str, kept: str = "") -> str:
+    """The whole page; groups without results as on the page ``kept``."""
+    page, sections, made = _HEAD.format(version=version), "", dict(_by_kind(results))
+    for kind, described in feeds.KINDS.items():
+        if kind in made:
+            green = sum(r["green"] for r in made[kind])
+            page += f"| {described.title} | {len(made[kind])} | {green} | {len(made[kind]) - green} |\n"
+            sections += f"\n## {described.title}\n\n"
+            sections += "| architecture | supported | causal | cache |\n| --- | --- | --- | --- |\n"
+            sections += "".join(_row(r) for r in sorted(made[kind], key=lambda r: r["type"]))
+            continue
+        before, title, section = kept.partition(f"\n## {described.title}\n")
+        if title:
+            page += next(line for line in before.splitlines(True) if line.startswith(f"| {described.title} |"))
+            sections += title + section.partition("\n## ")[0].rstrip("\n") + "\n"
+    return page + sections
 
 
 def _row(result: dict) -> str:
