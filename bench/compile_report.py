@@ -30,32 +30,6 @@ _KINDS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx90a": "v_mfma
 
 
 @dataclass(frozen=True)
-class Exemption:
-    """A fault that is known, and why it stays. None: any."""
-
-    fault: str
-    reason: str
-    kernel: str
-    head: int | None = None
-    architectures: tuple[str, ...] = table.ARCHITECTURES
-    gate_by_query: bool | None = None
-
-    def covers(self, job: Job, kernel: str, fault: str) -> bool:
-        """Whether it is about this fault of this kernel in this job."""
-        by_query = VARIANTS[job.variant].gate in ("query", "indexed_query")
-        return (
-            fault.startswith(self.fault)
-            and kernel == self.kernel
-            and self.head in (None, job.head)
-            and job.architecture in self.architectures
-            and self.gate_by_query in (None, by_query)
-        )
-
-
-EXEMPTIONS: tuple[Exemption, ...] = ()
-
-
-@dataclass(frozen=True)
 class Result:
     """A unit on one chip, for one head size of the table, and what is wrong with it."""
 
@@ -64,15 +38,13 @@ class Result:
     job: Job
     facts: Facts
     faults: tuple[str, ...]
-    exempt: tuple[Exemption, ...]
 
     def __str__(self) -> str:
         job, facts = self.job, self.facts
-        notes = [*self.faults, *(f"(exempt) {exemption.fault}" for exemption in self.exempt)]
         return (
             f"{self.chip.target!s:>7} {job.width * 8:>2}-bit D{job.head:<3} {job.variant:<20} {self.unit.kernel:<20} "
             f"{self.unit.tile:<14} {facts.registers:>3} registers {facts.stack:>5} stack {facts.shared / 1024:>6.1f} "
-            f"KiB {facts.blocks(self.chip):>2} blocks  {facts.instruction:<15} {'; '.join(notes)}"
+            f"KiB {facts.blocks(self.chip):>2} blocks  {facts.instruction:<15} {'; '.join(self.faults)}"
         )
 
 
@@ -97,15 +69,10 @@ def results_of(unit: Unit, facts: dict[int | str, Facts]) -> list[Result]:
     found = {}
     for job in unit.jobs:
         for chip in job.chips:
-            faults, exempt = [], []
-            for fault in _faults(job, unit.kernel, chip, facts[chip.target]):
-                covering = [known for known in EXEMPTIONS if known.covers(job, unit.kernel, fault)]
-                exempt += covering[:1]
-                faults += [] if covering else [fault]
-            result = Result(unit, chip, job, facts[chip.target], tuple(faults), tuple(exempt))
+            faults = tuple(_faults(job, unit.kernel, chip, facts[chip.target]))
             place = (chip.target, job.width, job.head)
-            if place not in found or len(faults) + len(exempt) > len(found[place].faults) + len(found[place].exempt):
-                found[place] = result
+            if place not in found or len(faults) > len(found[place].faults):
+                found[place] = Result(unit, chip, job, facts[chip.target], faults)
     return list(found.values())
 
 
@@ -135,7 +102,7 @@ def summary(found: list[Unit], facts: dict[str, dict]) -> str:
     for place in sorted(all_of, key=lambda place: (not place[0].isdigit(), len(place[0]), place)):
         results = rows.get(place, [])
         spilling = [result.facts.stack for result in results if not VARIANTS[result.job.variant].default]
-        notes = dict.fromkeys(note for r in results for note in (*r.faults, *(f"exempt: {e.reason}" for e in r.exempt)))
+        notes = dict.fromkeys(fault for result in results for fault in result.faults)
         if any(spilling):
             notes[f"up to {max(spilling)} bytes in rare variants"] = None
         lines.append((
