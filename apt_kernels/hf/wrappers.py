@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import sys
 
@@ -55,36 +56,74 @@ def join_peft() -> None:
 
     PEFT freezes every parameter that is not its own when it adds an adapter, and saves and loads its own alone. Its
     one method for each of these, common to all its tuners, is wrapped: what trained with a prefix stays trainable,
-    and the prefix is saved to the same folder and loaded from there.
+    and the prefix is saved to the same folder and loaded from there. Where PEFT is not imported yet, that waits until
+    it is.
     """
+    if "peft" not in sys.modules:
+        if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _WhenImported())
+        return
     tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
     if tuners is None or models is None:
         return
     names.check_peft()
     _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
+    _wrap(models.PeftModel, "_setup_prompt_encoder", _setup_prompt_encoder)
     _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
     _wrap(models.PeftModel, "load_adapter", _load_adapter)
+    for module in (sys.modules["peft.utils.other"], sys.modules["peft.utils"], sys.modules["peft"]):
+        _wrap(module, "prepare_model_for_kbit_training", _keeping_trainable)
 
 
-def _wrap(owner: type, name: str, around) -> None:
+class _WhenImported:
+    """Finds the package peft as Python does, and calls `join_peft` when it has been imported."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            sys.meta_path.insert(0, self)
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            join_peft()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _wrap(owner, name: str, around) -> None:
     original = getattr(owner, name)
     if hasattr(original, "apt_kernels_wraps"):
         return
 
     @functools.wraps(original)
-    def wrapped(self, *args, **kwargs):
-        return around(original, self, *args, **kwargs)
+    def wrapped(*args, **kwargs):
+        return around(original, *args, **kwargs)
 
     wrapped.apt_kernels_wraps = original
     setattr(owner, name, wrapped)
 
 
-def _inject_adapter(original, self, model, *args, **kwargs):
+def _keeping_trainable(call, model, *args, **kwargs):
+    """``call(model, ...)``; afterwards what trained with a prefix is trainable as it was."""
     ours = [parameter for parameter in model.parameters() if parameter.requires_grad] if _has_prefix(model) else []
-    result = original(self, model, *args, **kwargs)
+    result = call(model, *args, **kwargs)
     for parameter in ours:
         parameter.requires_grad_(True)
     return result
+
+
+def _inject_adapter(original, self, model, *args, **kwargs):
+    return _keeping_trainable(lambda *given, **options: original(self, *given, **options), model, *args, **kwargs)
+
+
+def _setup_prompt_encoder(original, self, *args, **kwargs):
+    return _keeping_trainable(lambda _: original(self, *args, **kwargs), self.base_model)
 
 
 def _save_pretrained(original, self, save_directory, *args, **kwargs):
