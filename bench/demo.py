@@ -6,6 +6,7 @@ Run it by ``make demo``, or ``python -m bench.demo --help``.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -103,6 +104,9 @@ def _quiet(model: str) -> None:
     if model == MINILM or Path(model).is_dir():
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's
+    # Where the tests' packages are installed, transformers loads torchao, which says what it finds no use for here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

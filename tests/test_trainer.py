@@ -86,7 +86,7 @@ def test_resume_gives_the_losses_of_the_uninterrupted_run(family, tmp_path, capl
     trained = {n for n, p in whole.model.named_parameters() if p.requires_grad}
     for file in ("adapter.safetensors", "model.safetensors"):
         assert set(load_file(folder / file)) == trained
-    weights = {"adapter.safetensors", "model.safetensors", "apt_config.json"}
+    weights = {"adapter.safetensors", "model.safetensors", "apt_config.json", "config.json"}
     state = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
     assert {path.name for path in folder.iterdir()} == weights | state
 
@@ -119,8 +119,9 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, caplog):
 def test_from_pretrained_refuses_an_adapter_folder(tmp_path):
     model = fresh("llama")
     model.save_pretrained(tmp_path)
-    with pytest.raises((OSError, ValueError), match=r"config\.json"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for kind in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.LlamaModel):
+        with pytest.raises((OSError, ValueError), match=r"apt_kernels adapter.*apt_kernels\.load"):
+            kind.from_pretrained(tmp_path)
     apt_kernels.unpatch(model).save_pretrained(tmp_path / "base")
     assert (tmp_path / "base" / "config.json").exists()
 

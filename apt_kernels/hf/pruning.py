@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .patching import prefixes, remove_prefix, state_of
+from . import saving
+from .patching import prefixes, remove_prefix, state_of, trainable_names
+from .wrappers import inner
 
 # Where each parameter of an `AdaptivePrefix` counts its tokens.
 _TOKEN_DIM = {"key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
@@ -36,3 +38,5 @@ def keep_tokens(model, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...
             setattr(prefix, field, nn.Parameter(kept, requires_grad=parameter.requires_grad))
     state = state_of(model)
     state.config = replace(state.config, prefix_length=lengths, reparameterisation=None)
+    base = inner(model)
+    saving.expect_missing(base, trainable_names(base, state.config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,11 @@ from ..prefix import AdaptivePrefix
 
 # What Trainer looks for when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
+# In the place of a model's config: the folder holds no model, and a model class would else make a random one.
+NO_MODEL = {
+    "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
+    "transformers_weights": "an apt_kernels adapter holds no model, apt_kernels.load loads it into one.safetensors",
+}
 # What `install` sets on the model, and `remove` gives back.
 _ATTRIBUTES = ("save_pretrained", "_keys_to_ignore_on_save", "_hf_peft_config_loaded")
 
@@ -18,8 +24,8 @@ class SavePretrained:
     """Takes the place of ``model.save_pretrained`` while the model is patched; `unpatch` removes it.
 
     It writes what `apt_kernels.save` writes, and the same weights once more (a hard link where the file system has
-    them) under the name that Trainer reads. There is no ``config.json``: ``from_pretrained`` refuses the folder, since
-    it holds no model.
+    them) under the name that Trainer reads. Its ``config.json`` is that of no model: ``from_pretrained`` refuses the
+    folder, and says why.
     """
 
     def __init__(self, model):
@@ -42,6 +48,7 @@ class SavePretrained:
         hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
         save(self.model, folder, state_dict=state_dict, **hub)
+        (folder / "config.json").write_text(json.dumps(NO_MODEL, indent=2) + "\n")
         link = folder / TRAINER_WEIGHTS
         if any(isinstance(m, AdaptivePrefix) and m.mlp is not None for m in self.model.modules()):
             save_unfolded(self.model, link, state_dict)
