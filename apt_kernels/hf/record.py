@@ -361,7 +361,9 @@ def _body(model):
 def evaluating(model):
     """Evaluation mode for a while, so that no random number is drawn and no layer is dropped."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        # bitsandbytes' four-bit layers repack their weights in evaluation on a CPU, and have no gradient from then on.
+        module.training = type(module).__module__.startswith("bitsandbytes.")
     try:
         yield
     finally:

@@ -73,7 +73,9 @@ def expect_missing(model, beside: set[str]) -> None:
     """Tell Trainer which weights a checkpoint does not hold: all but the prefixes and ``beside``."""
     prefixes = [name for name, module in model.named_modules() if isinstance(module, AdaptivePrefix)]
     held = beside | {f"{name}.{each}" for name in prefixes for each, _ in model.get_submodule(name).named_parameters()}
-    model._keys_to_ignore_on_save = sorted(set(model.state_dict()) - held)
+    # Asked as Trainer does. A quantised model's `state_dict` has more entries, and making it may repack the weights.
+    missing = model.load_state_dict({}, strict=False).missing_keys
+    model._keys_to_ignore_on_save = sorted(set(missing) - held)
 
 
 def remove(model) -> None:
