@@ -38,7 +38,7 @@ KINDS = {
     "vision-language": Kind(
         "AutoModelForImageTextToText",
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-        "Vision and language: the text part",
+        "Vision and language",
     ),
 }
 TEXT = ("causal", "masked", "seq2seq")
