@@ -99,8 +99,8 @@ def summary(found: list[Unit], facts: dict[str, dict]) -> str:
     heading = ("chip", "bits", "head", "kernel", "tile", "registers", "stack", "shared KiB", "blocks", "instruction",
                "compiled", "notes")  # fmt: skip
     lines = []
-    for place in sorted(all_of, key=lambda place: (not place[0].isdigit(), len(place[0]), place)):
-        results = rows.get(place, [])
+    for place in sorted(rows, key=lambda place: (not place[0].isdigit(), len(place[0]), place)):
+        results = rows[place]
         spilling = [result.facts.stack for result in results if not VARIANTS[result.job.variant].default]
         notes = dict.fromkeys(fault for result in results for fault in result.faults)
         if any(spilling):
@@ -108,9 +108,9 @@ def summary(found: list[Unit], facts: dict[str, dict]) -> str:
         lines.append((
             *map(str, place),
             ", ".join(dict.fromkeys(result.unit.tile for result in results)),
-            *(str(max(getattr(r.facts, name) for r in results)) if results else "" for name in ("registers", "stack")),
-            f"{max(result.facts.shared for result in results) / 1024:.1f}" if results else "",
-            str(min(result.facts.blocks(result.chip) for result in results)) if results else "",
+            *(str(max(getattr(result.facts, name) for result in results)) for name in ("registers", "stack")),
+            f"{max(result.facts.shared for result in results) / 1024:.1f}",
+            str(min(result.facts.blocks(result.chip) for result in results)),
             ", ".join(sorted({result.facts.instruction for result in results})),
             f"{len(results)} of {len(all_of[place])}",
             "; ".join(notes),
@@ -130,7 +130,7 @@ def write(found: list[Unit], facts: dict[str, dict], folder: Path) -> Path:
 Generated: `python -m bench.compile_report --write`. Triton {triton.__version__}, commit {taken["id"]}\
 {" and changes" if taken["dirty"] else ""}. {compiled} of {len(found)} distinct pieces of code compiled, {faults} \
 results at fault. Registers, stack (bytes) and shared memory are the largest over the variants, blocks (a \
-multiprocessor's) the fewest. 8.9 is assembled from the PTX of 8.6: Triton writes the same for both.
+multiprocessor's) the fewest; what is not listed was not compiled yet. 8.9 is assembled from the PTX of 8.6: Triton writes the same for both.
 
 {summary(found, facts)}
 """
