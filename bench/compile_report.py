@@ -130,7 +130,8 @@ def write(found: list[Unit], facts: dict[str, dict], folder: Path) -> Path:
 Generated: `python -m bench.compile_report --write`. Triton {triton.__version__}, commit {taken["id"]}\
 {" and changes" if taken["dirty"] else ""}. {compiled} of {len(found)} distinct pieces of code compiled, {faults} \
 results at fault. Registers, stack (bytes) and shared memory are the largest over the variants, blocks (a \
-multiprocessor's) the fewest; what is not listed was not compiled yet. 8.9 is assembled from the PTX of 8.6: Triton writes the same for both.
+multiprocessor's) the fewest; what is not listed was not compiled yet. 8.9 is assembled from the PTX of 8.6: Triton \
+writes the same for both.
 
 {summary(found, facts)}
 """
