@@ -1,6 +1,7 @@
 """Continuous batching (``generate_batch``): each prompt generates what it generates alone without a cache."""
 
 import copy
+import inspect
 
 import models
 import pytest
@@ -19,7 +20,9 @@ def prompts(family):
 
 
 def settings(**options):
-    defaults = {"num_blocks": 64, "max_batch_tokens": 64, "page_size": 8}
+    known = inspect.signature(transformers.ContinuousBatchingConfig).parameters
+    size = "page_size" if "page_size" in known else "block_size"  # before transformers 5.23
+    defaults = {"num_blocks": 64, "max_batch_tokens": 64, size: 8}
     return transformers.ContinuousBatchingConfig(**{**defaults, **options})
 
 

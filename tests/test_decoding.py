@@ -149,7 +149,10 @@ def test_quantised_cache(family, gate):
     """A quantised cache rounds what it keeps; a 4-bit one changes the logits, the prefix stays exact beside it."""
     pytest.importorskip("optimum.quanto", reason="the package optimum-quanto is not installed")
     model, given = tuned(family, gate).float(), prompt(family)
-    options = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
+    options = {
+        "cache_implementation": "quantized",
+        "cache_config": {"backend": "quanto", "nbits": 4, "q_group_size": 32},
+    }
     found, exact = generate(model, given, **options), generate(model, given, use_cache=False)
     torch.testing.assert_close(found[1][0], exact[1][0])  # the prompt itself is attended before it is rounded
     moved = (found[1] - exact[1]).abs().max()

@@ -43,6 +43,7 @@ def gradients(model, given):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.proves("gradient checkpointing, both kinds, switched on before or after the patch")
 @pytest.mark.parametrize("before_patch", [False, True])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", models.FAMILIES)

@@ -61,6 +61,7 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "embeddings (bare model)": {},
     },
     "Training": {
+        "gradient checkpointing, both kinds, switched on before or after the patch": {},
         "Trainer: checkpoint without base weights, resume with equal losses, best model": {},
         "Trainer: predictions": {},
         "gradient checkpointing under Trainer, bfloat16 base under autocast": {},

@@ -387,7 +387,9 @@ def masked(family):
 
 PROBES = {
     "outputs and gradients, padding on either side": right_padding,
-    "gradient checkpointing": gradients(checkpointing={"use_reentrant": False}),
+    "gradient checkpointing, both kinds, switched on before or after the patch": gradients(
+        checkpointing={"use_reentrant": False}
+    ),
     "sliding window: every query sees the whole prefix": window,
     "packed documents by position ids": packed(use_cache=False),
     "packed documents by cu_seq_lens": packed(**_CU),
