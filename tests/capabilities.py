@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption("--capabilities", metavar="FILE", help="write what the tests marked `proves` showed")
@@ -16,6 +18,8 @@ def pytest_collection_modifyitems(items):
         if marker:
             params = item.callspec.params if hasattr(item, "callspec") else {}
             family = marker.kwargs.get("family") or params.get("family")
+            if not family:
+                raise pytest.UsageError(f"{item.nodeid} is marked `proves` and names no model family")
             shown = {"capabilities": list(marker.args), "family": family, "refused": marker.kwargs.get("refused")}
             item.user_properties.append(("proves", {**shown, "test": item.originalname}))
 

@@ -19,10 +19,14 @@ HEADS = {
     "reward (one number a sequence)": ("AutoModelForSequenceClassification", models.DECODERS, {"num_labels": 1}),
     "token classification": (
         "AutoModelForTokenClassification",
-        (*models.ENCODERS, *"gpt2 llama qwen3 gemma2".split()),
+        (*models.ENCODERS, *"gpt2 llama mistral qwen2 qwen3 gemma2 phi3".split()),
         {},
     ),
-    "question answering": ("AutoModelForQuestionAnswering", (*models.ENCODERS, *"gpt2 opt llama qwen2".split()), {}),
+    "question answering": (
+        "AutoModelForQuestionAnswering",
+        (*models.ENCODERS, *"gpt2 opt llama mistral qwen2 qwen3".split()),
+        {},
+    ),
     "multiple choice": ("AutoModelForMultipleChoice", models.ENCODERS, {}),
     "embeddings (bare model)": ("AutoModel", BOTH, {}),
 }

@@ -77,12 +77,10 @@ def test_the_catalog_knows_its_capabilities_and_families():
 def test_one_failure_is_a_failure(other):
     for rows in ([row("failed"), row(other)], [row(other), row("failed")], [row(other, "a"), row("failed", "b")]):
         assert cell(*rows) == "FAILS"
-    assert cell(row(other), row("failed", family=None)) == "FAILS"
 
 
 def test_words():
     assert cell(row("passed")) == "yes"
-    assert cell(row("passed", family=None)) == "yes"
     assert cell(row("skipped", note="no GPU")) == "not run [1]"
     assert cell(row("passed", "a"), row("skipped", "b", note="no GPU")) == "yes, but not all ran [1]"
     assert cell(row("passed", note="it leaks")) == "refused [1]"

@@ -126,7 +126,7 @@ def test_from_pretrained_refuses_an_adapter_folder(tmp_path):
     assert (tmp_path / "base" / "config.json").exists()
 
 
-@pytest.mark.proves("Trainer: predictions")
+@pytest.mark.proves("Trainer: predictions", family="bert")
 def test_predictions_are_those_of_the_patched_model(tmp_path):
     model = fresh("bert")
     randomise(model)

@@ -27,7 +27,7 @@ def gather(rows: Iterable[dict]) -> dict:
     """``capability -> test -> family -> [word, reason]``, the worst of each."""
     shown: dict = {}
     for row in rows:
-        family = row["family"] or "any"
+        family = row["family"]
         cells = shown.setdefault(row["capability"], {}).setdefault(row["test"], {})
         found = outcome(row)
         before = cells.get(family)
@@ -53,7 +53,7 @@ class Notes:
 
 def ours(tests: dict, family: str, absent: dict[str, str], note: Notes) -> str:
     """Our cell: yes only where every test of it passed."""
-    found = [cells[key] for cells in tests.values() for key in (family, "any") if key in cells]
+    found = [cells[family] for cells in tests.values() if family in cells]
     if not found:
         return f"-{note(absent[family])}" if family in absent else UNTRIED
     word, reason = min(found, key=lambda each: _ORDER.index(each[0]))
