@@ -82,7 +82,8 @@ def test_groups_that_were_not_run_keep_their_section():
     row = {"type": "bert", "kind": "masked", "green": True, "checks": [], "senses": {"text": 2}, "alone": []}
     page, before = report.table([{**row, "left out": []}], "1.2", report.TABLE.read_text()), report.TABLE.read_text()
     assert "| Masked language models | 1 | 1 | 0 |\n" in page
-    assert page.count("\n| bert | yes: text 2 |") == 1
+    made = page.partition("\n## Masked language models\n")[2].partition("\n## ")[0]
+    assert [line for line in made.splitlines() if line.startswith("| bert")] == ["| bert | yes: text 2 |  |  |"]
     for kind in ("causal", "seq2seq"):
         section = before.partition(f"\n## {feeds.KINDS[kind].title}\n")[2].partition("\n## ")[0]
         assert section.strip() in page
