@@ -11,12 +11,15 @@ at risk is compiled first. ``--write`` leaves a table in bench/results/compile/,
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from apt_kernels.impl.triton import table
 
@@ -148,7 +151,9 @@ def _compiled(found: Iterable[Unit], processes: int, only_cached: bool):
     if only_cached:
         yield from ((unit, facts) for unit in found if (facts := cached(unit)))
         return
-    with ProcessPoolExecutor(processes) as pool:
+    # Spawned: a forked child would wait for OpenMP threads that only its parent has. Compiling needs one.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,)) as pool:
         yield from tqdm(zip(found, pool.map(compile_cached, found)), total=len(found), unit="kernel", file=sys.stderr)
 
 
