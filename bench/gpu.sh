@@ -48,14 +48,18 @@ if wanted sanitizer; then
     tail -n 3 "$out/sanitizer.log"
 fi
 [[ -z ${APT_TUNE:-} ]] || "$python" -m bench.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
+then=" $benchmarks"
 for stage in $benchmarks; do
+    then="${then/ $stage/}"
     wanted "$stage" || continue
+    others="$(for other in $then; do wanted "$other" && echo "$other"; done)"
     if (($(left) < 20)); then
         echo "$stage: no time left"
         failed="$failed $stage"
         continue
     fi
     timeout "$(left)" "$python" -m bench.run --stage "$stage" --out "$out/json" --details \
+        --within "$(left)" ${others:+--then $others} \
         ${APT_REGISTRY:+--registry "$APT_REGISTRY"} ${APT_DEVICE:+--device "$APT_DEVICE"} ${APT_ONLY:+--only "$APT_ONLY"} \
         ${APT_PEERS:+--peers "$APT_PEERS"} ${APT_SECONDS:+--seconds "$APT_SECONDS"} \
         > "$out/$stage.log" 2>&1 || failed="$failed $stage"

@@ -34,6 +34,8 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--peers", default="", help="peers, separated by commas")
     parser.add_argument("--seconds", type=float, help="for each stage; default: the registry's")
+    parser.add_argument("--within", type=float, help="seconds that are left for the stages and those of --then")
+    parser.add_argument("--then", nargs="+", choices=STAGES, default=(), help="stages that --within is shared with")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--out", type=Path, help="folder of the JSON files")
@@ -43,13 +45,27 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return own, [argument for argument in more if argument != "--"]
 
 
+def seconds_of(options: argparse.Namespace, stage: str) -> float:
+    """How long a stage times: as asked, or the registry's time, or its share of what is left if that is less."""
+    times = SECONDS[options.registry]
+    if options.seconds is not None or options.within is None:
+        return times[stage] if options.seconds is None else options.seconds
+    # A third is left for setting up, compiling and checking.
+    together = sum(times[name] for name in {*options.stage, *options.then})
+    return min(times[stage], options.within * 2 / 3 * times[stage] / max(together, 1))
+
+
 def command(options: argparse.Namespace, stage: str, out: Path) -> list[str]:
     """The pytest call of one stage."""
-    seconds = SECONDS[options.registry][stage] if options.seconds is None else options.seconds
     found = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "suite" / FILES[stage]), "-q", "-rs"]
     found += ["-p", "no:cacheprovider", "--benchmark-quiet", "--benchmark-columns=median,iqr,rounds"]
     given = {"benchmark-json": out / f"{stage}.json", "stage": stage, "registry": options.registry}
-    given |= {"device": options.device, "seconds": seconds, "only": options.only, "peers": options.peers}
+    given |= {
+        "device": options.device,
+        "seconds": seconds_of(options, stage),
+        "only": options.only,
+        "peers": options.peers,
+    }
     given |= {"dtype": options.dtype} if options.dtype else {}
     # With "=": pytest would look for tests under an option's value, and an empty one is the whole repository.
     return found + [f"--{name}={value}" for name, value in given.items()]

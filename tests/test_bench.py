@@ -214,3 +214,20 @@ def test_tuned_numbers_name_their_source(name):
     found = re.search(r"^Source of its \w+: .*(bench/[\w./]+)\.$", text, re.MULTILINE)
     assert found, f"{name}.py has no line 'Source of its ...: ... bench/...'"
     assert (root / found[1]).exists()
+
+
+def test_stages_share_what_is_left():
+    from bench import run
+    from bench.registry import SECONDS
+
+    times, stages = SECONDS["gpu"], ["encoder", "causal", "training"]
+
+    def seconds(*given: str) -> float:
+        return run.seconds_of(run.arguments(["--registry", "gpu", "--stage", *given])[0], given[0])
+
+    assert seconds("encoder") == times["encoder"]
+    assert seconds("encoder", "--within", "10000", "--then", *stages[1:]) == times["encoder"]
+    assert seconds("encoder", "--within", "90", "--seconds", "7") == 7
+    shares = [seconds(name, "--within", "90", "--then", *stages) for name in stages]
+    assert sum(shares) == pytest.approx(60)
+    assert shares[0] / shares[2] == pytest.approx(times["encoder"] / times["training"])
