@@ -69,9 +69,7 @@ def _is_first_process() -> bool:
 
 def _write(model, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
     state, model = state_of(model), inner(model)
-    trained = _trained(model)
-    with gathered(trained.values() if state_dict is None else ()):
-        tensors = {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
+    with _weights(model, state_dict) as tensors:
         tensors = _folded(model, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
@@ -108,6 +106,14 @@ def gathered(parameters, changed: bool = False) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _weights(model, state_dict: dict[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
+    """Copies of the trained weights, from ``state_dict`` where it is given; within, those of the model are whole."""
+    trained = _trained(model)
+    with gathered(trained.values() if state_dict is None else ()):
+        yield {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
+
+
 def _replace(path: Path, write) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -138,10 +144,8 @@ def _trained(model) -> dict[str, Tensor]:
 
 def save_unfolded(model, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the trained weights alone, reparameterisations as they are, for a training that goes on from them."""
-    trained = _trained(model)
-    with gathered(trained.values() if state_dict is None else ()):
-        tensors = {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
-    _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    with _weights(model, state_dict) as tensors:
+        _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

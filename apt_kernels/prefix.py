@@ -204,9 +204,14 @@ def _begins(segments: Tensor) -> Tensor:
     return begins
 
 
-def _first_of_segment(hidden_states: Tensor, segments: Tensor) -> Tensor:
+def document_starts(segments: Tensor) -> Tensor:
+    """``[B, T]``: where each token's document begins in its row, from ``segments``, equal within a document."""
     position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    start = torch.where(_begins(segments), position, 0).cummax(dim=1).values
+    return torch.where(_begins(segments), position, 0).cummax(dim=1).values
+
+
+def _first_of_segment(hidden_states: Tensor, segments: Tensor) -> Tensor:
+    start = document_starts(segments)
     return hidden_states.gather(1, start[..., None].expand_as(hidden_states))
 
 

@@ -241,12 +241,10 @@ def _forced_obstacle(implementation: str, way: str, problem: Problem) -> str | N
     if obstacle is None and _strategy(implementation, problem) == way:
         return f"what ours:{implementation} chooses here"
     if obstacle is None and way == "concat":
-        late = (
-            "its mask under causality has no place for padding"
-            if problem.shape.causal and problem.shape.padded
-            else None
-        )
-        return PER_QUERY if problem.shape.gate_per_query else late
+        if problem.shape.gate_per_query:
+            return PER_QUERY
+        both = problem.shape.causal and problem.shape.padded
+        return "its mask under causality has no place for padding" if both else None
     return obstacle
 
 

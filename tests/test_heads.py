@@ -55,7 +55,8 @@ def result(out, given):
     return found[given["attention_mask"].bool()] if per_token else found
 
 
-def check(family, head, options):
+def check(family, task):
+    head, _, options = HEADS[task]
     plain = models.build(family, head, **options).double()
     given = inputs(family, head)
     patched = apt_kernels.patch(copy.deepcopy(plain), prefix_length=4, init_seed=0).double()
@@ -88,64 +89,55 @@ def families(task):
 @pytest.mark.proves("causal language model")
 @families("causal language model")
 def test_causal_language_models(family):
-    head, _, options = HEADS["causal language model"]
-    check(family, head, options)
+    check(family, "causal language model")
 
 
 @pytest.mark.proves("masked language model")
 @families("masked language model")
 def test_masked_language_models(family):
-    head, _, options = HEADS["masked language model"]
-    check(family, head, options)
+    check(family, "masked language model")
 
 
 @pytest.mark.proves("sequence to sequence")
 @families("sequence to sequence")
 def test_sequence_to_sequence(family):
-    head, _, options = HEADS["sequence to sequence"]
-    check(family, head, options)
+    check(family, "sequence to sequence")
 
 
 @pytest.mark.proves("sequence classification")
 @families("sequence classification")
 def test_sequence_classification(family):
-    head, _, options = HEADS["sequence classification"]
-    check(family, head, options)
+    check(family, "sequence classification")
 
 
 @pytest.mark.proves("reward (one number a sequence)")
 @families("reward (one number a sequence)")
 def test_rewards(family):
-    head, _, options = HEADS["reward (one number a sequence)"]
-    check(family, head, options)
+    check(family, "reward (one number a sequence)")
 
 
 @pytest.mark.proves("token classification")
 @families("token classification")
 def test_token_classification(family):
-    head, _, options = HEADS["token classification"]
-    check(family, head, options)
+    check(family, "token classification")
 
 
 @pytest.mark.proves("question answering")
 @families("question answering")
 def test_question_answering(family):
-    head, _, options = HEADS["question answering"]
-    check(family, head, options)
+    check(family, "question answering")
 
 
 @pytest.mark.proves("multiple choice")
 @families("multiple choice")
 def test_multiple_choice(family):
-    head, _, options = HEADS["multiple choice"]
-    check(family, head, options)
+    check(family, "multiple choice")
 
 
 @pytest.mark.proves("embeddings (bare model)")
 @families("embeddings (bare model)")
 def test_embeddings(family):
-    head, _, options = HEADS["embeddings (bare model)"]
-    check(family, head, options)
+    check(family, "embeddings (bare model)")
 
 
 @pytest.mark.proves("sliding window: every query sees the whole prefix")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PatchError
+from ..prefix import document_starts
 
 
 class Documents:
@@ -121,9 +122,7 @@ class ReadDocuments:
 
 def _positions(segments: Tensor) -> Tensor:
     """``[1, T]``: positions that begin again at 0 with every document."""
-    position = torch.arange(segments.shape[1], device=segments.device)[None]
-    begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-    return position - torch.where(begins, position, 0).cummax(dim=1).values
+    return torch.arange(segments.shape[1], device=segments.device) - document_starts(segments)
 
 
 def _check(boundaries: Tensor, keys, tokens: int) -> None:

@@ -334,7 +334,7 @@ def _pass(model, body, given: dict, prepare) -> tuple[_Recorder, Exception | Non
         prepare()
         with Deferring(recorder.attend_inline, recorder.watch):
             body(**given)
-    except Exception as error:
+    except Exception as error:  # whatever the model says of these inputs: others are tried, or it is reported
         return recorder, error
     finally:
         _active.pop()

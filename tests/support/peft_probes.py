@@ -442,7 +442,7 @@ def verdict(probe, family: str) -> list:
         return ["WRONG", str(wrong) + (f"; it warns: {' '.join(said)}" if said else "")]
     except AsUnpatched as excused:
         return ["as unpatched", str(excused)]
-    except Exception as error:
+    except Exception as error:  # whatever PEFT raises is what the table says of it
         said = (str(error).strip().splitlines() or [""])[0]
         return ["raises", f"{type(error).__name__}: {said[:150]}"]
     return ["right", None]

@@ -49,7 +49,7 @@ def stage(name: str):
         yield
     except Failed:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever fails is the reason in that row
         lines = str(error).strip().splitlines() or [""]
         kind = "" if isinstance(error, apt_kernels.PatchError) else f"{type(error).__name__}: "
         raise Failed(name, f"{kind}{lines[0][:300]}") from error
@@ -334,7 +334,7 @@ def _decode(model, feed: dict, kind: str) -> tuple[Tensor, Tensor] | str:
                 step["past_key_values"] = cache
             try:
                 out = model(**step)
-            except Exception as error:
+            except Exception as error:  # the model wants more at each step than is known here
                 return _generate(model, feed, error)
             cache = getattr(out, "past_key_values", None)
             if cache is None:
@@ -350,7 +350,7 @@ def _generate(model, feed: dict, error: Exception) -> tuple[Tensor, Tensor] | st
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         cached, whole = (model.generate(**given, **options, use_cache=use) for use in (True, False))
         return torch.stack(cached.logits, 1), torch.stack(whole.logits, 1)
-    except Exception:
+    except Exception:  # then the row says that its decoding was not checked, and why
         return f"no cached decoding step by hand ({type(error).__name__})"
 
 

@@ -80,7 +80,7 @@ def _vision_language(model) -> list[dict]:
     for tries, seed in ((inputs.candidates(model), 5), (inputs.with_senses(model), 6)):
         try:
             found.append(_first_that_runs(model, tries, seed))
-        except Exception as error:
+        except Exception as error:  # raised below where no other way of feeding it works
             failure = failure or error
     if not found:
         raise failure
@@ -128,7 +128,7 @@ def _first_that_runs(model, tries, seed: int) -> dict:
             with torch.no_grad():
                 model(**feed)
             return feed
-        except Exception as error:
+        except Exception as error:  # not what this model takes: raised below if nothing is
             failure = error
     raise failure or ValueError("no inputs are known for this signature")
 
