@@ -58,7 +58,7 @@ def _mask_grows(x: Inputs) -> bool:
     parts = [part for part in (x.dense, x.bias) if part is not None]
     if x.key_padding is not None:
         parts.append(x.key_padding[:, None, None])
-    if not parts:
+    if len(parts) < 2:
         return False
     return math.prod(torch.broadcast_shapes(*[part.shape for part in parts])) > max(part.numel() for part in parts)
 
@@ -198,10 +198,11 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
     if visible is None and x.bias is None:
         return None
     if x.bias is None:
-        tokens = torch.where(visible, 0.0, HIDDEN).to(x.compute_dtype)
-    else:
-        tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype).clamp_min(HIDDEN)
-        tokens = tokens if visible is None else torch.where(visible, tokens, HIDDEN)
+        added = x.query.new_zeros((*visible.shape[:3], high - low + prefix), dtype=x.compute_dtype)
+        added[..., : high - low].masked_fill_(~visible, HIDDEN)
+        return added
+    tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype).clamp_min(HIDDEN)
+    tokens = tokens if visible is None else torch.where(visible, tokens, HIDDEN)
     tokens = tokens.expand(*tokens.shape[:3], high - low)
     return torch.nn.functional.pad(tokens, (0, prefix)) if prefix else tokens
 
