@@ -71,6 +71,13 @@ def test_head_sizes(head_dim, value_dim):
     hold(Case(batch=1, kv_heads=1, group=1, head_dim=head_dim, value_dim=value_dim, causal=True).inputs(DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_heads_with_a_gate_for_each_query(dtype):
+    """Here similarities are summed over parts of a head."""
+    sizes = {"batch": 1, "kv_heads": 1, "group": 2, "queries": 5, "keys": 5, "length": 3}
+    hold(Case(**sizes, head_dim=160, value_dim=256, gate="query", causal=True, dtype=dtype).inputs(DEVICE))
+
+
 def test_prefix_of_many_tiles():
     hold(Case(batch=1, kv_heads=1, group=1, queries=3, keys=3, length=500, gate="row", sinks=True).inputs(DEVICE))
 

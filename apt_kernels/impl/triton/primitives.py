@@ -92,17 +92,20 @@ def load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def similarity(b_a, at_a, b_b, at_b, D: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr):
+def similarity(
+    b_a, at_a, b_b, at_b, D: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr, ONCE: tl.constexpr = False
+):
     """``b_a @ b_b.T``; ``at``: pointer, stride, first row and number of rows of what each was loaded from, or None.
 
     float32 and float64 products hold both rows of a sum in registers at once, so wide ones are loaded anew in parts.
+    ``ONCE``: neither tile is used again, so that half-precision ones are loaded in parts as well, for the same reason.
     """
     BITS: tl.constexpr = b_a.dtype.primitive_bitwidth
     b_s = tl.zeros([b_a.shape[0], b_b.shape[0]], W)
     if at_a is None:
         b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
     else:
-        if BITS < 32 or b_a.shape[1] <= 128:
+        if (BITS < 32 and not ONCE) or b_a.shape[1] <= 128:
             b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
         else:
             for i_d in tl.range(0, b_a.shape[1], PART // BITS, num_stages=1):
