@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES
 from test_reference import small
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
 from apt_kernels import ArgumentError, ImplementationError, Mask
@@ -46,6 +47,35 @@ def test_opcheck(name, implementation):
             torch.ops.apt_kernels.attention_backward.default,
             (torch.randn_like(out), grad_logsumexp, out, logsumexp, *kept, needs, *detached, implementation),
         )
+
+
+class _Seen(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_whoever_watches_sees_the_operator_and_the_same_bits(grad):
+    given = [torch.randn(2, 2, 5, 16) for _ in range(3)] + [torch.randn(2, 3, 16, requires_grad=grad)] * 2
+    expected = apt_kernels.attention(*given)
+    with _Seen() as seen:
+        torch.testing.assert_close(apt_kernels.attention(*given), expected, rtol=0, atol=0)
+    assert "apt_kernels::attention" in seen.names
+    with torch.profiler.profile() as profile:
+        torch.testing.assert_close(apt_kernels.attention(*given), expected, rtol=0, atol=0)
+    assert "apt_kernels::attention" in {event.key for event in profile.key_averages()}
+    mode = torch._subclasses.FakeTensorMode()
+    fake = apt_kernels.attention(*[mode.from_tensor(t) for t in given])  # outside of the mode: the tensors bring it
+    assert isinstance(fake, torch._subclasses.FakeTensor)
+    assert fake.shape == expected.shape
+    assert expected.requires_grad == grad
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

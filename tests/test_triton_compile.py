@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("tqdm")
@@ -61,6 +62,82 @@ def _count_compilations(variant: str) -> dict[str, int]:
     return {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
 
 
+def _facts_of_launches() -> dict[str, dict[tuple, set[str]]]:
+    """By kernel, what launches are kept by, and what Triton compiles in of them. Runs without the interpreter."""
+    from apt_kernels.impl.triton import arguments
+    from bench import ahead
+
+    found: dict[str, dict[tuple, set[str]]] = {}
+
+    def execute(kernel, programs, *args, **named):
+        *_, bind = kernel.device_caches[0]
+        _, told, options = bind(*args, **named, debug=False)
+        kept = arguments._signature(kernel.fn).key(args, named)
+        found.setdefault(kernel.__name__, {}).setdefault(kept, set()).add(repr((told, options)))
+
+    made = ahead.make_job_inputs
+    for shifted in (False, True):
+        if shifted:
+            # Queries that do not begin at a multiple of 16 bytes.
+            ahead.make_job_inputs = lambda job, **sizes: replace(x := made(job, **sizes), query=_shifted(x.query))
+        for job in ahead.jobs(["sm_90"], [2, 8], [64, 256], ahead.VARIANTS):
+            for sizes in ({}, {"batch": 1, "keys": 300}, {"batch": 3, "prefix": 1}):
+                ahead.run_launchers(job, execute, **sizes)
+        for wanted in ({"query"}, {"key"}, {"prefix_key", "gate"}):
+            ahead.run_launchers(ahead.jobs(["sm_90"], [2], [64], ["causal"])[0], execute, wanted)
+    return found
+
+
+def _shifted(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].as_strided(tensor.shape, tensor.stride(), 1)
+
+
+def _launch_twice(variant: str) -> tuple[list, list, int]:
+    """What the driver is handed by the first and by the second call, and how often Triton was asked in the second.
+    Runs without the interpreter; nothing is launched."""
+    import triton
+
+    from apt_kernels.impl.inputs import DIFFERENTIABLE
+    from apt_kernels.impl.triton import attend, gradients, table
+    from bench import ahead
+
+    handed, asked = [], []
+
+    class Launcher:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, *given):
+            columns, rows, depth, stream, *_ = given[:9]
+            handed.append((columns, rows, depth, stream, *map(_form, given[9:])))
+
+    class Utils:
+        load_binary = staticmethod(lambda *_: (None, 0, 0, 0, 1024))
+        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 1 << 20})
+
+    driver = ahead._Driver(ahead._gpu_target(86, 32))
+    driver.launcher_cls, driver.utils = Launcher, Utils
+    triton.runtime.driver.set_active(driver)
+    table.architecture = lambda device: "sm_86"
+    x = ahead.make_job_inputs(ahead.Job("sm_86", 2, 64, variant))
+    needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
+    run, calls = triton.JITFunction.run, []
+    triton.JITFunction.run = lambda self, *args, **named: asked.append(self) or run(self, *args, **named)
+    for _ in range(2):
+        handed.clear()
+        asked.clear()
+        out, logsumexp = attend.forward(x)
+        gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+        calls.append(list(handed))
+    return *calls, len(asked)
+
+
+def _form(given) -> object:
+    if isinstance(given, torch.Tensor):
+        return given.dtype, given.shape, given.stride()
+    return tuple(map(_form, given)) if isinstance(given, tuple) else str(given)
+
+
 def _faults_of_wide_tiles() -> dict[str, tuple[str, ...]]:
     """What the report says of tiles too wide for the registers and a chip of 4 KiB. Runs without the interpreter."""
     from apt_kernels.impl.triton import table
@@ -92,6 +169,38 @@ def test_lengths_cost_no_compilation(variant, compiling):
     assert counts == dict.fromkeys(kernels, 1)
 
 
+def test_what_is_kept_of_a_launch_tells_all_that_is_compiled_in(compiling):
+    found = compiling(_facts_of_launches)
+    assert set(found) == FORWARD_AND_BACKWARD | SPLIT_FORWARD | {"token_bias_gradient"}
+    for kernel, told in found.items():
+        assert None not in told
+        assert all(len(forms) == 1 for forms in told.values()), kernel
+    assert len(found["attention_forward"]) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["padding", "decode"])
+def test_a_second_launch_is_the_first_and_asks_triton_nothing(variant, compiling):
+    first, second, asked = compiling(_launch_twice, variant)
+    assert asked == 0
+    assert len(first) == (5 if variant == "decode" else 4)
+    assert second == first
+
+
+def test_numbers_of_64_bits_are_left_to_triton(compiling):
+    assert compiling(_key_of_far_rows, 1 << 20) is not None
+    assert compiling(_key_of_far_rows, 1 << 33) is None
+
+
+def _key_of_far_rows(stride: int):
+    from apt_kernels.impl.triton import arguments, attend
+
+    kernel = attend.attention_forward
+    named = dict.fromkeys(arguments._signature(kernel.fn).names, 1) | {"num_warps": 4, "num_stages": 1}
+    far = arguments.Rows(torch.zeros(1), stride, 3, 3)
+    return arguments._signature(kernel.fn).key((far,), named)
+
+
 @pytest.mark.slow
 def test_report_finds_faults(compiling):
     faults = compiling(_faults_of_wide_tiles)
@@ -116,8 +225,10 @@ def _ptx(target: int) -> str:
 
 
 @pytest.mark.slow
-def test_one_ptx_serves_two_chips(compiling):
+def test_one_ptx_serves_two_chips(compiling, monkeypatch, tmp_path):
     """`bench.ahead.CHIPS` says of 8.9 that it is like 8.6: its code is assembled, not compiled again."""
+    # The PTX names the source's path, so that of another checkout must not come from the cache.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert compiling(_ptx, 86) == compiling(_ptx, 89)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -61,7 +62,11 @@ class Inputs:
 
     def flat(self) -> tuple:
         """The fields in schema order."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return _flat(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that was given."""
+        return [part for part in _flat(self)[:_TENSORS] if part is not None]
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -146,6 +151,10 @@ class Inputs:
             None if self.key_segments is None else self.key_segments[:, there],
             None if self.dense is None else part_of(self.dense, here, there),
         )
+
+
+_flat = attrgetter(*(f.name for f in fields(Inputs)))
+_TENSORS = [f.name for f in fields(Inputs)].index("offset")
 
 
 def part_of(tensor: Tensor, rows: slice, keys: slice) -> Tensor:

@@ -134,7 +134,7 @@ def attention_forward(
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """The op's forward."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    problem = Problem.of(x)
+    problem = Problem(x)
     out = heads_last_empty(x.query, batch, heads, queries, value_dim)
     logsumexp = torch.empty(batch, heads, queries, dtype=x.compute_dtype, device=x.query.device)
     if table.is_split(x, problem.architecture):
@@ -144,7 +144,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     launch(
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, to, logsumexp, x.sinks,
-        problem.gate, problem.seen, x.seed, **problem.numbers(), **problem.constants(to),
+        problem.gate, problem.seen, x.seed, **problem.numbers, **problem.constants(to),
         POSITIVE=x.scale > 0, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
         SCAN=table.SCAN,
     )  # fmt: skip

@@ -97,6 +97,6 @@ def bias_gradient(problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tenso
     launch(
         token_bias_gradient, batches * bias_heads * tiles, tile,
         problem.query, problem.key, problem.value, d_out, logsumexp, delta, summed, problem.seen, x.seed,
-        x.query.shape[0], *one, **problem.numbers(), **problem.constants(d_out), ROWS=tile.rows, COLUMNS=tile.columns,
+        x.query.shape[0], *one, **problem.numbers, **problem.constants(d_out), ROWS=tile.rows, COLUMNS=tile.columns,
     )  # fmt: skip
     return summed

@@ -281,7 +281,7 @@ class Columns(NamedTuple):
 
 def _parts(problem: Problem, tile: table.Tile) -> tuple[int, int, int]:
     """Batch rows that share a partial sum, how many such chunks, and the splits of a row. By shape alone."""
-    batch, heads, kv_heads, queries, _, length, *_ = problem.x.sizes
+    batch, heads, kv_heads, queries, _, length, *_ = problem.sizes
     base, most = count_tiles(length, tile.columns) * kv_heads, table.programs(problem.architecture)
     chunk = max(1, batch * base // most)
     chunks = count_tiles(batch, chunk)
@@ -296,7 +296,7 @@ def column_gradients_of(
 ) -> Columns:
     """Launch `column_gradients` for what is needed of key, value, prefix, gate and layer scale."""
     x = problem.x
-    batch, _, kv_heads, queries, keys, length, head_dim, value_dim = x.sizes
+    batch, _, kv_heads, queries, keys, length, head_dim, value_dim = problem.sizes
     tile, shared, gate = (problem.tile(name) for name in ("key_value", "prefix", "gate"))
     chunk, chunks, splits = _parts(problem, shared)
     by_query, scaled = x.gate_by_query, need["layer_scale"]
@@ -333,7 +333,7 @@ def column_gradients_of(
         column_gradients, tokens * passes + prefixes + gates, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, d_out, logsumexp, delta,
         *to, columns.gate, columns.weights, columns.layer_scale, problem.gate, problem.seen, x.seed,
-        tokens, prefixes, batch, chunk, splits, **problem.numbers(), **problem.constants(d_out, *to),
+        tokens, prefixes, batch, chunk, splits, **problem.numbers, **problem.constants(d_out, *to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
         GATE_ROWS=gate.rows, GATE=gate.columns, KEY=need["key"], VALUE=need["value"], APART=apart,
         PREFIXES=prefixes > 0, GATES=gates > 0,

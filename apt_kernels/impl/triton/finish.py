@@ -106,7 +106,7 @@ def finish(
 ) -> dict[str, Tensor | None]:
     """The gradients of prefix, gate, layer scale and sinks that are needed."""
     x, tile = problem.x, problem.tile("finish")
-    batch, heads, _, queries, _, length, *_ = x.sizes
+    batch, heads, _, queries, _, length, *_ = problem.sizes
 
     def like(name: str) -> Tensor | None:
         wanted = need[name] and (name != "gate" or columns.gate is None)

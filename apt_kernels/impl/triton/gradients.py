@@ -155,7 +155,7 @@ def _query_gradient_of(
 ) -> tuple[Tensor, Tensor | None]:
     """``sum(dO * O) - dL``, ``[B, Hq, T]``, and dq where it is wanted."""
     x = problem.x
-    batch, heads, _, queries, _, _, head_dim, _ = x.sizes
+    batch, heads, _, queries, _, _, head_dim, _ = problem.sizes
     dq = heads_last_empty(x.query, batch, heads, queries, head_dim) if wanted else None
     delta = torch.empty(batch, heads, queries, dtype=x.compute_dtype, device=x.query.device)
     tile, to = problem.tile("query"), rows(dq)
@@ -163,7 +163,7 @@ def _query_gradient_of(
         query_gradient, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, out, d_out, logsumexp,
         None if d_logsumexp is None else d_logsumexp.contiguous(), delta, to, problem.gate, problem.seen, x.seed,
-        **problem.numbers(), **problem.constants(out, d_out, to),
+        **problem.numbers, **problem.constants(out, d_out, to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile), SCAN=table.SCAN,
     )  # fmt: skip
     return delta, dq
@@ -174,7 +174,7 @@ def backward(
 ) -> list[Tensor | None]:
     """The op's backward; what nobody needs is not computed."""
     need, grads = dict(zip(DIFFERENTIABLE, needs)), dict.fromkeys(DIFFERENTIABLE)
-    problem, d_out = Problem.of(x), rows(grad_out)
+    problem, d_out = Problem(x), rows(grad_out)
     delta, grads["query"] = _query_gradient_of(problem, rows(out), d_out, logsumexp, grad_logsumexp, need["query"])
     rest = (problem, d_out, logsumexp, delta)
     columns = column_gradients_of(*rest, need)

@@ -239,7 +239,7 @@ def merge_shares(
 def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
     """Fill the output and the log-sum-exp."""
     x, tile, shared = problem.x, problem.tile("split"), problem.tile("split_prefix")
-    batch, heads, kv_heads, queries, keys, length, _, value_dim = x.sizes
+    batch, heads, kv_heads, queries, keys, length, _, value_dim = problem.sizes
     group = heads // kv_heads
     prefix_programs = kv_heads * count_tiles(batch * queries * group, shared.rows)
     prefix_splits = table.splits(problem.architecture, prefix_programs, length)
@@ -250,7 +250,7 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
         torch.empty(batch * heads * queries, slots, value_dim, **like),
         *(torch.empty(batch * heads * queries, slots, **like) for _ in range(2)),
     )
-    numbers, constants = problem.numbers(), problem.constants(out)
+    numbers, constants = problem.numbers, problem.constants(out)
     launch(
         split_attention, prefix_programs * prefix_splits + token_programs * token_splits, tile,
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, part, problem.gate,

@@ -120,7 +120,7 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
         return _EVERYWHERE[kernel]
     if architecture == "interpreter":
         return _INTERPRETER[kernel]
-    return _TABLE[architecture][width][next(head for head in HEADS if dim <= head)][kernel]
+    return _TABLE[architecture][width][64 if dim <= 64 else 128 if dim <= 128 else 256][kernel]
 
 
 def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
