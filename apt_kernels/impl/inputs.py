@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -62,11 +61,11 @@ class Inputs:
 
     def flat(self) -> tuple:
         """The fields in schema order."""
-        return _flat(self)
+        return tuple(getattr(self, name) for name in _NAMES)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that was given."""
-        return [part for part in _flat(self)[:_TENSORS] if part is not None]
+        return [part for part in self.flat()[: _NAMES.index("offset")] if part is not None]
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -153,8 +152,7 @@ class Inputs:
         )
 
 
-_flat = attrgetter(*(f.name for f in fields(Inputs)))
-_TENSORS = [f.name for f in fields(Inputs)].index("offset")
+_NAMES = tuple(field.name for field in fields(Inputs))
 
 
 def part_of(tensor: Tensor, rows: slice, keys: slice) -> Tensor:
