@@ -68,7 +68,7 @@ def test_training_steps_share_their_graphs(family, dynamic):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.proves("CUDA graphs")
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", models.FAMILIES if models.EVERY else ["llama", "bert"])
 def test_cuda_graphs(family):
     """``reduce-overhead`` captures the steps: nothing in them may wait for the device."""
     assert training_steps(family, (12, 12, 12), device="cuda", fullgraph=True, mode="reduce-overhead") == 1

@@ -162,12 +162,12 @@ def test_quantised_cache(family, gate):
 
 
 @pytest.mark.cuda
-@pytest.mark.proves("offloaded cache", family="llama")
+@pytest.mark.proves("offloaded cache")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers' offloaded caches need a CUDA device")
 @pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
-@pytest.mark.parametrize("gate", GATES)
-def test_offloaded_caches(gate, kind):
-    model, given = tuned("llama", gate).cuda(), {name: t.cuda() for name, t in prompt("llama").items()}
+@every_model
+def test_offloaded_caches(family, gate, kind):
+    model, given = tuned(family, gate).cuda(), {name: t.cuda() for name, t in prompt(family).items()}
     found = generate(model, given, cache_implementation=kind, disable_compile=True)
     assert_same(found, generate(model, given, use_cache=False))
 

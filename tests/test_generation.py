@@ -48,14 +48,19 @@ def test_left_padded_generation_equals_recomputation(family, gate, beams):
 
 @pytest.mark.proves("a row alone and padded in a batch")
 @pytest.mark.parametrize("gate", ["token", "first"])
-@pytest.mark.parametrize("family", models.DECODERS if models.EVERY else ["gpt2", "opt", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES if models.EVERY else ["gpt2", "opt", "qwen3", "phi3", "t5"])
 def test_a_row_generates_the_same_alone_and_padded_in_a_batch(family, gate):
-    model, given = tuned(family, gate), models.inputs(family, "left")
-    together = generate(model, given)[0][:, 12:]
+    model, given = tuned(family, gate), models.inputs(family, "right" if family in models.SEQ2SEQ else "left")
+    together, logits = generate(model, given)
     for row in range(3):
-        real = given["attention_mask"][row].bool()
-        alone, _ = generate(model, {"input_ids": given["input_ids"][row, real][None]})
-        assert torch.equal(alone[0, real.sum() :], together[row])
+        ids = given["input_ids"][row, given["attention_mask"][row].bool()][None]
+        alone, expected = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert torch.equal(alone[0, -NEW:], together[row, -NEW:])
+        torch.testing.assert_close(logits[:, row], expected[:, 0])
+        with apt_kernels.disabled(model):
+            plain = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[1]
+        moved = (expected[0] - plain[0]).nan_to_num(posinf=0, neginf=0)
+        assert moved.abs().max() > 1e-2, "the prefix has no influence"
 
 
 @pytest.mark.parametrize("gate", ["token", "first"])

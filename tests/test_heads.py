@@ -6,35 +6,55 @@ import models
 import oracle
 import pytest
 import torch
+import transformers as t
 from test_models import randomise, real_of
 
 import apt_kernels
 
-BOTH = models.ENCODERS + models.DECODERS
 HEADS = {
     "causal language model": ("AutoModelForCausalLM", models.DECODERS, {}),
     "masked language model": ("AutoModelForMaskedLM", models.ENCODERS, {}),
     "sequence to sequence": ("AutoModelForSeq2SeqLM", models.SEQ2SEQ, {}),
-    "sequence classification": ("AutoModelForSequenceClassification", BOTH, {"num_labels": 3}),
-    "reward (one number a sequence)": ("AutoModelForSequenceClassification", models.DECODERS, {"num_labels": 1}),
+    "sequence classification": ("AutoModelForSequenceClassification", models.FAMILIES, {"num_labels": 3}),
+    "reward (one number a sequence)": (
+        "AutoModelForSequenceClassification",
+        models.DECODERS + models.SEQ2SEQ,
+        {"num_labels": 1},
+    ),
     "token classification": (
         "AutoModelForTokenClassification",
-        (*models.ENCODERS, *"gpt2 llama mistral qwen2 qwen3 gemma2 phi3".split()),
+        (*models.ENCODERS, *"gpt2 llama mistral qwen2 qwen3 gemma2 phi3 t5".split()),
         {},
     ),
     "question answering": (
         "AutoModelForQuestionAnswering",
-        (*models.ENCODERS, *"gpt2 opt llama mistral qwen2 qwen3".split()),
+        (*models.ENCODERS, *"gpt2 opt llama mistral qwen2 qwen3 t5 bart".split()),
         {},
     ),
     "multiple choice": ("AutoModelForMultipleChoice", models.ENCODERS, {}),
-    "embeddings (bare model)": ("AutoModel", BOTH, {}),
+    "embeddings (bare model)": ("AutoModel", models.FAMILIES, {}),
+    "embeddings of the encoder alone": ("AutoModelForTextEncoding", ("t5",), {}),
 }
+
+# Their heads, where they have one, were pretrained.
+UNTRAINED = (
+    "causal language model",
+    "masked language model",
+    "sequence to sequence",
+    "embeddings (bare model)",
+    "embeddings of the encoder alone",
+)
+END = {"t5": 1, "bart": 2}
 
 
 def inputs(family, head):
-    """Inputs with labels; the padding is on the right."""
+    """The padding is on the right. An encoder-decoder's task head has the decoder read the tokens again."""
     given = models.inputs(family, "right")
+    if family in models.SEQ2SEQ and head not in ("AutoModelForSeq2SeqLM", "AutoModel"):
+        del given["decoder_input_ids"]
+    if family in models.SEQ2SEQ and head == "AutoModelForSequenceClassification":
+        ends = given["attention_mask"].sum(1, keepdim=True) - 1
+        given["input_ids"].scatter_(1, ends, END[family])  # whose decoder state is classified
     if head == "AutoModelForMultipleChoice":
         given = {name: tensor[:, None].repeat(1, 2, 1) for name, tensor in given.items()}
         given["input_ids"][:, 1, 1:4] += 1
@@ -47,6 +67,8 @@ def result(out, given):
         return torch.stack([out.start_logits, out.end_logits])[:, given["attention_mask"].bool()]
     if "logits" in out:
         found = out.logits
+    elif "decoder_input_ids" in given:
+        return out.last_hidden_state.mean(1)
     else:  # mean pooling
         real = given["attention_mask"][..., None].to(out.last_hidden_state.dtype)
         return (out.last_hidden_state * real).sum(1) / real.sum(1)
@@ -65,6 +87,7 @@ def check(family, task):
     eager, params = oracle.build(plain, apt_kernels.prefixes(patched), real_of(flat, family))
     bare, _ = oracle.build(plain, {})
     heads = {n: p for n, p in patched.named_parameters() if p.requires_grad and ".apt." not in n}
+    assert bool(heads) == (task not in UNTRAINED), "a new head trains, a pretrained one does not"
     for name in heads:
         params[name] = eager.get_parameter(name).requires_grad_()
 
@@ -138,6 +161,44 @@ def test_multiple_choice(family):
 @families("embeddings (bare model)")
 def test_embeddings(family):
     check(family, "embeddings (bare model)")
+
+
+@pytest.mark.proves("embeddings (bare model)")
+@families("embeddings of the encoder alone")
+def test_embeddings_of_the_encoder_alone(family):
+    check(family, "embeddings of the encoder alone")
+
+
+_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+_TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 99}
+_TINY_WHISPER = {
+    **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4))},
+    **{"d_model": 32, "num_mel_bins": 8, "max_source_positions": 16, "classifier_proj_size": 8, "vocab_size": 99},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+}
+SELF_MADE = {
+    "SiglipForImageClassification": (
+        lambda: t.SiglipConfig(vision_config={**_TINY, "image_size": 16, "patch_size": 8}),
+        {"classifier.weight", "classifier.bias"},
+    ),
+    "WhisperForAudioClassification": (
+        lambda: t.WhisperConfig(**_TINY_WHISPER, use_weighted_layer_sum=True),
+        {"layer_weights", *(f"{name}.{each}" for name in ("projector", "classifier") for each in ("weight", "bias"))},
+    ),
+    "T5ForQuestionAnswering": (lambda: t.T5Config(**_TINY_T5), {"qa_outputs.weight", "qa_outputs.bias"}),
+    "T5EncoderModel": (lambda: t.T5Config(**_TINY_T5), set()),
+}
+
+
+@pytest.mark.parametrize("kind", SELF_MADE)
+def test_the_heads_of_models_that_hold_no_base_model_train(kind):
+    """Their parts stand side by side, with no module of the name that ``base_model_prefix`` has."""
+    config, heads = SELF_MADE[kind]
+    model = getattr(t, kind)(config())
+    assert model.base_model is model
+    apt_kernels.patch(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad and ".apt." not in n} == heads
+    assert set(dict(apt_kernels.summary(model).beside)) == heads
 
 
 @pytest.mark.proves("sliding window: every query sees the whole prefix")

@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 from test_models import randomise
-from test_trainer import own_accelerator_state, trainer  # noqa: F401 - a fixture
+from test_patch import assert_unchanged, snapshot
+from test_trainer import head_of, own_accelerator_state, trainer  # noqa: F401 - a fixture
 from torch import nn
 
 import apt_kernels
@@ -26,11 +27,16 @@ class Rounded(nn.Module):
 
 
 # bitsandbytes packs four-bit weights in blocks of 64 on the CPU.
+_WIDE = {"hidden_size": 64, "intermediate_size": 128}
 BLOCKS = {
-    "bert": {"hidden_size": 64, "intermediate_size": 128},
-    "llama": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+    **dict.fromkeys(("bert", "roberta", "electra"), _WIDE),
+    **{f: {**_WIDE, "head_dim": 16} for f in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")},
+    "gpt2": {"n_embd": 64},
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128},
+    "bart": {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128},
 }
+FAMILIES = models.FAMILIES if models.EVERY else ("bert", "llama", "t5")
 
 
 def stand_in(model):
@@ -96,27 +102,28 @@ def check(model, given, quantise_first, quantise):
 @pytest.mark.proves("quantised base")
 @pytest.mark.parametrize(
     ("family", "quantise"),
-    [(f, q) for f in (models.FAMILIES if models.EVERY else BLOCKS) for q in (stand_in, torchao)]
-    + [(f, bitsandbytes(bits)) for f in BLOCKS for bits in (8, 4)],
+    [(f, q) for f in FAMILIES for q in (stand_in, torchao, bitsandbytes(8), bitsandbytes(4))],
 )
 def test_a_quantised_base_trains_its_prefix(family, quantise):
     given = models.inputs(family, "right")
-    sizes = BLOCKS.get(family, {})
-    before, after = (check(models.build(family, **sizes), given, first, quantise) for first in (True, False))
+    before, after = (check(models.build(family, **BLOCKS[family]), given, first, quantise) for first in (True, False))
     torch.testing.assert_close(before, after)
 
 
 @pytest.mark.proves("Trainer with a base that from_pretrained quantised by bitsandbytes")
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", models.FAMILIES if models.EVERY else ["llama"])
 def test_a_base_quantised_by_transformers(family, bits, tmp_path, caplog):
     pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
-    models.build(family, **BLOCKS[family]).save_pretrained(tmp_path / "base")
-    quantised = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = models.build(family, head_of(family), **BLOCKS[family])
+    base.save_pretrained(tmp_path / "base")
+    # transformers quantises new heads as well, unless told not to.
+    skipped = {"llm_int8_skip_modules": ["classifier"]} if head_of(family) else {}
+    quantised = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **skipped)
 
     def made():
         torch.manual_seed(0)
-        load = transformers.AutoModelForCausalLM.from_pretrained
+        load = type(base).from_pretrained
         model = load(tmp_path / "base", quantization_config=quantised, device_map="cpu", dtype=torch.float32)
         return apt_kernels.patch(model, prefix_length=3, init_seed=0)
 
@@ -134,3 +141,20 @@ def test_a_base_quantised_by_transformers(family, bits, tmp_path, caplog):
         logits = model(**given).logits
         with apt_kernels.disabled(model):
             assert (model(**given).logits - logits).abs().max() > 1e-2, "the prefix has no influence"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_head_is_refused(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    kind = "AutoModelForSequenceClassification"
+    models.build("bert", kind, **BLOCKS["bert"]).save_pretrained(tmp_path)
+    quantised = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = getattr(transformers, kind).from_pretrained(tmp_path, quantization_config=quantised, device_map="cpu")
+    before = snapshot(model)
+    with pytest.raises(apt_kernels.PatchError, match=r"classifier\.weight would train.*llm_int8_skip_modules"):
+        apt_kernels.patch(model)
+    assert_unchanged(model, before)
+    apt_kernels.patch(model, trainable=r"classifier\.bias")
+    with pytest.raises(apt_kernels.PatchError, match=r"classifier\.weight would train"):
+        apt_kernels.add_adapter(model, "x")
+    assert list(apt_kernels.adapters(model)) == ["default"]

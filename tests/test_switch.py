@@ -1,8 +1,10 @@
 """The prefix switched off and on, several named adapters, which layers get one, and the summary."""
 
 import copy
+import re
 
 import models
+import oracle
 import pytest
 import torch
 import transformers
@@ -154,6 +156,36 @@ CHOICES = [
 ]
 
 
+def chosen(way, names):
+    """Settings that choose layers in this ``way``, and the modules that they mean."""
+    if way == "index":
+        return {"layers": -1}, names[-1:]
+    if way == "name":
+        return {"layers": rf"^{re.escape(names[0])}$"}, names[:1]
+    if way == "kind":
+        return {"layers": "self"}, [name for name in names if not name.endswith(("encoder_attn", "EncDecAttention"))]
+    return {"prefix_length": [3, 0] * (len(names) // 2)}, names[::2]
+
+
+@pytest.mark.proves("which layers, by name, index or kind; a length each")
+@pytest.mark.parametrize("way", ["index", "name", "kind", "a length each"])
+@pytest.mark.parametrize("family", models.some(models.FAMILIES))
+def test_the_layers_that_are_asked_for_have_the_prefix_and_no_others(family, way, tmp_path):
+    plain, given = models.build(family).double(), models.inputs(family)
+    settings, names = chosen(way, list(apt_kernels.prefixes(apt_kernels.patch(copy.deepcopy(plain)))))
+    model = apt_kernels.patch(copy.deepcopy(plain), **{"prefix_length": 3, "gate": "static", **settings})
+    randomise(model)
+    found = apt_kernels.prefixes(model.double())
+    assert {name: prefix.length for name, prefix in found.items()} == dict.fromkeys(names, 3)
+    eager, _ = oracle.build(plain, found)
+    # Layers without a prefix attend as before the patch: Gemma 2's take their softmax in float32.
+    torch.testing.assert_close(model(**given).logits, eager(**given).logits, rtol=1e-4, atol=1e-5)
+    assert not close(plain(**given).logits, model(**given).logits)
+    apt_kernels.save(model, tmp_path)
+    twin = apt_kernels.load(plain, tmp_path).double()
+    assert torch.equal(twin(**given).logits, model(**given).logits)
+
+
 @pytest.mark.proves("which layers, by name, index or kind; a length each")
 @pytest.mark.parametrize(
     ("family", "layers", "expected"), CHOICES, ids=lambda v: str(v) if not isinstance(v, list) else ""
@@ -192,15 +224,17 @@ def test_a_choice_that_means_no_layer_is_refused(layers, message):
 
 
 @pytest.mark.proves("summary of what trains")
-@pytest.mark.parametrize("family", models.ENCODERS + models.DECODERS if models.EVERY else ["bert"])
+@pytest.mark.parametrize("family", models.FAMILIES if models.EVERY else ["bert", "bart"])
 def test_summary(family):
     model = models.build(family, "AutoModelForSequenceClassification")
-    found = apt_kernels.summary(apt_kernels.patch(model, prefix_length=[0, 5]))
+    lengths = [0, 5] * (3 if family in models.SEQ2SEQ else 1)
+    found = apt_kernels.summary(apt_kernels.patch(model, prefix_length=lengths))
     assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.total == sum(p.numel() for p in model.parameters())
-    assert [layer.length for layer in found.layers] == [0, 5]
+    assert [layer.length for layer in found.layers] == lengths
     assert found.trainable == sum(x.parameters for x in found.layers) + sum(size for _, size in found.beside)
     text = str(found)
     assert f"{found.trainable:,} of {found.total:,}" in text
     assert all(layer.name in text for layer in found.layers)
-    assert {"classifier.weight", "score.weight", "classifier.dense.weight"} & set(text.split())
+    heads = {"classifier.weight", "score.weight", "classifier.dense.weight", "classification_head.dense.weight"}
+    assert heads & set(text.split())

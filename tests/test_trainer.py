@@ -126,14 +126,24 @@ def test_from_pretrained_refuses_an_adapter_folder(tmp_path):
     assert (tmp_path / "base" / "config.json").exists()
 
 
-@pytest.mark.proves("Trainer: predictions", family="bert")
-def test_predictions_are_those_of_the_patched_model(tmp_path):
-    model = fresh("bert")
+@pytest.mark.proves("Trainer: predictions")
+@pytest.mark.parametrize("family", models.FAMILIES if models.EVERY else ["bert", "t5"])
+def test_predictions_are_those_of_the_patched_model(family, tmp_path):
+    model = fresh(family)
     randomise(model)
-    made, _ = trainer(model, tmp_path, "bert")
-    data = rows("bert")[:5]
-    expected = torch.cat([model(row["input_ids"][None], row["attention_mask"][None]).logits for row in data])
-    torch.testing.assert_close(torch.tensor(made.predict(data).predictions), expected.detach())
+    made, _ = trainer(model, tmp_path, family)
+    data = rows(family)[:5]
+    with torch.no_grad():
+        expected = torch.cat([model(**one_row(row)).logits for row in data])
+        with apt_kernels.disabled(model):
+            plain = torch.cat([model(**one_row(row)).logits for row in data])
+    assert (plain - expected).abs().max() > 1e-2, "the prefix has no influence"
+    found = made.predict(data).predictions
+    torch.testing.assert_close(torch.tensor(found[0] if isinstance(found, tuple) else found), expected)
+
+
+def one_row(row):
+    return {name: tensor[None] for name, tensor in row.items()}
 
 
 @pytest.mark.proves("gradient checkpointing under Trainer, bfloat16 base under autocast")

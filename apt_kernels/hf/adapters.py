@@ -11,7 +11,17 @@ from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix import AdaptivePrefix
 from . import packing, parallel, saving
-from .patching import State, attach, build, detach, make_config, prefixes, state_of, trainable_names
+from .patching import (
+    State,
+    attach,
+    build,
+    detach,
+    make_config,
+    prefixes,
+    refuse_quantised,
+    state_of,
+    trainable_names,
+)
 from .wrappers import inner
 
 
@@ -57,6 +67,7 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
         raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
     config = make_config(config, settings)
     trained = trainable_names(base, config)
+    refuse_quantised(base, trained)
     parameters = dict(base.named_parameters())
     for each in trained:
         # Trained by no adapter so far, or its start is known already.

@@ -20,6 +20,8 @@ from .layers import lengths_of
 from .record import Site, record
 from .wrappers import inner, join_peft, peft_parameters
 
+_NAMED_FOR_A_TASK = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
+
 
 @dataclass
 class State:
@@ -169,6 +171,7 @@ def _commit(
     state = State(config, [own._attn_implementation for own in configs(model)], sites=sites)
     state.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trainable = trainable_names(model, config)
+    refuse_quantised(model, trainable)
     parameters = dict(model.named_parameters())
     state.start = {name: parameters[name].detach().clone() for name in trainable}
     theirs = peft_parameters(model)
@@ -229,13 +232,35 @@ def trainable_names(model, config: AptConfig) -> set[str]:
         if unused:
             raise ConfigError(f"trainable has {unused[0]!r}; no parameter's name matches it")
         return {name for name in names if any(re.search(pattern, name) for pattern in config.trainable)}
-    base = model.base_model
-    if base is model or model.get_output_embeddings() is not None:
-        return set()  # a bare encoder or a language model: its head, where it has one, was pretrained
-    inside = {id(parameter) for parameter in base.parameters()}
+    inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
     # PEFT's `modules_to_save` trains copies of the modules that it names.
     outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
     return {name for name in outside if name in names and ".original_module." not in name}
+
+
+def refuse_quantised(model, trainable: set[str]) -> None:
+    """Raise `PatchError` if a parameter among those to train is quantised. Nothing is changed."""
+    for name in sorted(trainable):
+        dtype = model.get_parameter(name).dtype
+        if not dtype.is_floating_point:
+            head = name.split(".")[0]
+            raise PatchError(
+                f"{name} would train with the prefix, but it is quantised ({dtype}). Load the model with its new head "
+                f"left as it is (transformers: BitsAndBytesConfig(..., llm_int8_skip_modules=[{head!r}])), or say with "
+                "trainable= what trains"
+            )
+
+
+def _pretrained_parts(model) -> list[nn.Module]:
+    """The modules of ``model`` whose weights a checkpoint of the bare model holds: all but a new task head."""
+    if model.get_output_embeddings() is not None:
+        return [model]  # a language model: its head was pretrained
+    if model.base_model is not model:
+        return [model.base_model]
+    if not _NAMED_FOR_A_TASK.search(type(model).__name__):
+        return [model]  # a bare encoder
+    # T5ForQuestionAnswering, SiglipForImageClassification and the like hold the bare model's parts side by side.
+    return [part for part in model.children() if isinstance(part, PreTrainedModel)] or [model]
 
 
 class _InputsRequireGrad:
