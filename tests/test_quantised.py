@@ -29,7 +29,8 @@ class Rounded(nn.Module):
 # bitsandbytes packs four-bit weights in blocks of 64 on the CPU.
 _WIDE = {"hidden_size": 64, "intermediate_size": 128}
 BLOCKS = {
-    **dict.fromkeys(("bert", "roberta", "electra"), _WIDE),
+    **dict.fromkeys(("bert", "roberta"), _WIDE),
+    "electra": {**_WIDE, "embedding_size": 64},
     **{f: {**_WIDE, "head_dim": 16} for f in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")},
     "gpt2": {"n_embd": 64},
     "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64},
