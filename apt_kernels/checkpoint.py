@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from .config import AptConfig
 from .errors import AdapterError, ConfigError, PatchError
-from .hf import hub
+from .hf import hub, parallel
 from .hf.patching import is_patched, patch, prefixes, state_of, unpatch
-from .hf.wrappers import inner, peft_parameters
+from .hf.wrappers import inner, named_parameters, peft_parameters
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "apt_config.json"
@@ -39,6 +38,8 @@ def save(
 
     Both files are written beside their places and then moved there, so that a crash leaves the old ones whole.
 
+    Where processes share the weights, each of them has to call this, with a folder of its own or the same one.
+
     Args:
         model: a patched model.
         folder: where to write; it is made if need be. May be left out where ``repo_id`` is given.
@@ -49,7 +50,8 @@ def save(
 
     Raises:
         PatchError: the model is not patched.
-        AdapterError: ``state_dict`` lacks a trained weight, or the hub refuses the upload.
+        AdapterError: ``state_dict`` lacks a trained weight, the hub refuses the upload, or other processes that hold
+            parts of the weights have not called this within ten minutes.
     """
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
@@ -68,50 +70,38 @@ def _is_first_process() -> bool:
 
 
 def _write(model, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
-    state, model = state_of(model), inner(model)
-    with _weights(model, state_dict) as tensors:
-        tensors = _folded(model, tensors)
+    state = state_of(model)
+    tensors = _folded(model, trained_weights(model) if state_dict is None else _given(model, state_dict))
     folder.mkdir(parents=True, exist_ok=True)
     lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
-    config = {**state.config.to_json(), "model": type(model).__name__, "lengths": lengths}
+    config = {**state.config.to_json(), "model": type(inner(model)).__name__, "lengths": lengths}
     config["reparameterisation"] = None  # folded away
     del config["implementation"]  # a choice of this machine, not of the adapter
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def _whole(name: str, tensor: Tensor, state_dict: dict[str, Tensor] | None) -> Tensor:
-    if state_dict is not None:
+def trained_weights(model) -> dict[str, Tensor]:
+    """Copies of the trained weights on the CPU, by name, gathered: each process that holds a part has to call this."""
+    trained = _trained(model)
+    parallel.meet(trained.values())
+    with parallel.gathered(model, trained.values()):
+        return {name: _whole(tensor) for name, tensor in trained.items()}
+
+
+def _given(model, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trained weights out of ``state_dict``."""
+    names = list(_trained(model))
+    for name in names:
         if name not in state_dict:
             raise AdapterError(f"state_dict lacks {name}, which was trained")
-        tensor = state_dict[name]
+    return {name: _whole(state_dict[name]) for name in names}
+
+
+def _whole(tensor: Tensor) -> Tensor:
     # A distributed tensor (FSDP2, tensor parallel) is gathered: every process has to come here.
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().cpu().contiguous()
-
-
-@contextmanager
-def gathered(parameters, changed: bool = False) -> Iterator[None]:
-    """Within, parameters that DeepSpeed's ZeRO-3 spreads over processes are whole; ``changed``: keep what is written.
-
-    Every process has to come here.
-    """
-    spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not spread:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(spread, modifier_rank=0 if changed else None):
-        yield
-
-
-@contextmanager
-def _weights(model, state_dict: dict[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
-    """Copies of the trained weights, from ``state_dict`` where it is given; within, those of the model are whole."""
-    trained = _trained(model)
-    with gathered(trained.values() if state_dict is None else ()):
-        yield {name: _whole(name, tensor, state_dict) for name, tensor in trained.items()}
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _replace(path: Path, write) -> None:
@@ -138,25 +128,27 @@ def _trained(model) -> dict[str, Tensor]:
     What PEFT added to the model is PEFT's to save.
     """
     ours = {id(parameter) for prefix in prefixes(model).values() for parameter in prefix.parameters()}
-    theirs = peft_parameters(model)
-    return {n: p for n, p in model.named_parameters() if id(p) in ours or (p.requires_grad and id(p) not in theirs)}
+    theirs, parameters = peft_parameters(inner(model)), named_parameters(model)
+    return {n: p for n, p in parameters.items() if id(p) in ours or (p.requires_grad and id(p) not in theirs)}
 
 
-def save_unfolded(model, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+def save_unfolded(model, path: Path, state_dict: dict[str, Tensor]) -> None:
     """Write the trained weights alone, reparameterisations as they are, for a training that goes on from them."""
-    with _weights(model, state_dict) as tensors:
-        _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    tensors = _given(model, state_dict)
+    _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
+@torch.no_grad()
 def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """``tensors``, with the key and value of reparameterised prefixes in the place of what makes them."""
     for name, prefix in prefixes(model).items():
         if prefix.mlp is None:
             continue
-        tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(f"{name}.apt.mlp.")}
-        with torch.no_grad():
-            key, value = prefix.mlp()
-        tensors[f"{name}.apt.key"], tensors[f"{name}.apt.value"] = _whole("", key, None), _whole("", value, None)
+        start = f"{name}.apt.mlp."
+        made = {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}
+        tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(start)}
+        for field, tensor in zip(("key", "value"), torch.func.functional_call(prefix.mlp, made)):
+            tensors[f"{name}.apt.{field}"] = tensor.contiguous()
     return tensors
 
 
@@ -180,7 +172,6 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
         PatchError: the model cannot be patched, or is patched with other settings.
     """
     folder = hub.fetch(folder, [WEIGHTS, CONFIG], revision) if hub.is_repository(folder) else Path(folder)
-    wrapped, model = model, inner(model)
     config = _read_config(folder / CONFIG)
     fresh = not is_patched(model)
     if not fresh and _shape_of(state_of(model).config) != _shape_of(config):
@@ -189,12 +180,11 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
         try:
             patch(model, config, example_inputs=example_inputs)
         except ConfigError as error:
-            raise AdapterError(f"{folder} does not fit the {type(model).__name__}: {error}") from error
+            raise AdapterError(f"{folder} does not fit the {type(inner(model)).__name__}: {error}") from error
     try:
         tensors = _read_weights(folder / WEIGHTS)
-        targets = dict(model.named_parameters())
-        trained = _trained(model)
-        with gathered(trained.values(), changed=True), torch.no_grad():
+        targets, trained = named_parameters(model), _trained(model)
+        with parallel.gathered(model, trained.values(), changed=True), torch.no_grad():
             _check(tensors, targets, trained, folder)
             for name, tensor in tensors.items():
                 targets[name].copy_(placed_like(targets[name], tensor))
@@ -202,7 +192,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
         if fresh:
             unpatch(model)
         raise
-    return wrapped
+    return model
 
 
 def placed_like(target: Tensor, tensor: Tensor) -> Tensor:

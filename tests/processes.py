@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import models
@@ -20,11 +21,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_models import randomise
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.distributed import DistributedConfig
 
 import apt_kernels
-from apt_kernels.checkpoint import gathered, placed_like
+from apt_kernels.checkpoint import placed_like
+from apt_kernels.hf import parallel
+from apt_kernels.hf.parallel import gathered
 
 PROCESSES, LR = 2, 0.1
 
@@ -54,7 +58,7 @@ def train(model, given: dict) -> tuple[torch.Tensor, dict, torch.Tensor]:
     optimizer = torch.optim.SGD(trained, lr=LR)
     loss = model(**given).loss
     loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     grads = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in grads.items()}
     optimizer.step()
     with torch.no_grad():
@@ -73,9 +77,9 @@ def alone(given: dict, model):
     return found
 
 
-def patched(family: str):
+def patched(family: str, **settings):
     model = models.build(family, head_of(family)).double().train()
-    apt_kernels.patch(model, prefix_length=3, init_seed=0).double()
+    apt_kernels.patch(model, prefix_length=3, init_seed=0, **settings).double()
     randomise(model)
     return model
 
@@ -94,14 +98,16 @@ def agree(found, expected, averaged: bool) -> None:
 
 
 def saved_as(model, twin, folder: Path) -> None:
-    """What the spread model saves is what the single one does; and it loads it again."""
+    """What the spread model saves is what the single one does; and it loads it again, unless it was folded."""
     folder = folder / str(dist.get_rank())
     apt_kernels.save(model, folder / "spread")
     apt_kernels.save(twin, folder / "alone")
     expected = load_file(folder / "alone" / "adapter.safetensors")
     torch.testing.assert_close(load_file(folder / "spread" / "adapter.safetensors"), expected)
+    if any(prefix.mlp is not None for prefix in apt_kernels.prefixes(model).values()):
+        return
     trained = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad(), gathered(trained, changed=True):
+    with torch.no_grad(), gathered(model, trained, changed=True):
         for parameter in trained:
             parameter.mul_(3)
     apt_kernels.load(model, folder / "alone")
@@ -131,8 +137,57 @@ def fsdp2(family: str, folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     agree(train(model, own_rows(given)), expected, averaged=True)
     saved_as(model, twin, folder)
+    saved_by_one(model, folder)
     bare = fully_shard(models.build(family).train(), mesh=mesh)
     refused(lambda: apt_kernels.patch(bare))
+
+
+def saved_by_one(model, folder: Path) -> None:
+    """One process writes, as Trainer asks for it; one that saves alone is told so, and does not wait for ever."""
+    main = not dist.get_rank()
+    model.save_pretrained(folder / f"main{dist.get_rank()}", is_main_process=main)
+    assert (folder / f"main{dist.get_rank()}").exists() == main
+    if main:
+        found, expected = (load_file(folder / name / "adapter.safetensors") for name in ("main0", "0/alone"))
+        torch.testing.assert_close(found, expected)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "PATIENCE", timedelta(seconds=0.5))
+            with pytest.raises(apt_kernels.AdapterError, match=r"\[1\] did not"):
+                apt_kernels.save(model, folder / "one")
+        assert not (folder / "one").exists()
+    dist.barrier()
+    apt_kernels.save(model, folder / str(dist.get_rank()) / "after")  # and they meet again
+
+
+def fsdp1(family: str, folder: Path) -> None:
+    """FullyShardedDataParallel, around the whole model and around every attention's layer as well."""
+    given = batch(family)
+    for settings in ({}, {"reparameterisation": 8}):
+        for nested in (False, True):
+            twin, model = patched(family, **settings), patched(family, **settings)
+            start = {n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad}
+            expected = alone(given, twin)
+            layers = {type(model.get_submodule(name.rpartition(".")[0])) for name in apt_kernels.prefixes(model)}
+            wrapped = FullyShardedDataParallel(
+                model,
+                use_orig_params=True,
+                device_id=torch.device("cpu"),
+                auto_wrap_policy=ModuleWrapPolicy(layers) if nested else None,
+            )
+            assert list(apt_kernels.prefixes(wrapped)) == list(apt_kernels.prefixes(twin))
+            loss, _, after = train(wrapped, own_rows(given))
+            # Gradients, out of a step of plain descent: on one process alone a unit's part may be of frozen weights.
+            with FullyShardedDataParallel.summon_full_params(wrapped):
+                ends = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
+            grads = {n: (start[n] - ends[n]) / LR for n in start}
+            agree((loss, grads, after), expected, averaged=True)
+            saved_as(wrapped, twin, folder)
+    with pytest.raises(apt_kernels.PatchError, match="hand over the model that it wraps"):
+        apt_kernels.save(model, folder / "inner")
+    refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
+    refused(lambda: apt_kernels.patch(FullyShardedDataParallel(models.build(family), device_id=torch.device("cpu"))))
+    with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's own words, without use_orig_params
+        FullyShardedDataParallel(patched(family), device_id=torch.device("cpu"))
 
 
 def tensor_parallel(family: str, folder: Path) -> None:
@@ -161,8 +216,8 @@ def tensor_parallel(family: str, folder: Path) -> None:
         ids = given["input_ids"]
         generated = (each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (model, twin))
         assert torch.equal(*generated)
-        if not settings:
-            saved_as(model, twin, folder)
+        saved_as(model, twin, folder)
+        saved_by_one(model, folder)
 
 
 def check_sharding(prefix, twin, whole: bool) -> None:

@@ -50,6 +50,12 @@ def test_fully_sharded(family):
     check("fsdp2", few("bert", "llama", "t5"), family)
 
 
+@pytest.mark.proves("FSDP (FullyShardedDataParallel), two processes: losses, gradients, a step, saved adapters")
+@pytest.mark.parametrize("family", few("bert", "t5"))
+def test_fully_sharded_by_its_first_version(family):
+    check("fsdp1", few("bert", "t5"), family)
+
+
 @pytest.mark.proves("tensor parallel by transformers' plan, two processes: heads of the prefix sharded, as above")
 @pytest.mark.parametrize("family", PLANNED if models.EVERY else ("llama", "phi3"))
 def test_tensor_parallel(family):

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import PatchError
+from ..errors import AdapterError, PatchError
 from .record import Site
+from .wrappers import fsdp1
+
+# How long a process waits for the others before it gathers: as long as a collective of NCCL does.
+PATIENCE = timedelta(minutes=10)
+# How often the processes of these ranks have met.
+_met: Counter[tuple[int, ...]] = Counter()
 
 
 def refuse_wrapped(model) -> None:
@@ -26,9 +36,9 @@ def refuse_wrapped(model) -> None:
 
 def _settled() -> tuple[type, ...]:
     found = [nn.parallel.DistributedDataParallel] if torch.distributed.is_available() else []
+    found += fsdp1()
     for module, name in (
         ("torch.distributed.fsdp", "FSDPModule"),
-        ("torch.distributed.fsdp", "FullyShardedDataParallel"),
         ("deepspeed", "DeepSpeedEngine"),
     ):
         kind = getattr(sys.modules.get(module), name, None)
@@ -41,12 +51,13 @@ def with_meshes(model, sites: list[Site]) -> list[Site]:
 
     Raises `PatchError` where the sharding of an attention module's heads cannot be told.
     """
-    if not _distributes(model):
+    if not distributes(model):
         return sites
     return [_with_mesh(model, site) for site in sites]
 
 
-def _distributes(model) -> bool:
+def distributes(model) -> bool:
+    """Whether parameters are distributed tensors, as under FSDP2 and tensor parallelism."""
     return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
@@ -77,3 +88,57 @@ def shared_generator(seed: int | None, sites: list[Site]) -> torch.Generator | N
         torch.distributed.broadcast(drawn, group=mesh.get_group(), group_src=0)
         seed = int(drawn)
     return None if seed is None else torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iterator[None]:
+    """Within, parameters that ZeRO-3 or FullyShardedDataParallel spread over processes are whole.
+
+    ``changed``: what is written to them is kept. Every process has to come here, with the model as it is wrapped.
+    """
+    parameters = list(parameters)
+    spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters)
+    if flat and not isinstance(model, fsdp1()):
+        raise PatchError(
+            "FullyShardedDataParallel holds the weights of the model in pieces; hand over the model that it wraps "
+            "(the FullyShardedDataParallel itself), or a state_dict"
+        )
+    if flat:
+        with type(model).summon_full_params(model, writeback=changed):
+            yield
+    elif spread:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(spread, modifier_rank=0 if changed else None):
+            yield
+    else:
+        yield
+
+
+def meet(parameters: Iterable[Tensor]) -> None:
+    """Wait until every process that holds a part of ``parameters`` has come here, before they are gathered.
+
+    Raises `AdapterError` after `PATIENCE`: a collective that not all enter would wait for ever, or break its group.
+    """
+    parameters = list(parameters)
+    ranks = {rank for p in parameters if hasattr(p, "device_mesh") for rank in p.device_mesh.mesh.flatten().tolist()}
+    if any(hasattr(p, "ds_id") or getattr(p, "_fsdp_flattened", False) for p in parameters):
+        ranks = set(range(torch.distributed.get_world_size()))
+    store = torch.distributed.distributed_c10d._get_default_store() if len(ranks) > 1 else None
+    if store is None:  # one process, or MPI
+        return
+    ranks, me = tuple(sorted(ranks)), torch.distributed.get_rank()
+    meeting = f"apt_kernels/{hash(ranks)}/{_met[ranks]}"
+    keys = {rank: f"{meeting}/{rank}" for rank in ranks}
+    store.set(keys[me], "here")
+    try:
+        store.wait(list(keys.values()), PATIENCE)
+    except RuntimeError as error:  # stores differ in what they raise; all of it derives from this
+        late = [rank for rank, key in keys.items() if not store.check([key])]
+        store.delete_key(keys[me])
+        raise AdapterError(
+            f"the weights are spread over the processes {list(ranks)}, and each has to call save (save_pretrained with "
+            f"is_main_process=False where nothing is to be written); {late} did not within {PATIENCE}"
+        ) from error
+    _met[ranks] += 1

@@ -18,7 +18,7 @@ from ..prefix import AdaptivePrefix
 from . import continuous, inline, packing, parallel, route, saving
 from .layers import lengths_of
 from .record import Site, record
-from .wrappers import inner, join_peft, peft_parameters
+from .wrappers import inner, join_peft, own_name, peft_parameters
 
 _NAMED_FOR_A_TASK = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
 
@@ -369,5 +369,5 @@ def prefixes(model) -> dict[str, AdaptivePrefix]:
     """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
     state_of(model)
     model = inner(model)
-    found = {name: module._modules.get("apt") for name, module in model.named_modules()}
+    found = {own_name(name): module._modules.get("apt") for name, module in model.named_modules()}
     return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}

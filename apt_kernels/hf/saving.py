@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from ..prefix import AdaptivePrefix
+from . import parallel
 
 # What Trainer looks for when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
@@ -40,8 +41,11 @@ class SavePretrained:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        from ..checkpoint import WEIGHTS, save, save_unfolded  # checkpoint imports the patch, and the patch this file
+        # Here, because checkpoint imports the patch, and the patch this file.
+        from ..checkpoint import WEIGHTS, save, save_unfolded, trained_weights
 
+        if state_dict is None and (is_main_process or parallel.distributes(self.model)):
+            state_dict = trained_weights(self.model)  # the main process alone could gather nothing
         if not is_main_process:
             return
         folder = Path(save_directory)

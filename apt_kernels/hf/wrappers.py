@@ -20,7 +20,7 @@ def inner(model):
             model = model.get_base_model()
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, *_engines())):
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, *_engines(), *fsdp1())):
             model = model.module
         else:
             return model
@@ -30,6 +30,22 @@ def _engines() -> tuple[type, ...]:
     """DeepSpeed's wrapper; none where DeepSpeed was never imported."""
     engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
     return () if engine is None else (engine,)
+
+
+def fsdp1() -> tuple[type, ...]:
+    """The wrapper FullyShardedDataParallel; none where it was never imported."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    return () if kind is None else (kind,)
+
+
+def own_name(name: str) -> str:
+    """A module's or parameter's name as it is without the FullyShardedDataParallel wrappers inside the model."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def named_parameters(model) -> dict[str, nn.Parameter]:
+    """The parameters of the transformers model inside ``model`` by the names that they have unwrapped."""
+    return {own_name(name): parameter for name, parameter in inner(model).named_parameters()}
 
 
 def _peft_layers() -> tuple[type, ...]:

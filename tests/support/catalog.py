@@ -71,6 +71,7 @@ SECTIONS: dict[str, dict[str, dict[str, str]]] = {
         "Accelerate": {},
         "DDP, two processes: losses, gradients, a step, saved adapters": {},
         "FSDP2, two processes: losses, gradients, a step, saved adapters": {},
+        "FSDP (FullyShardedDataParallel), two processes: losses, gradients, a step, saved adapters": {},
         "tensor parallel by transformers' plan, two processes: heads of the prefix sharded, as above": dict.fromkeys(
             (f for f in models.FAMILIES if f not in "llama mistral qwen2 qwen3 gemma2 gemma3 phi3".split()),
             "transformers has no plan for it",
