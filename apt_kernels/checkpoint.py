@@ -84,7 +84,7 @@ def _write(model, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
 def trained_weights(model) -> dict[str, Tensor]:
     """Copies of the trained weights on the CPU, by name, gathered: each process that holds a part has to call this."""
     trained = _trained(model)
-    parallel.meet(trained.values())
+    parallel.meet(model, trained.values())
     with parallel.gathered(model, trained.values()):
         return {name: _whole(tensor) for name, tensor in trained.items()}
 

@@ -182,7 +182,7 @@ def fsdp1(family: str, folder: Path) -> None:
             grads = {n: (start[n] - ends[n]) / LR for n in start}
             agree((loss, grads, after), expected, averaged=True)
             saved_as(wrapped, twin, folder)
-    with pytest.raises(apt_kernels.PatchError, match="hand over the model that it wraps"):
+    with pytest.raises(apt_kernels.PatchError, match="hand over the FullyShardedDataParallel"):
         apt_kernels.save(model, folder / "inner")
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
     refused(lambda: apt_kernels.patch(FullyShardedDataParallel(models.build(family), device_id=torch.device("cpu"))))

@@ -17,7 +17,8 @@ SOURCES = [*sorted((PACKAGE / "hf").glob("*.py")), PACKAGE / "checkpoint.py", PA
 # Private names of torch and of Python, and ends of names: not transformers', and not ours.
 ELSEWHERE = set(
     "_C _fields _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks _modules "
-    "_forward_pre_hooks_with_kwargs _orig_mod _replace _version _on_ _patch_id _token_id _token_index".split()
+    "_forward_pre_hooks_with_kwargs _fsdp_flattened _get_default_store _orig_mod _replace _version _on_ _patch_id "
+    "_token_id _token_index".split()
 )
 
 

@@ -98,15 +98,14 @@ def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iter
     """
     parameters = list(parameters)
     spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters)
-    if flat and not isinstance(model, fsdp1()):
-        raise PatchError(
-            "FullyShardedDataParallel holds the weights of the model in pieces; hand over the model that it wraps "
-            "(the FullyShardedDataParallel itself), or a state_dict"
-        )
-    if flat:
+    if isinstance(model, fsdp1()):
         with type(model).summon_full_params(model, writeback=changed):
             yield
+    elif any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+        raise PatchError(
+            "FullyShardedDataParallel holds the weights of the model in pieces; hand over the "
+            "FullyShardedDataParallel itself, or a state_dict"
+        )
     elif spread:
         import deepspeed
 
@@ -116,14 +115,14 @@ def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iter
         yield
 
 
-def meet(parameters: Iterable[Tensor]) -> None:
+def meet(model, parameters: Iterable[Tensor]) -> None:
     """Wait until every process that holds a part of ``parameters`` has come here, before they are gathered.
 
     Raises `AdapterError` after `PATIENCE`: a collective that not all enter would wait for ever, or break its group.
     """
     parameters = list(parameters)
     ranks = {rank for p in parameters if hasattr(p, "device_mesh") for rank in p.device_mesh.mesh.flatten().tolist()}
-    if any(hasattr(p, "ds_id") or getattr(p, "_fsdp_flattened", False) for p in parameters):
+    if isinstance(model, fsdp1()) or any(hasattr(p, "ds_id") for p in parameters):
         ranks = set(range(torch.distributed.get_world_size()))
     store = torch.distributed.distributed_c10d._get_default_store() if len(ranks) > 1 else None
     if store is None:  # one process, or MPI
