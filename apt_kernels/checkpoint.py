@@ -89,6 +89,16 @@ def trained_weights(model) -> dict[str, Tensor]:
         return {name: _whole(tensor) for name, tensor in trained.items()}
 
 
+def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """What `save` is to take on this process, as transformers' ``save_pretrained`` is called; None: nothing to write.
+
+    Processes that do not write take part in the gathering where all are to call (FSDP2, tensor parallel).
+    """
+    if state_dict is None and (is_main_process or parallel.distributes(inner(model))):
+        state_dict = trained_weights(model)
+    return state_dict if is_main_process else None
+
+
 def _given(model, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The trained weights out of ``state_dict``."""
     names = list(_trained(model))

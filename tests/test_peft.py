@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_models import randomise
 from test_trainer import trainer
 
@@ -89,6 +90,19 @@ def test_both_are_saved_and_loaded_together(tmp_path):
     apt_kernels.unpatch(model)
     assert not any(".apt." in n for n, _ in model.named_parameters())
     assert all("lora_" in n for n, p in base.named_parameters() if p.requires_grad)
+
+
+def test_gathered_weights_are_saved_in_place_of_the_models_own(tmp_path):
+    """As Trainer hands them over, by PEFT's names, where processes hold parts of the model."""
+    model, _ = both("llama", "patch", lora)
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    found = load_file(tmp_path / "adapter.safetensors")
+    assert found
+    for name, tensor in found.items():
+        assert torch.equal(tensor, state[f"base_model.model.{name}"])
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "adapter.safetensors").exists()
 
 
 def test_a_model_without_a_prefix_is_left_to_peft(tmp_path):

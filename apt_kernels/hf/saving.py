@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 from ..prefix import AdaptivePrefix
-from . import parallel
 
 # What Trainer looks for when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
@@ -42,11 +41,10 @@ class SavePretrained:
         **kwargs,
     ) -> None:
         # Here, because checkpoint imports the patch, and the patch this file.
-        from ..checkpoint import WEIGHTS, save, save_unfolded, trained_weights
+        from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write
 
-        if state_dict is None and (is_main_process or parallel.distributes(self.model)):
-            state_dict = trained_weights(self.model)  # the main process alone could gather nothing
-        if not is_main_process:
+        state_dict = weights_to_write(self.model, is_main_process, state_dict)
+        if state_dict is None:
             return
         folder = Path(save_directory)
         hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}

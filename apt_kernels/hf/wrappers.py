@@ -143,11 +143,16 @@ def _setup_prompt_encoder(original, self, *args, **kwargs):
 
 
 def _save_pretrained(original, self, save_directory, *args, **kwargs):
-    from ..checkpoint import save  # checkpoint imports this file
+    from ..checkpoint import save, weights_to_write  # checkpoint imports this file
 
     result = original(self, save_directory, *args, **kwargs)
-    if _has_prefix(self) and kwargs.get("is_main_process", True):
-        save(self, save_directory)
+    if _has_prefix(self):
+        given = kwargs.get("state_dict")
+        # Those gathered from shards have PEFT's names.
+        given = given and {name.removeprefix("base_model.model."): tensor for name, tensor in given.items()}
+        given = weights_to_write(self, kwargs.get("is_main_process", True), given)
+        if given is not None:
+            save(self, save_directory, state_dict=given)
     return result
 
 
