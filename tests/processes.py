@@ -150,6 +150,8 @@ def saved_by_one(model, folder: Path) -> None:
     if main:
         found, expected = (load_file(folder / name / "adapter.safetensors") for name in ("main0", "0/alone"))
         torch.testing.assert_close(found, expected)
+    spread = any(hasattr(p, "device_mesh") for p in model.parameters() if p.requires_grad)
+    if main and spread:  # Phi-3's prefixes are whole everywhere
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallel, "PATIENCE", timedelta(seconds=0.5))
             with pytest.raises(apt_kernels.AdapterError, match=r"\[1\] did not"):
