@@ -75,7 +75,7 @@ class AdaptivePrefix(nn.Module):
         if layer_scale:
             self.layer_scale = nn.Parameter(torch.full((1,), 1.0 if gate == "none" else 2.0, device=device))
         # The inputs of the running forward, and whether its attention went through the op (hf/route.py).
-        self.pending, self.served = None, False
+        self.running = Running()
 
     def extra_repr(self) -> str:
         return f"length={self.length}, heads={self.heads}, head_dim={self.head_dim}, gate={self.gate}"
@@ -149,7 +149,14 @@ class AdaptivePrefix(nn.Module):
 
     def __getstate__(self):
         # A copy or a pickle taken in the middle of a forward must not drag the activations along.
-        return {**self.__dict__, "pending": None}
+        return {**self.__dict__, "running": Running()}
+
+
+class Running:
+    """A forward that is under way. Not of the module itself, whose attributes are slow to set."""
+
+    def __init__(self):
+        self.pending, self.served = None, False
 
 
 class Reparameterisation(nn.Module):
@@ -198,7 +205,8 @@ def _first(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:
     if real_tokens is None:
         return hidden_states[:, 0]
     index = real_tokens.to(torch.uint8).argmax(dim=1)
-    return hidden_states[torch.arange(hidden_states.shape[0], device=index.device), index]
+    # Not by indexing, the gradient of which sorts.
+    return hidden_states.gather(1, index[:, None, None].expand(-1, 1, hidden_states.shape[2])).squeeze(1)
 
 
 def _begins(segments: Tensor) -> Tensor:

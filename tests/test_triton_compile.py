@@ -98,30 +98,17 @@ def _launch_twice(variant: str) -> tuple[list, list, int]:
     import triton
 
     from apt_kernels.impl.inputs import DIFFERENTIABLE
-    from apt_kernels.impl.triton import attend, gradients, table
-    from bench import ahead
+    from apt_kernels.impl.triton import attend, gradients
+    from bench import ahead, host
 
-    handed, asked = [], []
+    class Handed(host.Launches):
+        def __call__(self, columns, rows, depth, stream, function, *given):
+            handed.append((columns, rows, depth, stream, *map(_form, given[4:])))
 
-    class Launcher:
-        def __init__(self, *_):
-            pass
-
-        def __call__(self, *given):
-            columns, rows, depth, stream, *_ = given[:9]
-            handed.append((columns, rows, depth, stream, *map(_form, given[9:])))
-
-    class Utils:
-        load_binary = staticmethod(lambda *_: (None, 0, 0, 0, 1024))
-        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 1 << 20})
-
-    driver = ahead._Driver(ahead._gpu_target(86, 32))
-    driver.launcher_cls, driver.utils = Launcher, Utils
-    triton.runtime.driver.set_active(driver)
-    table.architecture = lambda device: "sm_86"
+    Handed("sm_86")
     x = ahead.make_job_inputs(ahead.Job("sm_86", 2, 64, variant))
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
-    run, calls = triton.JITFunction.run, []
+    handed, asked, calls, run = [], [], [], triton.JITFunction.run
     triton.JITFunction.run = lambda self, *args, **named: asked.append(self) or run(self, *args, **named)
     for _ in range(2):
         handed.clear()
@@ -190,6 +177,23 @@ def test_a_second_launch_is_the_first_and_asks_triton_nothing(variant, compiling
 def test_numbers_of_64_bits_are_left_to_triton(compiling):
     assert compiling(_key_of_far_rows, 1 << 20) is not None
     assert compiling(_key_of_far_rows, 1 << 33) is None
+
+
+def _host_times() -> dict[str, int]:
+    """Launches of every pass that `bench.host` times. Runs without the interpreter."""
+    from bench import host
+
+    launches, found = host.Launches("sm_86"), {}
+    for name, call in host.passes("sm_86").items():
+        launches.count = 0
+        assert host.microseconds(call) > 0
+        found[name] = launches.count / (host.CALLS + 10)
+    return found
+
+
+@pytest.mark.slow
+def test_the_host_is_timed_without_a_gpu(compiling):
+    assert compiling(_host_times) == {"forward": 1, "backward": 3, "decoding": 2}
 
 
 def _key_of_far_rows(stride: int):

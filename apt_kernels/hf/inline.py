@@ -139,10 +139,10 @@ def rows_of(scores: Scores, hidden_states: Tensor | None, time_major: bool) -> i
 def _serve(module):
     def attend(probabilities: Probabilities, value: Tensor) -> Tensor:
         prefix, found = module.apt, module.apt_inline
-        hidden_states, scores = prefix.pending.hidden_states, probabilities.scores
+        hidden_states, scores = prefix.running.pending.hidden_states, probabilities.scores
         batch = rows_of(scores, hidden_states, found.time_major)
         laid = lay_out(probabilities, value, batch)
-        prefix.served = True
+        prefix.running.served = True
         seen = laid.seen() if prefix.gate in ("first", "mean") and not prefix.cross else None
         key, value, gate, scale = route.parts_inline(prefix, seen, laid.query, found.time_major)
         out = attention(

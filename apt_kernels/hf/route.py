@@ -33,15 +33,15 @@ class Pending(NamedTuple):
 
 def before(module, args, kwargs) -> None:
     """Forward pre-hook of a patched attention module: remember its hidden states and cache."""
-    if not module.apt.enabled:
+    prefix = module.apt
+    if not prefix.enabled:
         return
     hidden_states = kwargs.get("hidden_states", args[0] if args else None)
     cache = filled = None
-    if module.apt.gate == "first":
+    if prefix.gate == "first":
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         filled = cache is not None and _holds_tokens(cache, module)
-    module.apt.pending = Pending(hidden_states, cache, bool(filled))
-    module.apt.served = False
+    prefix.running.pending, prefix.running.served = Pending(hidden_states, cache, bool(filled)), False
 
 
 def _holds_tokens(cache, module) -> bool:
@@ -60,10 +60,11 @@ def _holds_tokens(cache, module) -> bool:
 
 def after(module, args, output) -> None:
     """Forward hook: a patched module that did not attend through `attention_forward` has lost its prefix."""
-    module.apt.pending = None
-    if module.apt.enabled and not module.apt.served:
+    prefix = module.apt
+    prefix.running.pending = None
+    if prefix.enabled and not prefix.running.served:
         raise PatchError(
-            f"{module.apt.name} attended without its prefix: the model's attention implementation was switched away "
+            f"{prefix.name} attended without its prefix: the model's attention implementation was switched away "
             f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
         )
 
@@ -90,9 +91,9 @@ def attention_forward(
     if prefix is None:
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
         return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
-    if prefix.pending is None:
+    if prefix.running.pending is None:
         raise PatchError(f"{prefix.name} attends outside its module's forward; its hidden states are unknown")
-    prefix.served = True
+    prefix.running.served = True
     out = attention(
         query,
         key,
@@ -121,7 +122,7 @@ def _parts(prefix, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
 
 def parts_inline(prefix, seen: Tensor | None, query: Tensor, time_major: bool) -> tuple[Tensor | None, ...]:
     """The same of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
-    if seen is not None and prefix.pending.filled:
+    if seen is not None and prefix.running.pending.filled:
         seen = seen[..., -query.shape[2] :]  # the queries stand behind what the cache held
     return _gated(prefix, query, None if seen is None else _real(seen, query), None, time_major)
 
@@ -136,7 +137,7 @@ def _real(seen: Tensor, query: Tensor) -> Tensor:
 
 
 def _gated(prefix, query: Tensor, real, segments, time_major: bool = False) -> tuple[Tensor | None, ...]:
-    hidden_states, cache, filled = prefix.pending
+    hidden_states, cache, filled = prefix.running.pending
     if prefix.gate in ("none", "static"):
         return prefix(None)
     owner = (prefix.name, prefix.adapter)
