@@ -102,7 +102,9 @@ def _is_plain(tensors: list[Tensor]) -> bool:
     """Whether nothing but autograd watches a call: no compiler, tracer, transform, mode, profiler or subclass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.autograd._profiler_enabled():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(_is_real(tensor) for tensor in tensors)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES
 from test_reference import small
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
@@ -49,6 +50,18 @@ def test_opcheck(name, implementation):
         )
 
 
+class _Functions(TorchFunctionMode):
+    """The functions of torch that are called from outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 class _Seen(TorchDispatchMode):
     """The operators that are called."""
 
@@ -68,6 +81,9 @@ def test_whoever_watches_sees_the_operator_and_the_same_bits(grad):
     with _Seen() as seen:
         torch.testing.assert_close(apt_kernels.attention(*given), expected, rtol=0, atol=0)
     assert "apt_kernels::attention" in seen.names
+    with _Functions() as functions:
+        apt_kernels.attention(*given)
+    assert [name for name in functions.names if not name.startswith("<")] == ["apt_kernels.attention.default"]
     with torch.profiler.profile() as profile:
         torch.testing.assert_close(apt_kernels.attention(*given), expected, rtol=0, atol=0)
     assert "apt_kernels::attention" in {event.key for event in profile.key_averages()}
