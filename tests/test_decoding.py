@@ -4,6 +4,7 @@ import models
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from test_generation import NEW, assert_same, generate, tuned
 
 import apt_kernels
@@ -23,6 +24,20 @@ def prompt(family, padding="left", **options):
 
 def tokens(model, given, **options):
     return model.generate(**given, max_new_tokens=NEW, min_new_tokens=NEW, **options)
+
+
+def skip_where_unpatched_fails(family, given, **options):
+    """On releases before the one these tests were written for; there a failure of transformers' own is no reason."""
+    if Version(transformers.__version__) >= Version("5.23"):
+        return
+    plain, why = models.build(family).double(), f"transformers {transformers.__version__}, {family} unpatched: "
+    expected = tokens(plain, given, do_sample=False, use_cache=False)
+    try:
+        found = tokens(plain, given, do_sample=False, **options)
+    except Exception as error:  # whatever it raises without us is the reason
+        pytest.skip(f"{why}{type(error).__name__}: {str(error)[:100]}")
+    if not torch.equal(found, expected):
+        pytest.skip(f"{why}other tokens than without a cache")
 
 
 @pytest.fixture
@@ -56,6 +71,7 @@ def test_seeded_sampling(family, gate, influence):
 def test_prompt_lookup(family, gate, influence):
     model, given = tuned(family, gate), prompt(family, None, batch=1)
     given["input_ids"][:, 6:] = given["input_ids"][:, :6]  # something to look up
+    skip_where_unpatched_fails(family, given, prompt_lookup_num_tokens=3)
     found = tokens(model, given, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(found, tokens(model, given, do_sample=False, use_cache=False))
     influence(model, given)
@@ -66,6 +82,7 @@ def test_prompt_lookup(family, gate, influence):
 @every_model
 def test_assisted_decoding(family, gate, patched, influence):
     model, given = tuned(family, gate), prompt(family, None, batch=1)
+    skip_where_unpatched_fails(family, given, assistant_model=models.build(family).double())
     assistant = tuned(family, gate) if patched else models.build(family).double()
     found = tokens(model, given, do_sample=False, assistant_model=assistant)
     assert torch.equal(found, tokens(model, given, do_sample=False, use_cache=False))
