@@ -309,9 +309,10 @@ def prune(model, lengths: Sequence[int], probe: Probe | None = None):
     Raises:
         ConfigError: a length is above what the layer has, or nothing says which tokens are the strongest; the model
             is as it was.
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or is spread over processes.
     """
     state_of(model)
+    pruning.refuse_spread(model)
     names = pruning.modules(model)
     if len(lengths) != len(names):
         raise ConfigError(f"lengths has {len(lengths)} entries; the model has {len(names)} attention modules")

@@ -6,6 +6,7 @@ The packages are imported once; then both processes are forked.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 import sys
@@ -123,6 +124,7 @@ def ddp(family: str, folder: Path) -> None:
     agree(train(wrapped, own_rows(given)), expected, averaged=True)
     saved_as(wrapped, twin, folder)
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
+    refused(lambda: apt_kernels.prune(wrapped, [1] * len(apt_kernels.prefixes(model))))
     bare = torch.nn.parallel.DistributedDataParallel(models.build(family).train())
     refused(lambda: apt_kernels.patch(bare))
 
@@ -138,6 +140,7 @@ def fsdp2(family: str, folder: Path) -> None:
     agree(train(model, own_rows(given)), expected, averaged=True)
     saved_as(model, twin, folder)
     saved_by_one(model, folder)
+    assert apt_kernels.summary(model) == apt_kernels.summary(twin)
     bare = fully_shard(models.build(family).train(), mesh=mesh)
     refused(lambda: apt_kernels.patch(bare))
 
@@ -187,6 +190,7 @@ def fsdp1(family: str, folder: Path) -> None:
     with pytest.raises(apt_kernels.PatchError, match="hand over the FullyShardedDataParallel"):
         apt_kernels.save(model, folder / "inner")
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
+    refused(lambda: apt_kernels.summary(wrapped))
     refused(lambda: apt_kernels.patch(FullyShardedDataParallel(models.build(family), device_id=torch.device("cpu"))))
     with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's own words, without use_orig_params
         FullyShardedDataParallel(patched(family), device_id=torch.device("cpu"))
@@ -220,6 +224,9 @@ def tensor_parallel(family: str, folder: Path) -> None:
         assert torch.equal(*generated)
         saved_as(model, twin, folder)
         saved_by_one(model, folder)
+        assert apt_kernels.summary(model) == apt_kernels.summary(twin)
+        if family != "phi3":  # whose prefixes are whole everywhere
+            refused(functools.partial(apt_kernels.prune, model, [1] * len(apt_kernels.prefixes(model))))
 
 
 def check_sharding(prefix, twin, whole: bool) -> None:
@@ -270,6 +277,7 @@ def zero3(family: str, folder: Path) -> None:
     for parameter in trained:
         parameter.partition()
     saved_as(engine, twin, folder)
+    assert apt_kernels.summary(engine) == apt_kernels.summary(twin)
 
 
 def refused(call) -> None:

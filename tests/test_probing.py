@@ -297,3 +297,18 @@ def test_prefix_dropout_is_for_training_alone(width):
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(apt_kernels.ConfigError, match=message):
         apt_kernels.AptConfig(**settings)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compile", "data parallel"])
+def test_a_model_in_a_wrapper_is_probed_and_pruned(wrap):
+    model = apt_kernels.patch(models.build("llama"), prefix_length=4, gate="static", init_seed=0)
+    randomise(model)
+    twin = copy.deepcopy(model)
+    found, expected = (
+        apt_kernels.probe(each, [models.inputs("llama")]).lengths(budget=3) for each in (wrap(model), twin)
+    )
+    assert (found, found.keep) == (expected, expected.keep)
+    wrapped = wrap(model)
+    assert apt_kernels.prune(wrapped, found) is wrapped
+    apt_kernels.prune(twin, expected)
+    assert torch.equal(model(**models.inputs("llama")).logits, twin(**models.inputs("llama")).logits)

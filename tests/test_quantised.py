@@ -137,6 +137,8 @@ def test_a_base_quantised_by_transformers(family, bits, tmp_path, caplog):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert found.by_step == {step: expected.by_step[step] for step in (4, 5, 6)}
     assert "missing keys" not in caplog.text
+    unquantised = apt_kernels.patch(base, prefix_length=3)
+    assert str(apt_kernels.summary(whole.model)) == str(apt_kernels.summary(unquantised))
     model, given = whole.model.eval(), models.inputs(family)
     with torch.no_grad():
         logits = model(**given).logits

@@ -30,8 +30,17 @@ def refuse_wrapped(model) -> None:
             raise PatchError(
                 f"the model is already wrapped for training on several processes ({name}), which would leave the "
                 "prefixes out of it: their gradients would differ between the processes. Call apt_kernels.patch (and "
-                "add_adapter, set_adapter) before"
+                "add_adapter, set_adapter, prune) before"
             )
+
+
+def refuse_pieces(model) -> None:
+    """Raise `PatchError` if FullyShardedDataParallel holds the parameters in pieces, of which sizes tell nothing."""
+    if any(isinstance(module, fsdp1()) for module in model.modules()):
+        raise PatchError(
+            "FullyShardedDataParallel holds the parameters in pieces, and their sizes are not those of the model; call "
+            "apt_kernels.summary before it wraps the model"
+        )
 
 
 def _settled() -> tuple[type, ...]:

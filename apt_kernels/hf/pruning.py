@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from . import saving
+from ..errors import PatchError
+from . import parallel, saving
 from .patching import prefixes, remove_prefix, state_of, trainable_names
 from .wrappers import inner
 
@@ -18,7 +19,18 @@ _TOKEN_DIM = {"key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
 def modules(model) -> list[str]:
     """Names of all attention modules that the patch found, with a prefix or without, in model order."""
     found = prefixes(model)
-    return [name for name, module in model.named_modules() if name in found or "apt_before" in module.__dict__]
+    return [name for name, module in inner(model).named_modules() if name in found or "apt_before" in module.__dict__]
+
+
+def refuse_spread(model) -> None:
+    """Raise `PatchError` if processes share the model's prefixes."""
+    parallel.refuse_wrapped(model)
+    spread = [name for name, prefix in prefixes(model).items() if prefix.mesh is not None]
+    if spread:
+        raise PatchError(
+            f"tensor parallelism spreads the prefix of {spread[0]} over processes; save the adapter, and call "
+            "apt_kernels.prune on a model that one process holds, before it is sharded"
+        )
 
 
 def keep_tokens(model, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...]) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from . import inline
+from torch import nn
+
+from . import inline, parallel
 from .patching import configs, prefixes, restore_implementations, state_of
 from .wrappers import inner
 
@@ -81,21 +83,32 @@ class Summary:
 
 
 def summary(model) -> Summary:
-    """How many parameters train, and where: ``print(apt_kernels.summary(model))``. `PatchError` if not patched."""
-    state, model = state_of(model), inner(model)
-    found = prefixes(model)
+    """How many parameters train, and where: ``print(apt_kernels.summary(model))``.
+
+    Raises `PatchError` if the model is not patched, or if FullyShardedDataParallel holds it in pieces.
+    """
+    state = state_of(model)
+    parallel.refuse_pieces(model)
+    model, found = inner(model), prefixes(model)
     owned = {id(parameter) for prefix in found.values() for parameter in prefix.parameters()}
     layers = []
     for site in state.sites:
         prefix = found.get(site.name)
-        size = 0 if prefix is None else sum(p.numel() for p in prefix.parameters())
+        size = 0 if prefix is None else sum(map(_size, prefix.parameters()))
         length, gate = (0, "") if prefix is None else (prefix.length, prefix.gate)
         layers.append(Layer(site.name, site.kind, length, gate, size))
-    beside = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
+    beside = [(n, _size(p)) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     return Summary(
         state.adapter,
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        sum(p.numel() for p in model.parameters()),
+        sum(_size(p) for p in model.parameters() if p.requires_grad),
+        sum(map(_size, model.parameters())),
         tuple(layers),
         tuple(beside),
     )
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers it has, where ZeRO-3 holds them elsewhere and where bitsandbytes packs two in a byte, too."""
+    packed = getattr(parameter, "quant_state", None)
+    size = parameter.numel() if packed is None else packed.shape.numel()
+    return getattr(parameter, "ds_numel", size)
