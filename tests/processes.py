@@ -74,6 +74,7 @@ def alone(given: dict, model):
             without = model(**given).logits
     found = train(model, given)
     assert (logits - without).abs().max() > 1e-3, "the prefix has no influence"
+    assert all(grad.abs().max() > 0 for grad in found[1].values())
     assert (found[0] - found[2]).abs() > 1e-4, "the step changed nothing"
     return found
 
@@ -92,7 +93,6 @@ def mean(loss: torch.Tensor) -> torch.Tensor:
 
 def agree(found, expected, averaged: bool) -> None:
     theirs = {name.removeprefix("module."): grad for name, grad in found[1].items()}
-    assert all(grad.abs().max() > 0 for grad in expected[1].values())
     torch.testing.assert_close(theirs, expected[1])
     losses = [mean(loss) if averaged else loss for loss in (found[0], found[2])]
     torch.testing.assert_close(losses, [expected[0], expected[2]])
@@ -125,6 +125,7 @@ def ddp(family: str, folder: Path) -> None:
     saved_as(wrapped, twin, folder)
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
     refused(lambda: apt_kernels.prune(wrapped, [1] * len(apt_kernels.prefixes(model))))
+    refused(lambda: apt_kernels.unpatch(wrapped))
     bare = torch.nn.parallel.DistributedDataParallel(models.build(family).train())
     refused(lambda: apt_kernels.patch(bare))
 
@@ -141,8 +142,20 @@ def fsdp2(family: str, folder: Path) -> None:
     saved_as(model, twin, folder)
     saved_by_one(model, folder)
     assert apt_kernels.summary(model) == apt_kernels.summary(twin)
+    unpatched(model, family, given)
     bare = fully_shard(models.build(family).train(), mesh=mesh)
     refused(lambda: apt_kernels.patch(bare))
+
+
+def unpatched(model, family: str, given: dict) -> None:
+    """Switched off, and unpatched, a sharded model is the base (but for an encoder's head, which trained)."""
+    base = models.build(family, head_of(family)).double().train()
+    with torch.no_grad():
+        expected = base(**given).logits
+        with apt_kernels.disabled(model):
+            assert family in models.ENCODERS or torch.equal(model(**given).logits, expected)
+        apt_kernels.unpatch(model)
+        assert family in models.ENCODERS or torch.equal(model(**given).logits, expected)
 
 
 def saved_by_one(model, folder: Path) -> None:
@@ -191,6 +204,7 @@ def fsdp1(family: str, folder: Path) -> None:
         apt_kernels.save(model, folder / "inner")
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
     refused(lambda: apt_kernels.summary(wrapped))
+    refused(lambda: apt_kernels.unpatch(wrapped))
     refused(lambda: apt_kernels.patch(FullyShardedDataParallel(models.build(family), device_id=torch.device("cpu"))))
     with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's own words, without use_orig_params
         FullyShardedDataParallel(patched(family), device_id=torch.device("cpu"))
@@ -278,6 +292,7 @@ def zero3(family: str, folder: Path) -> None:
         parameter.partition()
     saved_as(engine, twin, folder)
     assert apt_kernels.summary(engine) == apt_kernels.summary(twin)
+    refused(lambda: apt_kernels.unpatch(engine))
 
 
 def refused(call) -> None:

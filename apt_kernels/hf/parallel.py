@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, PatchError
 from .record import Site
-from .wrappers import fsdp1
+from .wrappers import engines, fsdp1
 
 # How long a process waits for the others before it gathers: as long as a collective of NCCL does.
 PATIENCE = timedelta(minutes=10)
@@ -43,16 +43,23 @@ def refuse_pieces(model) -> None:
         )
 
 
+def refuse_to_undo(model) -> None:
+    """Raise `PatchError` where a wrapper would go on with the parameters that the patched model had."""
+    for module in model.modules():
+        if isinstance(module, _wrappers()):
+            raise PatchError(
+                f"{type(module).__name__} has settled which parameters it keeps equal between the processes: the base "
+                "model's, which would train again, are not among them. Hand over the model inside, before it is wrapped"
+            )
+
+
 def _settled() -> tuple[type, ...]:
-    found = [nn.parallel.DistributedDataParallel] if torch.distributed.is_available() else []
-    found += fsdp1()
-    for module, name in (
-        ("torch.distributed.fsdp", "FSDPModule"),
-        ("deepspeed", "DeepSpeedEngine"),
-    ):
-        kind = getattr(sys.modules.get(module), name, None)
-        found += [kind] if kind is not None else []
-    return tuple(found)
+    module = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return (*_wrappers(), *([] if module is None else [module]))
+
+
+def _wrappers() -> tuple[type, ...]:
+    return (nn.parallel.DistributedDataParallel, *fsdp1(), *engines())
 
 
 def with_meshes(model, sites: list[Site]) -> list[Site]:

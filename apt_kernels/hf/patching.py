@@ -310,9 +310,11 @@ def _let_reentrant_checkpoints_train(model) -> None:
 def unpatch(model):
     """Take every prefix off again: outputs and ``requires_grad`` are bit for bit those from before `patch`.
 
-    Returns the same model. Raises `PatchError` if the model is not patched.
+    Returns the same model. Raises `PatchError` if the model is not patched, or is wrapped for several processes (by
+    other than FSDP2, which goes on with the base model).
     """
     state = state_of(model)
+    parallel.refuse_to_undo(model)
     wrapped, model = model, inner(model)
     detach(model)
     for module in model.modules():

@@ -20,13 +20,13 @@ def inner(model):
             model = model.get_base_model()
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, *_engines(), *fsdp1())):
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, *engines(), *fsdp1())):
             model = model.module
         else:
             return model
 
 
-def _engines() -> tuple[type, ...]:
+def engines() -> tuple[type, ...]:
     """DeepSpeed's wrapper; none where DeepSpeed was never imported."""
     engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
     return () if engine is None else (engine,)
