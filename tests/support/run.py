@@ -64,19 +64,20 @@ def merged(before: dict, after: dict) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m support", description=__doc__)
     parser.add_argument("--only", action="store_true", help="replace the results of these tests, keep the others")
-    parser.add_argument("--peft", action="store_true", help="PEFT's probes alone; keep the tests' results")
+    peft = "PEFT's probes alone, of the capabilities whose name has this in it; keep the tests' results"
+    parser.add_argument("--peft", nargs="?", const="", metavar="CAPABILITY", help=peft)
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest")
     options = parser.parse_args(argv)
     packages = ("transformers", "torch", "peft")
     versions = {**{name: version(name) for name in packages}, "python": platform.python_version()}
     after = {"versions": versions, "shown": {}, "peft": {}}
-    if not options.peft:
+    if options.peft is None:
         after["shown"] = table.gather(run_tests(options.pytest))
-    if options.peft or not options.only:
+    if options.peft is not None or not options.only:
         from . import peft_probes
 
-        after["peft"] = peft_probes.run()
-    if (options.peft or options.only) and RESULTS.exists():
+        after["peft"] = peft_probes.run(options.peft)
+    if (options.peft is not None or options.only) and RESULTS.exists():
         after = merged(json.loads(RESULTS.read_text()), after)
     RESULTS.write_text(json.dumps(after, indent=0, sort_keys=True) + "\n")
     DOCUMENT.write_text(table.render(after))
