@@ -166,8 +166,12 @@ def saved_by_one(model, folder: Path) -> None:
     if main:
         found, expected = (load_file(folder / name / "adapter.safetensors") for name in ("main0", "0/alone"))
         torch.testing.assert_close(found, expected)
-    spread = any(hasattr(p, "device_mesh") for p in model.parameters() if p.requires_grad)
-    if main and spread:  # Phi-3's prefixes are whole everywhere
+    if any(hasattr(p, "device_mesh") for p in model.parameters() if p.requires_grad):  # not Phi-3's prefixes
+        saving_alone_raises(model, folder)
+
+
+def saving_alone_raises(model, folder: Path) -> None:
+    if not dist.get_rank():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallel, "PATIENCE", timedelta(seconds=0.5))
             with pytest.raises(apt_kernels.AdapterError, match=r"\[1\] did not"):
@@ -200,6 +204,7 @@ def fsdp1(family: str, folder: Path) -> None:
             grads = {n: (start[n] - ends[n]) / LR for n in start}
             agree((loss, grads, after), expected, averaged=True)
             saved_as(wrapped, twin, folder)
+    saving_alone_raises(wrapped, folder)
     with pytest.raises(apt_kernels.PatchError, match="hand over the FullyShardedDataParallel"):
         apt_kernels.save(model, folder / "inner")
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
@@ -291,6 +296,7 @@ def zero3(family: str, folder: Path) -> None:
     for parameter in trained:
         parameter.partition()
     saved_as(engine, twin, folder)
+    saving_alone_raises(engine, folder)
     assert apt_kernels.summary(engine) == apt_kernels.summary(twin)
     refused(lambda: apt_kernels.unpatch(engine))
 

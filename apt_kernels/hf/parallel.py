@@ -153,7 +153,8 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
         late = [rank for rank, key in keys.items() if not store.check([key])]
         store.delete_key(keys[me])
         raise AdapterError(
-            f"the weights are spread over the processes {list(ranks)}, and each has to call save (save_pretrained with "
-            f"is_main_process=False where nothing is to be written); {late} did not within {PATIENCE}"
+            f"the weights are spread over the processes {list(ranks)}, and each has to call save (under FSDP2 and "
+            "tensor parallelism save_pretrained(..., is_main_process=False) does as well), or the one that writes "
+            f"needs the gathered state_dict; {late} did not within {PATIENCE}"
         ) from error
     _met[ranks] += 1
