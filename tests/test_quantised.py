@@ -161,3 +161,14 @@ def test_a_quantised_head_is_refused(bits, tmp_path):
     with pytest.raises(apt_kernels.PatchError, match=r"classifier\.weight would train"):
         apt_kernels.add_adapter(model, "x")
     assert list(apt_kernels.adapters(model)) == ["default"]
+
+
+def test_a_head_quantised_by_torchao_is_refused():
+    """Its weight calls itself float32 and trainable, and gets no gradient."""
+    model = models.build("bert", "AutoModelForSequenceClassification", **BLOCKS["bert"])
+    torchao(model)
+    implementation, hooks = model.config._attn_implementation, len(model._forward_pre_hooks)
+    with pytest.raises(apt_kernels.PatchError, match=r"classifier\.weight would train.*Int8"):
+        apt_kernels.patch(model)
+    assert (model.config._attn_implementation, len(model._forward_pre_hooks)) == (implementation, hooks)
+    assert not any(".apt." in name for name, _ in model.named_parameters())

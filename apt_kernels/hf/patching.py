@@ -241,13 +241,16 @@ def trainable_names(model, config: AptConfig) -> set[str]:
 def refuse_quantised(model, trainable: set[str]) -> None:
     """Raise `PatchError` if a parameter among those to train is quantised. Nothing is changed."""
     for name in sorted(trainable):
-        dtype = model.get_parameter(name).dtype
-        if not dtype.is_floating_point:
-            head = name.split(".")[0]
+        parameter = model.get_parameter(name)
+        # torchao's tensors are parameters by a mark alone; they say float32, and get no gradient.
+        stands_in = nn.Parameter not in type(parameter).__mro__ and not hasattr(parameter, "device_mesh")
+        if stands_in or not parameter.is_floating_point():
+            found = type(parameter).__name__ if stands_in else parameter.dtype
             raise PatchError(
-                f"{name} would train with the prefix, but it is quantised ({dtype}). Load the model with its new head "
-                f"left as it is (transformers: BitsAndBytesConfig(..., llm_int8_skip_modules=[{head!r}])), or say with "
-                "trainable= what trains"
+                f"{name} would train with the prefix, but it is quantised ({found}). Quantise the model without its "
+                "new head (transformers: "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{name.split('.')[0]!r}])), or say with trainable= "
+                "what trains"
             )
 
 
