@@ -255,7 +255,7 @@ def _form(argument) -> str:
 def _key(kernel, lowered: int | str, args: tuple, named: dict) -> str:
     """What the compiled code depends on, but for Triton's version."""
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    options = {"num_warps", "num_stages", "enable_fp_fusion"}
+    options = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
     told = {name: str(it) if name in constants | options else _form(it) for name, it in sorted(named.items())}
     return repr((kernel.cache_key, lowered, [_form(argument) for argument in args], told))
 

@@ -235,7 +235,8 @@ class _Signature(NamedTuple):
                     add(part.data_ptr() % 16)
         if bits >= _WIDE:
             return None
-        return device, named["num_warps"], named["num_stages"], self.constants(named), *forms
+        options = named["num_warps"], named["num_stages"], named.get("maxnreg")
+        return device, options, self.constants(named), *forms
 
 
 @memoise
@@ -252,6 +253,8 @@ def launch(kernel, programs: int, tile: table.Tile, *arguments, **named) -> None
     """Launch ``programs`` instances of a kernel. Every launch goes through here."""
     LAUNCHES[kernel.__name__] += 1
     named.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    if tile.registers:
+        named["maxnreg"] = tile.registers
     execute(kernel, programs, *arguments, **named)
 
 

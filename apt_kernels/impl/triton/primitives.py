@@ -105,7 +105,7 @@ def similarity(
     if at_a is None:
         b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
     else:
-        if (BITS < 32 and not ONCE) or b_a.shape[1] <= 128:
+        if b_a.shape[1] * BITS <= PART or (BITS < 32 and not ONCE):
             b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
         else:
             for i_d in tl.range(0, b_a.shape[1], PART // BITS, num_stages=1):

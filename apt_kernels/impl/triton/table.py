@@ -18,21 +18,25 @@ from ..inputs import Inputs
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: queries, keys, warps, stages (0: those of the launch that it is part of)."""
+    """How a kernel is cut: queries, keys, warps, stages (0: those of the launch that it is part of).
+
+    ``registers``: how many a thread may have. NVIDIA's assembler, when not told, spills some for more warps at a time.
+    """
 
     rows: int
     columns: int
     warps: int = 0
     stages: int = 0
+    registers: int = 255
 
 
 # `prefix` and `gate` are further programs of `key_value`'s launch, `split_prefix` of `split`'s.
 KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias", "split", "split_prefix")
 
 
-def _entry(tiles: str) -> dict[str, Tile]:
+def _entry(tiles: str, **more: int) -> dict[str, Tile]:
     """Tiles of `KERNELS`, each written ``rows x columns / warps / stages``."""
-    return {name: Tile(*map(int, re.split("[x/]", text))) for name, text in zip(KERNELS, tiles.split())}
+    return {name: Tile(*map(int, re.split("[x/]", text)), **more) for name, text in zip(KERNELS, tiles.split())}
 
 
 # Bits of a row that float32 and float64 products take at once (see `primitives.similarity`).
@@ -40,7 +44,7 @@ PART = 2048
 # How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
 PROGRAMS = 512
 # The kernels that hold no heads are cut alike everywhere.
-_EVERYWHERE = {"finish": Tile(32, 128, 4, 1), "merge": Tile(16, 0, 4, 1)}
+_EVERYWHERE = {"finish": Tile(32, 128, 4, 1, 0), "merge": Tile(16, 0, 4, 1, 0)}
 # Elements of padding or segments that a program looks at together.
 SCAN = 1024
 # From here on a float32 prefix beside half-precision activations is cast once, not by every program.
@@ -49,40 +53,55 @@ LONG_PREFIX = 512
 # with at least so many keys.
 _SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_KEYS = 16, 512, 256
 # Small, so that small inputs have whole, partial and skipped tiles.
-_INTERPRETER = _entry("16x16/4/1 " * 8)
+_INTERPRETER = _entry("16x16/4/1 " * 8, registers=0)
 
 # Kernels:      forward     query      key_value   prefix  gate    bias       split      split_prefix
 _IEEE_FLOAT32 = {
-    64: _entry("32x16/8/1   32x16/4/1  16x32/8/1   16x32   32x32   32x32/8/1  16x64/4/2  64x32"),
+    64: _entry("32x16/8/1   32x16/4/1  16x32/8/1   16x32   16x16   32x32/8/1  16x64/4/2  64x32"),
     128: _entry("32x16/8/1   32x16/8/1  16x32/8/1   16x32   32x32   32x32/8/1  16x64/4/2  32x32"),
     256: _entry("32x16/8/1   32x16/8/1  16x16/8/1   16x16   16x16   16x16/8/1  16x32/8/1  16x32"),
 }
 _FLOAT64 = dict.fromkeys((64, 128), _entry("16x16/4/1 " * 8)) | {256: _entry("16x16/8/1 " * 8)}
 _AMPERE = {
-    64: _entry("128x64/8/2  128x64/8/2 32x128/8/2  32x64   32x32   32x32/4/1  16x64/4/2  64x32"),
+    64: _entry("128x64/8/2  64x64/8/2  32x128/8/1  32x64   32x32   32x32/4/1  16x64/4/2  64x32"),
     128: _entry("128x64/8/1  64x64/8/2  64x64/8/1   64x64   32x16   64x32/8/1  16x64/4/2  32x32"),
     256: _entry("64x32/8/2   32x32/8/1  32x32/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
+_RTX_BLACKWELL = {
+    64: _AMPERE[64] | _entry("128x64/8/2  32x64/4/2"),
+    128: _AMPERE[128] | _entry("64x64/8/2"),
+    256: _AMPERE[256],
+}
 _HOPPER = {
-    64: _entry("128x128/8/2 128x64/8/3 64x128/8/2  64x64   64x64   64x64/8/1  16x128/4/3 64x32"),
+    64: _entry("128x128/8/2 128x64/8/3 64x128/8/2  32x64   64x64   64x64/8/1  16x128/4/3 64x32"),
     128: _entry("128x64/8/3  128x64/8/2 32x128/8/2  32x32   64x32   64x64/8/1  16x64/4/3  32x32"),
     256: _entry("128x32/8/2  128x16/8/2 16x128/8/2  16x32   16x16   64x32/8/1  16x32/4/3  16x32"),
 }
 _BLACKWELL = {
-    64: _entry("128x64/8/2  128x64/8/2 64x64/8/2   64x64   64x64   64x64/8/1  16x64/4/2  64x32"),
+    64: _entry("128x64/8/2  128x64/8/2 64x64/8/2   32x64   32x64   64x64/8/1  16x64/4/2  64x32"),
     128: _entry("128x64/8/2  64x64/8/2  64x64/8/1   32x128  64x64   64x64/8/1  16x64/4/2  32x32"),
     256: _entry("64x32/8/1   64x32/8/1  16x64/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
 _CDNA = {
-    64: _entry("128x64/8/2  128x64/4/2 64x64/4/2   64x64   64x64   64x64/4/1  16x64/4/2  64x32"),
+    64: _entry("128x64/8/2  128x64/4/2 64x64/4/2   32x64   64x64   64x64/4/1  16x64/4/2  64x32"),
     128: _entry("64x64/4/1   64x64/4/1  32x64/4/1   32x64   64x64   64x64/8/1  16x64/4/2  32x32"),
     256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x16   32x32   32x32/4/1  16x32/4/2  16x32"),
 }
+
+
+def _told(architecture: str, heads: dict[int, dict[str, Tile]]) -> dict[int, dict[str, Tile]]:
+    """Entries by head size, as an architecture takes them: AMD's compiler is told no number of registers."""
+    if architecture.startswith("sm_"):
+        return heads
+    return {head: {name: tile._replace(registers=0) for name, tile in tiles.items()} for head, tiles in heads.items()}
+
+
 # By architecture, bytes of an element, and padded head size.
 _TABLE = {
-    name: {2: halves, 4: _IEEE_FLOAT32, 8: _FLOAT64}
+    name: {2: _told(name, halves), 4: _told(name, _IEEE_FLOAT32), 8: _told(name, _FLOAT64)}
     for names, halves in (
-        (("sm_80", "sm_86", "sm_120"), _AMPERE),
+        (("sm_80", "sm_86"), _AMPERE),
+        (("sm_120",), _RTX_BLACKWELL),
         (("sm_90",), _HOPPER),
         (("sm_100",), _BLACKWELL),
         (("gfx90a", "gfx942"), _CDNA),
