@@ -59,7 +59,7 @@ _MOST_SUMS, _MOST_SHARED = 200, 228 << 10
 
 def candidates(part: str, architecture: str, width: int, head: int) -> list[table.Tile]:
     """Tiles worth compiling, the largest first."""
-    found, host = [], PARTS[part].host
+    found, host, registers = [], PARTS[part].host, table.tile(part, architecture, width, head).registers
     cuts = [(8, stages) for stages in (3, 2, 1)] + [(4, stages) for stages in (3, 2, 1)]
     if host:
         own = table.tile(host, architecture, width, head)
@@ -72,7 +72,7 @@ def candidates(part: str, architecture: str, width: int, head: int) -> list[tabl
                 sums = (accumulators * kept * head + 2 * rows * columns) // (warps * 32)
                 shared = 2 * head * width * (kept + passing * stages)
                 if sums <= _MOST_SUMS * 4 // max(width, 4) and shared <= _MOST_SHARED and rows * columns >= 256:
-                    found.append(table.Tile(rows, columns, warps, stages))
+                    found.append(table.Tile(rows, columns, warps, stages, registers))
     return sorted(found, key=lambda tile: (-tile.rows * tile.columns, -tile.warps, -tile.stages))
 
 

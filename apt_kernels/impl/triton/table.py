@@ -68,7 +68,7 @@ _AMPERE = {
     256: _entry("64x32/8/2   32x32/8/1  32x32/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
 _RTX_BLACKWELL = {
-    64: _AMPERE[64] | _entry("128x64/8/2  32x64/4/2"),
+    64: _AMPERE[64] | _entry("128x64/8/2  32x64/4/2") | {"split": Tile(16, 32, 4, 2)},
     128: _AMPERE[128] | _entry("64x64/8/2"),
     256: _AMPERE[256],
 }
@@ -87,6 +87,11 @@ _CDNA = {
     128: _entry("64x64/4/1   64x64/4/1  32x64/4/1   32x64   64x64   64x64/8/1  16x64/4/2  32x32"),
     256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x16   32x32   32x32/4/1  16x32/4/2  16x32"),
 }
+_CDNA_FLOAT32 = {
+    64: _IEEE_FLOAT32[64],
+    128: _IEEE_FLOAT32[128] | _entry("32x16/8/1   32x16/8/1  16x32/4/1   16x32   16x32"),
+    256: _IEEE_FLOAT32[256] | _entry("32x16/8/1   32x16/8/1  32x16/8/1   16x16   16x16"),
+}
 
 
 def _told(architecture: str, heads: dict[int, dict[str, Tile]]) -> dict[int, dict[str, Tile]]:
@@ -98,13 +103,13 @@ def _told(architecture: str, heads: dict[int, dict[str, Tile]]) -> dict[int, dic
 
 # By architecture, bytes of an element, and padded head size.
 _TABLE = {
-    name: {2: _told(name, halves), 4: _told(name, _IEEE_FLOAT32), 8: _told(name, _FLOAT64)}
-    for names, halves in (
-        (("sm_80", "sm_86"), _AMPERE),
-        (("sm_120",), _RTX_BLACKWELL),
-        (("sm_90",), _HOPPER),
-        (("sm_100",), _BLACKWELL),
-        (("gfx90a", "gfx942"), _CDNA),
+    name: {2: _told(name, halves), 4: _told(name, float32), 8: _told(name, _FLOAT64)}
+    for names, halves, float32 in (
+        (("sm_80", "sm_86"), _AMPERE, _IEEE_FLOAT32),
+        (("sm_120",), _RTX_BLACKWELL, _IEEE_FLOAT32),
+        (("sm_90",), _HOPPER, _IEEE_FLOAT32),
+        (("sm_100",), _BLACKWELL, _IEEE_FLOAT32),
+        (("gfx90a", "gfx942"), _CDNA, _CDNA_FLOAT32),
     )
     for name in names
 }
