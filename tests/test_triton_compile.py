@@ -174,6 +174,19 @@ def test_a_second_launch_is_the_first_and_asks_triton_nothing(variant, compiling
     assert second == first
 
 
+def _compile_what_is_not_launched() -> str:
+    from bench import ahead
+
+    unit = ahead.units(ahead.jobs(["sm_86"], [2], [64], ["full"]))[0]
+    with pytest.raises(RuntimeError) as raised:
+        ahead.compile_unit(replace(unit, key="another"))
+    return str(raised.value)
+
+
+def test_what_is_not_launched_is_not_kept_as_compiled(compiling):
+    assert "launched otherwise" in compiling(_compile_what_is_not_launched)
+
+
 def test_numbers_of_64_bits_are_left_to_triton(compiling):
     assert compiling(_key_of_far_rows, 1 << 20) is not None
     assert compiling(_key_of_far_rows, 1 << 33) is None
