@@ -65,7 +65,7 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to call the op. ``default``: common enough that no kernel of it may spill.
+    """A way to call the op. ``default``: common enough that no kernel of it may spill (see `Job.default`).
 
     ``odd_head``: not a power of two. ``unaligned``: not a multiple of 8 either, so that rows load element by element.
     """
@@ -120,6 +120,11 @@ class Job:
     def chips(self) -> list[Chip]:
         """The chips that the entry serves."""
         return CHIPS[self.architecture]
+
+    @property
+    def default(self) -> bool:
+        """Whether it is so common that no kernel of it may spill. float64 checks derivatives; nobody waits for it."""
+        return VARIANTS[self.variant].default and self.width < 8
 
 
 @dataclass

@@ -54,7 +54,7 @@ class Result:
 def _faults(job: Job, kernel: str, chip: Chip, facts: Facts) -> list[str]:
     if facts.error:
         return [facts.error]
-    found, default = [], VARIANTS[job.variant].default
+    found, default = [], job.default
     if facts.shared > chip.block_shared:
         found.append(f"shared memory is over the limit of {chip.block_shared // 1024} KiB")
     if facts.stack and default:
@@ -82,7 +82,7 @@ def results_of(unit: Unit, facts: dict[int | str, Facts]) -> list[Result]:
 def _risk(unit: Unit) -> tuple:
     """Most at risk first: default configurations, half precision, variants as they are listed, wide heads."""
     job = unit.jobs[0]
-    default = any(VARIANTS[job.variant].default for job in unit.jobs)
+    default = any(job.default for job in unit.jobs)
     return not default, job.width, list(VARIANTS).index(job.variant), -job.head
 
 
@@ -104,10 +104,11 @@ def summary(found: list[Unit], facts: dict[str, dict]) -> str:
     lines = []
     for place in sorted(rows, key=lambda place: (not place[0].isdigit(), len(place[0]), place)):
         results = rows[place]
-        spilling = [result.facts.stack for result in results if not VARIANTS[result.job.variant].default]
+        spilling = [result.facts.stack for result in results if not result.job.default]
         notes = dict.fromkeys(fault for result in results for fault in result.faults)
         if any(spilling):
-            notes[f"up to {max(spilling)} bytes in rare variants"] = None
+            where = "float64" if place[1] == "64" else "rare variants"
+            notes[f"up to {max(spilling)} bytes in {where}"] = None
         lines.append((
             *map(str, place),
             ", ".join(dict.fromkeys(result.unit.tile for result in results)),
