@@ -44,8 +44,9 @@ def build(case, **overrides):
         "smollm3": lambda: t.SmolLM3Config(**common, initializer_range=0.2, no_rope_layers=[1, 0]),
     }[family]()
     torch.manual_seed(0)
-    # Eager: transformers before 5.23 let Gemma 2 attend by sdpa, which drops the soft-cap.
-    return t.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval().double()
+    model = t.AutoModelForCausalLM.from_config(made).eval().double()
+    model.set_attn_implementation("eager")  # transformers 5.17 lets Gemma 2 attend by sdpa, which drops the soft-cap
+    return model
 
 
 def close(found, expected, bare):
