@@ -33,7 +33,9 @@ EXACT = {
 def build(case, **overrides):
     family, given = EXACT[case]
     if family in models.FAMILIES:
-        return models.build(family, **given, **overrides).double()
+        model = models.build(family, **given, **overrides).double()
+        model.set_attn_implementation("eager")  # by sdpa, transformers 5.17 drops Gemma 2's soft-cap
+        return model
     import transformers as t
 
     common = {**models._DECODER, "hidden_size": 32}
@@ -44,9 +46,7 @@ def build(case, **overrides):
         "smollm3": lambda: t.SmolLM3Config(**common, initializer_range=0.2, no_rope_layers=[1, 0]),
     }[family]()
     torch.manual_seed(0)
-    model = t.AutoModelForCausalLM.from_config(made).eval().double()
-    model.set_attn_implementation("eager")  # transformers 5.17 lets Gemma 2 attend by sdpa, which drops the soft-cap
-    return model
+    return t.AutoModelForCausalLM.from_config(made).eval().double()
 
 
 def close(found, expected, bare):
