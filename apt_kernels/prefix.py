@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -193,12 +195,10 @@ def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """``h W^T`` with the operands in the hidden states' dtype, accumulated and returned in float32 (or float64)."""
     dtype = hidden_states.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    hidden_states, weight = hidden_states.to(wide), weight.to(dtype).to(wide)
     kind = hidden_states.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return torch.nn.functional.linear(hidden_states, weight)
-    with torch.autocast(kind, enabled=False):
-        return torch.nn.functional.linear(hidden_states, weight)
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        return torch.nn.functional.linear(hidden_states.to(wide), weight.to(dtype).to(wide))
 
 
 def _first(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:

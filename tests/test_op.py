@@ -62,6 +62,17 @@ class _Functions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class _Marked(torch.Tensor):
+    """A tensor that tells what is called on it."""
+
+    called = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.called.add(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
 class _Seen(TorchDispatchMode):
     """The operators that are called."""
 
@@ -87,6 +98,10 @@ def test_whoever_watches_sees_the_operator_and_the_same_bits(grad):
     with torch.profiler.profile() as profile:
         torch.testing.assert_close(apt_kernels.attention(*given), expected, rtol=0, atol=0)
     assert "apt_kernels::attention" in {event.key for event in profile.key_averages()}
+    marked = [t.detach().as_subclass(_Marked).requires_grad_(t.requires_grad) for t in given]
+    _Marked.called = set()
+    apt_kernels.attention(*marked)
+    assert "apt_kernels.attention.default" in _Marked.called
     mode = torch._subclasses.FakeTensorMode()
     fake = apt_kernels.attention(*[mode.from_tensor(t) for t in given])  # outside of the mode: the tensors bring it
     assert isinstance(fake, torch._subclasses.FakeTensor)

@@ -115,6 +115,7 @@ def _strides(tensor: Tensor | None, dims: int = 0) -> list[int]:
     """Strides, encoded; zero along dimensions of size one, whatever the tensor says."""
     if tensor is None:
         return [_ZERO] * dims
+    # `odd`, written out: every launch asks for some twenty.
     return [_ZERO if size == 1 else 2 * stride + 3 for size, stride in zip(tensor.shape, tensor.stride())]
 
 

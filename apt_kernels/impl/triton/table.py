@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -148,7 +149,7 @@ def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
         return _EVERYWHERE[kernel]
     if architecture == "interpreter":
         return _INTERPRETER[kernel]
-    return _TABLE[architecture][width][64 if dim <= 64 else 128 if dim <= 128 else 256][kernel]
+    return _TABLE[architecture][width][HEADS[bisect_left(HEADS, dim)]][kernel]
 
 
 def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
