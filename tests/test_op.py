@@ -98,8 +98,8 @@ def test_whoever_watches_sees_the_operator_and_the_same_bits(grad):
     with torch.profiler.profile() as profile:
         torch.testing.assert_close(apt_kernels.attention(*given), expected, rtol=0, atol=0)
     assert "apt_kernels::attention" in {event.key for event in profile.key_averages()}
-    marked = [t.detach().as_subclass(_Marked).requires_grad_(t.requires_grad) for t in given]
     _Marked.called = set()
+    marked = [t.detach().as_subclass(_Marked).requires_grad_(t.requires_grad) for t in given]
     apt_kernels.attention(*marked)
     assert "apt_kernels.attention.default" in _Marked.called
     mode = torch._subclasses.FakeTensorMode()
