@@ -67,6 +67,7 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 class Variant:
     """A way to call the op. ``default``: common enough that no kernel of it may spill (see `Job.default`).
 
+    ``merge``: the tokens go to a stock kernel, which takes half precision and heads of up to 128 columns.
     ``odd_head``: not a power of two. ``unaligned``: not a multiple of 8 either, so that rows load element by element.
     """
 
@@ -80,6 +81,7 @@ class Variant:
     odd_head: bool = False
     unaligned: bool = False
     tf32: bool = False
+    merge: bool = False
     default: bool = False
 
 
@@ -93,6 +95,8 @@ VARIANTS = {
     "causal_gate_none": Variant(gate="none", default=True),
     "decode": Variant(gate="query", queries=1, default=True),
     "decode_padding": Variant(queries=1, mask="padding", default=True),
+    "merge": Variant(merge=True, default=True),
+    "merge_gate_query": Variant(gate="query", merge=True, default=True),
     "bias": Variant(mask="bias"),
     "dropout": Variant(dropout=True),
     "segments": Variant(mask="segments"),
@@ -166,7 +170,14 @@ class Facts:
 def jobs(architectures, widths, heads, variants) -> list[Job]:
     """The entries of the table, times variants."""
     found = [Job(*parts) for parts in itertools.product(architectures, widths, heads, variants)]
-    return [job for job in found if not (VARIANTS[job.variant].tf32 and job.width != 4)]
+    return [job for job in found if _exists(job)]
+
+
+def _exists(job: Job) -> bool:
+    variant = VARIANTS[job.variant]
+    if variant.merge:
+        return job.width == 2 and job.head <= 128 and job.architecture.startswith("sm_")
+    return job.width == 4 or not variant.tf32
 
 
 def make_job_inputs(job: Job, batch: int = 2, queries: int | None = None, keys: int = 256, prefix: int | None = None):
@@ -247,7 +258,7 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     import triton
 
     from apt_kernels.impl.inputs import DIFFERENTIABLE
-    from apt_kernels.impl.triton import arguments, attend, gradients
+    from apt_kernels.impl.triton import arguments, attend, gradients, strategy
 
     triton.runtime.driver.set_active(_Driver(_gpu_target(job.chips[0].lowered, job.chips[0].lanes)))
     _hash_in_order()
@@ -255,9 +266,10 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     table.architecture = lambda device: job.architecture
     arguments.execute = execute
     x = make_job_inputs(job, **sizes)
-    out, logsumexp = attend.forward(x)
+    way = "merge" if VARIANTS[job.variant].merge else strategy(x)
+    out, logsumexp = attend.forward(x, way)
     needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
-    gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+    gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, way)
 
 
 def _form(argument) -> str:

@@ -50,15 +50,15 @@ class _Utils:
 
 def passes(architecture: str) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    from apt_kernels.impl.triton import attend, gradients
+    from apt_kernels.impl import triton
 
     x, single = (make_job_inputs(Job(architecture, 2, 128, variant)) for variant in ("causal", "decode"))
-    out, logsumexp = attend.forward(x)
+    out, logsumexp = triton.forward(x)
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
     return {
-        "forward": lambda: attend.forward(x),
-        "backward": lambda: gradients.backward(x, out, logsumexp, out, None, needs),
-        "decoding": lambda: attend.forward(single),
+        "forward": lambda: triton.forward(x),
+        "backward": lambda: triton.backward(x, out, logsumexp, out, None, needs),
+        "decoding": lambda: triton.forward(single),
     }
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import apt_kernels
 from apt_kernels import dispatch
+from apt_kernels.impl.triton import stock
 
 from . import naive
 from .shapes import Shape, operands
@@ -27,7 +28,7 @@ Operands = dict[str, Tensor | None]
 PER_QUERY = "does not apply: every query would need keys of its own"
 CUDA_ONLY = "a CUDA kernel"
 # Ways that an implementation can be made to take; its own choice among them is measured under its plain name.
-STRATEGIES = {"cpu": ("merge", "concat", "blockwise")}
+STRATEGIES = {"cpu": ("merge", "concat", "blockwise"), "triton": ("merge", "fused")}
 # The specification materialises every score: beyond so many it only takes time from the others.
 REFERENCE_SCORES = 1 << 23
 
@@ -240,6 +241,8 @@ def _forced_obstacle(implementation: str, way: str, problem: Problem) -> str | N
     obstacle = _obstacle(implementation, problem)
     if obstacle is None and _strategy(implementation, problem) == way:
         return f"what ours:{implementation} chooses here"
+    if obstacle is None and (implementation, way) == ("triton", "merge"):
+        return stock.obstacle(_inputs(problem))
     if obstacle is None and way == "concat":
         if problem.shape.gate_per_query:
             return PER_QUERY

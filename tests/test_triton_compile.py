@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,23 @@ def test_representative_entries_compile_within_limits():
         assert set(kernels) == FORWARD_AND_BACKWARD
         assert instruction in kernels["attention_forward"]
         assert instruction in kernels["column_gradients"]
+
+
+@pytest.mark.slow
+def test_dense_masks_compile_for_amd():
+    """Its compiler cannot bring tiles of bits into shared memory, as it does in two stages."""
+    report = _report("--architecture", "gfx90a", "--width", "2", "--head", "64", "--variant", "dense")
+    assert report.returncode == 0, report.stdout + report.stderr
+
+
+def test_tf32_only_where_the_chip_has_it(monkeypatch):
+    from apt_kernels.impl.triton.arguments import _precision
+
+    found = {}
+    for setting in ("tf32", "ieee"):
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=setting))
+        found[setting] = [_precision(chip) for chip in ("sm_80", "gfx942", "gfx90a")]
+    assert found == {"tf32": ["tf32", "tf32", "ieee"], "ieee": ["ieee"] * 3}
 
 
 def _count_compilations(variant: str) -> dict[str, int]:
@@ -97,8 +115,8 @@ def _launch_twice(variant: str) -> tuple[list, list, int]:
     Runs without the interpreter; nothing is launched."""
     import triton
 
+    from apt_kernels.impl import triton as implementation
     from apt_kernels.impl.inputs import DIFFERENTIABLE
-    from apt_kernels.impl.triton import attend, gradients
     from bench import ahead, host
 
     class Handed(host.Launches):
@@ -113,8 +131,8 @@ def _launch_twice(variant: str) -> tuple[list, list, int]:
     for _ in range(2):
         handed.clear()
         asked.clear()
-        out, logsumexp = attend.forward(x)
-        gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+        out, logsumexp = implementation.forward(x)
+        implementation.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
         calls.append(list(handed))
     return *calls, len(asked)
 

@@ -171,3 +171,10 @@ def heads_last_empty(
 def heads_last(tensor: Tensor) -> Tensor:
     """``[B, H, T, D]`` stored as ``[B, T, H, D]``; a copy only where it is not."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dense_last(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied only where its last dimension is not contiguous."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()

@@ -46,10 +46,14 @@ def only_by_name(x: Inputs) -> str | None:
 
 
 def strategy(x: Inputs) -> str:
-    """How it would compute these inputs."""
-    from . import table
+    """``"split"``: few queries, the keys dealt out to programs; ``"merge"``: a stock kernel on the tokens, the prefix
+    folded in through the log-sum-exp; ``"fused"``: prefix and tokens in one kernel."""
+    from . import stock, table
 
-    return "split" if table.is_split(x, table.architecture(x.query.device)) else "fused"
+    architecture = table.architecture(x.query.device)
+    if table.is_split(x, architecture):
+        return "split"
+    return "merge" if table.is_merged(x, architecture) and stock.obstacle(x) is None else "fused"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -62,7 +66,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     from . import attend
 
     with _on(x.query.device):
-        return attend.forward(x)
+        return attend.forward(x, strategy(x))
 
 
 def backward(
@@ -72,4 +76,4 @@ def backward(
     from . import gradients
 
     with _on(x.query.device):
-        return gradients.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
+        return gradients.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs, strategy(x))

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 
 from ..dropout import threshold
-from ..inputs import Inputs
+from ..inputs import Inputs, dense_last
 from . import table
 
 # Arguments of every kernel that must not be compiled in: a new length or window costs no compilation.
@@ -85,18 +85,11 @@ class Seen(NamedTuple):
     offset_b: int
 
 
-def _dense_last(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, copied only where its last dimension is not contiguous."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
-
-
 def rows(tensor: Tensor | None) -> Rows:
     """A tensor as `Rows`."""
     if tensor is None:
         return _NO_ROWS
-    tensor = _dense_last(tensor)
+    tensor = dense_last(tensor)
     strides = _strides(tensor)
     return Rows(tensor, *strides[:3]) if len(strides) == 4 else Rows(tensor, _ZERO, *strides[:2])
 
@@ -124,7 +117,7 @@ _NO_ROWS = Rows(None, _ZERO, _ZERO, _ZERO)
 
 
 def _gate(x: Inputs) -> Gate:
-    gate = _dense_last(x.gate)
+    gate = dense_last(x.gate)
     b, *t, _ = _strides(gate, 3)
     return Gate(gate, b, t[0] if t else _ZERO, x.gate_index, *_strides(x.gate_index, 2), x.layer_scale)
 
@@ -201,10 +194,10 @@ class Problem:
 
 
 def _precision(architecture: str) -> str:
-    """How tiles multiply; float32 ones as torch's own products do."""
+    """How tiles multiply; float32 ones as torch's own products do (gfx90a has no tf32)."""
     if architecture == "interpreter":
         return "upcast"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and architecture != "gfx90a" else "ieee"
 
 
 class _Signature(NamedTuple):

@@ -88,7 +88,8 @@ _BLACKWELL = {
     256: _entry("64x32/8/1   64x32/8/1  16x64/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
 _CDNA = {
-    64: _entry("128x64/8/2  128x64/4/2 64x64/4/2   32x64   64x64   64x64/4/1  16x64/4/2  64x32"),
+    # In two stages, a dense mask's dk and dv do not compile: AMD's compiler stages tiles of bits then.
+    64: _entry("128x64/8/2  128x64/4/2 64x64/4/1   32x64   64x64   64x64/4/1  16x64/4/2  64x32"),
     128: _entry("64x64/4/1   64x64/4/1  32x64/4/1   32x64   64x64   64x64/8/1  16x64/4/2  32x32"),
     256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x16   32x32   32x32/4/1  16x32/4/2  16x32"),
 }
@@ -120,6 +121,8 @@ _TABLE = {
 }
 # Where heads of more than 128 columns have dk and dv apart, beside float64 everywhere.
 _APART = {("sm_90", 2), ("sm_100", 2), ("interpreter", 4)}
+# From how many tokens on a stock kernel takes them, by architecture and head size. Nothing was measured yet: no entry.
+_MERGED: dict[tuple[str, int], int] = {}
 ARCHITECTURES = tuple(sorted(_TABLE))
 WIDTHS = (2, 4, 8)
 HEADS = (64, 128, 256)
@@ -177,6 +180,12 @@ def is_split(x: Inputs, architecture: str) -> bool:
     _, heads, kv_heads, queries, keys, *_ = x.sizes
     few = queries * (heads // kv_heads) <= _SPLIT_ROWS
     return queries == 1 or (few and keys >= _split_sizes(architecture)[1])
+
+
+def is_merged(x: Inputs, architecture: str) -> bool:
+    """Whether the tokens go to a stock kernel, where one serves them (see `stock.obstacle`)."""
+    least = _MERGED.get((architecture, padded(x.query.shape[3])))
+    return least is not None and min(x.query.shape[2], x.key.shape[2]) >= least
 
 
 def splits(architecture: str, programs: int, columns: int) -> int:
