@@ -60,7 +60,9 @@ def _faults(job: Job, kernel: str, chip: Chip, facts: Facts) -> list[str]:
     if facts.stack and default:
         found.append("spills in a default configuration")
     wanted = _KINDS.get(job.architecture, "mma.sync")
-    if job.width == 2 and kernel in _MULTIPLYING and facts.instruction != wanted:
+    # Of the gradients of columns, `merge` runs the prefix's alone, the tiles of which are too small for the others.
+    multiplying = kernel in _MULTIPLYING and not (VARIANTS[job.variant].merge and kernel == "column_gradients")
+    if job.width == 2 and multiplying and facts.instruction != wanted:
         found.append(f"needs {wanted}")
     if job.width == 2 and kernel in _HALVES and default and facts.narrow:
         found.append("loads rows element by element")

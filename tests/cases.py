@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
+import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from apt_kernels import Mask
@@ -176,6 +180,17 @@ _CHOICES = {
     "bias_grad": (False, True),
     "bias_fill": ("", "", "inf", "min"),
 }
+
+
+def examples(count: int) -> Callable:
+    """Decorates a property that `make test` holds for so many examples, and `make fuzz` for 10,000, in parts."""
+
+    def decorate(test: Callable) -> Callable:
+        fuzzing = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+        own = settings.default.max_examples if fuzzing else count
+        return pytest.mark.usefixtures("part")(settings(max_examples=own)(test))
+
+    return decorate
 
 
 @st.composite

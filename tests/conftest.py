@@ -22,8 +22,15 @@ _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [Healt
 interpreter.use()
 
 settings.register_profile("default", max_examples=100, **_COMMON)
-settings.register_profile("fuzz", max_examples=10_000, **_COMMON)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+# Every property 10,000 times, in parts that run side by side.
+_PROFILE, _PARTS = os.environ.get("HYPOTHESIS_PROFILE", "default"), 16
+settings.register_profile("fuzz", max_examples=10_000 // _PARTS, **_COMMON)
+settings.load_profile(_PROFILE)
+
+
+@pytest.fixture(scope="module", params=range(_PARTS) if _PROFILE == "fuzz" else None)
+def part() -> None:
+    """A part of the examples of a property: see `cases.examples`."""
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from dataclasses import replace
 import accuracy
 import pytest
 import torch
-from cases import CASES, Case, cases
-from hypothesis import given, settings
+from cases import CASES, Case, cases, examples
+from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
@@ -42,13 +42,13 @@ def test_causal_squares_of_both_ways(queries, keys, way):
     accuracy.check(x, "cpu", generator=GENERATOR().manual_seed(0))
 
 
-@settings(max_examples=max(150, settings.default.max_examples))
+@examples(150)
 @given(cases())
 def test_any_inputs(case):
     accuracy.check(case.inputs(), "cpu", generator=GENERATOR().manual_seed(case.seed))
 
 
-@settings(max_examples=max(150, settings.default.max_examples))
+@examples(150)
 @given(
     cases(
         dropout=(0.0,), softcap=(0.0,), segments=(False,), window=(None,), dense=("",), bias=("",),

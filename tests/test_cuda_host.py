@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from dataclasses import replace
@@ -12,8 +11,8 @@ import cuda_host
 import pytest
 import torch
 from accuracy import check, differentiable
-from cases import CASES, Case, cases
-from hypothesis import given, settings
+from cases import CASES, Case, cases, examples
+from hypothesis import given
 
 import apt_kernels
 from apt_kernels import Mask, dispatch
@@ -116,7 +115,7 @@ def test_partial_sums(batch, blocks, parts, monkeypatch):
     hold(x)
 
 
-@settings(max_examples=10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 150)
+@examples(150)
 @given(cases(dtype=(torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16), batch=(1, 1, 2)))
 def test_any_inputs(case):
     hold(case.inputs())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import check, differentiable, evaluate, poisoned_memory
-from cases import CASES, Case, cases
-from hypothesis import given, settings
+from cases import CASES, Case, cases, examples
+from hypothesis import given
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,7 +89,7 @@ def test_decoding_over_many_tiles(mask):
     hold(case.inputs(DEVICE))
 
 
-@settings(max_examples=10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 300)
+@examples(300)
 @given(
     cases(
         batch=(1, 1, 1, 2),

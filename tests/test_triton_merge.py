@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import check, differentiable, poisoned_memory
-from cases import Case, cases
-from hypothesis import assume, given, settings
+from cases import Case, cases, examples
+from hypothesis import assume, given
 from test_triton import BACKWARD, DEVICE
 
 import apt_kernels
@@ -94,7 +93,7 @@ def test_strides_and_an_expanded_output_gradient():
         torch.testing.assert_close(other, dense)
 
 
-@settings(max_examples=10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 100)
+@examples(100)
 @given(
     cases(
         batch=(1, 1, 2),

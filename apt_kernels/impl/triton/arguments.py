@@ -186,7 +186,8 @@ class Problem:
 
     def tile(self, kernel: str) -> table.Tile:
         """The table's entry for a kernel."""
-        return table.tile(kernel, self.architecture, self.x.query.element_size(), self.dim)
+        crowded = self.x.bias is not None or self.x.dense is not None or not self._aligned
+        return table.tile(kernel, self.architecture, self.x.query.element_size(), self.dim, crowded)
 
     def prefix_columns(self, tile: table.Tile) -> int:
         """Prefix columns that a kernel over queries takes at once."""

@@ -146,13 +146,17 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def tile(kernel: str, architecture: str, width: int, dim: int) -> Tile:
-    """The entry that serves a head size."""
+def tile(kernel: str, architecture: str, width: int, dim: int, crowded: bool = False) -> Tile:
+    """The entry that serves a head size. ``crowded``: a bias or a dense mask takes a tile of registers more, or rows
+    that are loaded element by element their pointers; the kernels over queries take half as many columns then."""
     if kernel in _EVERYWHERE:
         return _EVERYWHERE[kernel]
     if architecture == "interpreter":
         return _INTERPRETER[kernel]
-    return _TABLE[architecture][width][HEADS[bisect_left(HEADS, dim)]][kernel]
+    found = _TABLE[architecture][width][HEADS[bisect_left(HEADS, dim)]][kernel]
+    if crowded and width == 2 and kernel in ("forward", "query"):
+        return found._replace(columns=max(16, found.columns // 2))
+    return found
 
 
 def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
