@@ -67,8 +67,8 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 class Variant:
     """A way to call the op. ``default``: common enough that no kernel of it may spill (see `Job.default`).
 
-    ``merge``: the tokens go to a stock kernel, which takes half precision and heads of up to 128 columns, and is ahead
-    of Triton's on the chips of data centres since Hopper.
+    ``merge``: the tokens go to a stock kernel, which takes half precision and heads of up to 128 columns (256 on 9.0),
+    and is ahead of Triton's on the chips of data centres since Hopper.
     ``odd_head``: not a power of two. ``unaligned``: not a multiple of 8 either, so that rows load element by element.
     """
 
@@ -177,7 +177,7 @@ def jobs(architectures, widths, heads, variants) -> list[Job]:
 def _exists(job: Job) -> bool:
     variant = VARIANTS[job.variant]
     if variant.merge:
-        return job.width == 2 and job.head <= 128 and job.architecture in ("sm_90", "sm_100")
+        return job.width == 2 and (job.architecture == "sm_90" or (job.architecture == "sm_100" and job.head <= 128))
     return job.width == 4 or not variant.tf32
 
 

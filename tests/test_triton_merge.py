@@ -100,7 +100,7 @@ def test_strides_and_an_expanded_output_gradient():
         kv_heads=(1, 1, 2),
         group=(1, 1, 2),
         queries=(17, 20, 33),
-        keys=(1, 17, 20, 33),
+        keys=(1, 17, 20, 33) if DEVICE == "cpu" else (2, 17, 20, 33),
         length=(1, 7, 18),
         head_dim=(16, 24, 40),
         value_dim=(16, 24, 40),
@@ -208,6 +208,8 @@ def test_what_no_stock_kernel_takes_is_fused(change, reason):
         ({"dtype": torch.float32}, "dtype torch.float32"),
         ({"head_dim": 136, "value_dim": 136}, "head size is 136"),
         ({"head_dim": 20, "value_dim": 20}, "head size is 20"),
+        ({"keys": 1}, "two keys or more"),
+        ({"keys": 2}, None),
     ],
     ids=str,
 )
@@ -217,6 +219,27 @@ def test_what_cudnn_takes(change, reason, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     found = stock._cudnn_obstacle(replace(PLAIN, **{"dtype": torch.bfloat16, **change}).inputs())
     assert found is None if reason is None else reason in found
+
+
+def test_cudnn_takes_rows_at_multiples_of_16_bytes(monkeypatch):
+    from apt_kernels.impl.triton import stock
+
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    x = replace(PLAIN, dtype=torch.bfloat16).inputs()
+    for columns, taken in ((slice(8, 32), True), (slice(4, 28), False)):
+        wide = torch.cat([x.key, x.key], dim=-1)
+        assert (stock._cudnn_obstacle(replace(x, key=wide[..., columns])) is None) == taken
+    odd = torch.cat([x.key, x.key[..., :1]], dim=-1)[..., :-1]
+    assert "multiples of 16 bytes" in stock._cudnn_obstacle(replace(x, key=odd))
+
+
+def test_wide_heads_go_to_cudnn_on_hopper(monkeypatch):
+    from apt_kernels.impl.triton import stock
+
+    for capability, version, most in (((9, 0), 91000, 256), ((9, 0), 90900, 128), ((10, 0), 91000, 128)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda found=version: found)
+        assert stock._most_columns(torch.device("cuda")) == most
 
 
 def test_cudnn_is_not_asked_for_deterministic_gradients(monkeypatch):

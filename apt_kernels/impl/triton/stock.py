@@ -12,8 +12,7 @@ from torch import Tensor
 from ..inputs import Inputs, dense_last
 
 _OPS = torch.ops.aten
-# What cuDNN's kernel takes on every chip that it serves.
-_CUDNN_HEAD_DIM = 128
+_CUDNN_BATCH = 65535
 
 
 def obstacle(x: Inputs) -> str | None:
@@ -33,16 +32,28 @@ def obstacle(x: Inputs) -> str | None:
 
 
 def _cudnn_obstacle(x: Inputs) -> str | None:
-    head_dim = x.query.shape[3]
+    """What torch's own choice asks of a call before it hands it to cuDNN (``check_cudnn_tensor_shapes``)."""
+    batch, heads, _, _, keys, _, head_dim, _ = x.sizes
     if torch.version.hip or not torch.backends.cudnn.is_available():
         return "cuDNN is not available"
     if x.query.dtype not in (torch.bfloat16, torch.float16):
         return f"query has dtype {x.query.dtype}; cuDNN takes bfloat16 and float16"
-    if head_dim > _CUDNN_HEAD_DIM or head_dim % 8:
-        return f"the head size is {head_dim}; cuDNN takes multiples of 8 up to {_CUDNN_HEAD_DIM}"
+    most = _most_columns(x.query.device)
+    if head_dim > most or head_dim % 8:
+        return f"the head size is {head_dim}; cuDNN takes multiples of 8 up to {most} here"
+    if keys == 1 or max(batch, heads) > _CUDNN_BATCH:
+        return f"cuDNN takes two keys or more, and up to {_CUDNN_BATCH} batch rows and heads"
+    if any(stride % 8 for part in (x.query, x.key, x.value) for stride in (*part.stride()[:3], part.storage_offset())):
+        return "cuDNN takes rows that begin at multiples of 16 bytes"
     if torch.are_deterministic_algorithms_enabled():
         return "cuDNN's gradients are not deterministic, and torch.use_deterministic_algorithms asks for that"
     return None
+
+
+def _most_columns(device: torch.device) -> int:
+    """The widest heads: 256 on compute capability 9.0 from cuDNN 9.10 on, else 128."""
+    wide = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return 256 if wide and torch.backends.cudnn.version() >= 91000 else 128
 
 
 def _operands(*tensors: Tensor) -> list[Tensor]:
