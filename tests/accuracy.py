@@ -24,8 +24,9 @@ from apt_kernels.impl.dropout import keep_mask
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 
 # Over 1,200 random cases a correct float32, float64 or bfloat16 implementation (stock attention on concatenated keys)
-# needs up to 0.8; `test_accuracy` shows that planted faults fail.
-CONSTANT = 1.0
+# needs up to 0.8, and torch's own float32 product, which sums 64 terms in one chain, 1.02 in one of some 30,000 (an
+# example of `test_cpu.test_any_inputs`); `test_accuracy` shows that planted faults fail.
+CONSTANT = 1.25
 
 
 def check(
