@@ -24,10 +24,10 @@ help:
 	@echo 'make clean  remove what make made'
 
 demo: $(VENV)/demo.stamp
-	$(RUN) -m bench.demo $(ARGS)
+	$(RUN) -m bench.demo.run $(ARGS)
 
 bench: $(VENV)/stamp
-	$(RUN) -m bench.run $(ARGS)
+	$(RUN) -m bench.speed.run $(ARGS)
 
 # Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
@@ -59,10 +59,10 @@ library: $(VENV)/stamp
 	$(RUN) csrc/build.py
 
 report: $(VENV)/stamp
-	$(RUN) -m bench.cuda_report $(ARGS)
+	$(RUN) -m bench.compiled.cuda_report $(ARGS)
 
 sanitize: $(VENV)/stamp
-	$(RUN) tests/sanitize.py $(ARGS)
+	PYTHONPATH=.:tests $(RUN) -m helpers.sanitize $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output bench-output .pytest_cache .hypothesis .benchmarks .ruff_cache

@@ -3,28 +3,28 @@
 from importlib import import_module as _import_module
 
 from .config import AptConfig
-from .dispatch import info
 from .errors import AdapterError, ArgumentError, ConfigError, ImplementationError, PatchError
 from .mask import Mask
-from .op import attention, selected
-from .prefix import AdaptivePrefix
+from .ops.attention import attention, selected
+from .ops.choose import info
+from .prefix.adaptive import AdaptivePrefix
 
 # These need transformers, which is imported with the first of them.
 _HUGGING_FACE = {
     "patch": ".hf.patching",
     "unpatch": ".hf.patching",
     "prefixes": ".hf.patching",
-    "disabled": ".hf.switch",
-    "summary": ".hf.switch",
+    "disabled": ".hf.toggle",
+    "summary": ".hf.toggle",
     "adapters": ".hf.adapters",
     "add_adapter": ".hf.adapters",
     "set_adapter": ".hf.adapters",
     "delete_adapter": ".hf.adapters",
-    "save": ".checkpoint",
-    "load": ".checkpoint",
-    "probe": ".probing",
-    "prune": ".probing",
-    "Probe": ".probing",
+    "save": ".hf.checkpoint",
+    "load": ".hf.checkpoint",
+    "probe": ".hf.probing",
+    "prune": ".hf.probing",
+    "Probe": ".hf.probing",
     "patch_from_text": ".hf.initialise",
     "patch_from_peft": ".hf.initialise",
 }

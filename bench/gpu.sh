@@ -38,16 +38,16 @@ if wanted tests; then
     workers="${APT_WORKERS:-4}"
     "$python" -c 'import xdist' 2>/dev/null || workers=""
     timeout "${APT_TEST_SECONDS:-170}" "$python" -m pytest -q --maxfail=20 ${workers:+-n "$workers"} \
-        ${APT_TESTS:-tests/test_cuda.py tests/test_triton*.py} -p no:cacheprovider --junitxml "$out/tests.xml" \
+        ${APT_TESTS:-tests/impl/cuda/test_cuda.py tests/test_triton*.py} -p no:cacheprovider --junitxml "$out/tests.xml" \
         > "$out/tests.log" 2>&1 || failed="$failed tests"
     tail -n 5 "$out/tests.log"
 fi
 if wanted sanitizer; then
     PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" timeout "${APT_SANITIZER_SECONDS:-300}" \
-        "$python" tests/sanitize.py memcheck racecheck > "$out/sanitizer.log" 2>&1 || failed="$failed sanitizer"
+        "$python" tests/helpers/sanitize.py memcheck racecheck > "$out/sanitizer.log" 2>&1 || failed="$failed sanitizer"
     tail -n 3 "$out/sanitizer.log"
 fi
-[[ -z ${APT_TUNE:-} ]] || "$python" -m bench.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
+[[ -z ${APT_TUNE:-} ]] || "$python" -m bench.compiled.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
 then=" $benchmarks"
 for stage in $benchmarks; do
     then="${then/ $stage/}"
@@ -58,7 +58,7 @@ for stage in $benchmarks; do
         failed="$failed $stage"
         continue
     fi
-    timeout "$(left)" "$python" -m bench.run --stage "$stage" --out "$out/json" --details \
+    timeout "$(left)" "$python" -m bench.speed.run --stage "$stage" --out "$out/json" --details \
         --within "$(left)" ${others:+--then $others} \
         ${APT_REGISTRY:+--registry "$APT_REGISTRY"} ${APT_DEVICE:+--device "$APT_DEVICE"} ${APT_ONLY:+--only "$APT_ONLY"} \
         ${APT_PEERS:+--peers "$APT_PEERS"} ${APT_SECONDS:+--seconds "$APT_SECONDS"} \
@@ -66,6 +66,6 @@ for stage in $benchmarks; do
     grep -E "^$stage: |passed|FAILED" "$out/$stage.log" | tail -n 12
 done
 if wanted table && compgen -G "$out/json/*.json" > /dev/null; then
-    "$python" -m bench.report "$out/json" --out "$out" | tee "$out/table.txt" | cut -c1-"${COLUMNS:-220}"
+    "$python" -m bench.speed.report "$out/json" --out "$out" | tee "$out/table.txt" | cut -c1-"${COLUMNS:-220}"
 fi
 [[ -z $failed ]] || { echo "failed or cut short:$failed"; exit 1; }

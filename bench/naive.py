@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apt_kernels.impl.inputs import Inputs
 from apt_kernels.mask import Mask
-from apt_kernels.op import make_inputs
+from apt_kernels.ops.attention import make_inputs
 
 # transformers builds the 4-D mask once a forward pass, as it does `Mask`: all layers share it.
 _dense_masks: WeakKeyDictionary[Mask, Tensor] = WeakKeyDictionary()
@@ -117,10 +117,10 @@ def _eager(x: Inputs, visible: Tensor | None) -> tuple[Tensor, Tensor]:
 @contextmanager
 def naive() -> Iterator[None]:
     """Within it, patched models attend the usual way; all else of them stays as it is."""
-    from apt_kernels.hf import route
+    from apt_kernels.hf.attention import function
 
-    ours, route.attention = route.attention, attention
+    ours, function.attention = function.attention, attention
     try:
         yield
     finally:
-        route.attention = ours
+        function.attention = ours

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import interpreter
 import pytest
 import torch
-from accuracy import poisoned_memory
 from hypothesis import HealthCheck, settings
+
+from helpers import interpreter
+from helpers.accuracy import poisoned_memory
 
 # Workers side by side share the cores; more threads than cores make tiny operations hundreds of times slower.
 _SHARE = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", _SHARE)))
 
-pytest_plugins = ["capabilities"]
+pytest_plugins = ["helpers.capabilities"]
 
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 # Before anything imports Triton, which reads its environment once.

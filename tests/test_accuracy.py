@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import accuracy
 import pytest
 import torch
-from cases import CASES, Case
 
 from apt_kernels.impl import reference
 from apt_kernels.impl.inputs import Inputs
+from helpers import accuracy
+from helpers.cases import CASES, Case
 
 CASE = Case(
     queries=33,

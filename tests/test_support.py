@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models
 import pytest
-from support import catalog, peft_probes, run, table
+
+from helpers import models
+from tests.support import catalog, peft_probes, run, table
 
 ROOT = Path(__file__).parent.parent
 TEST = """

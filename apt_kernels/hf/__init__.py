@@ -1,5 +1,5 @@
 """How a Hugging Face model is recorded, patched and routed. Nothing outside this folder knows transformers."""
 
-from .names import check_transformers
+from .compat import check_transformers
 
 check_transformers()  # before anything here imports from transformers

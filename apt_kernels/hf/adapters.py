@@ -9,20 +9,11 @@ from torch import Tensor, nn
 
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
-from ..prefix import AdaptivePrefix
-from . import packing, parallel, saving
-from .patching import (
-    State,
-    attach,
-    build,
-    detach,
-    make_config,
-    prefixes,
-    refuse_quantised,
-    state_of,
-    trainable_names,
-)
-from .wrappers import inner
+from ..prefix.adaptive import AdaptivePrefix
+from .attention import packing
+from .integrations import distributed, trainer
+from .patching import State, attach, build, detach, make_config, prefixes, refuse_quantised, state_of, trainable_names
+from .state import inner
 
 
 @dataclass
@@ -60,7 +51,7 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
         PatchError: the model is not patched.
     """
     state, base = state_of(model), inner(model)
-    parallel.refuse_wrapped(model)
+    distributed.refuse_wrapped(model)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
     if name in adapters(model):
@@ -83,7 +74,7 @@ def set_adapter(model, name: str):
     Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
     """
     state, base = state_of(model), inner(model)
-    parallel.refuse_wrapped(model)
+    distributed.refuse_wrapped(model)
     if not state.enabled:
         raise PatchError("the adapter cannot be switched while the prefix is disabled")
     if name == state.adapter:
@@ -101,7 +92,7 @@ def set_adapter(model, name: str):
     for each in incoming.values:
         parameters[each].requires_grad_(True)
     state.adapter, state.config = name, incoming.config
-    saving.expect_missing(base, set(incoming.values))
+    trainer.expect_missing(base, set(incoming.values))
     return model
 
 

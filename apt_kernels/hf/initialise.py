@@ -23,9 +23,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
-from . import patching, route
-from .masks import AttentionMask, describe
-from .record import evaluating
+from . import patching
+from .attention import function
+from .attention.masks import AttentionMask, describe
+from .discovery.recording import evaluating
 
 _CAPTURE = "apt_kernels_capture"
 # Outputs that differ by this share of the prefix's influence differ in kind: rounding, in bfloat16 too, stays below.
@@ -176,7 +177,7 @@ _active: list[_Capture] = []
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **given):
     _active[-1].found[module] = Captured(key, value, attention_mask, _active[-1].rotary.get(module))
     given = {"softcap": None, "s_aux": None, **given}
-    return route.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
+    return function.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
 
 
 AttentionInterface.register(_CAPTURE, _attend)

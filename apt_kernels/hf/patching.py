@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .. import dispatch
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
-from ..prefix import AdaptivePrefix
-from . import continuous, inline, packing, parallel, route, saving
-from .layers import lengths_of
-from .record import Site, record
-from .wrappers import inner, join_peft, own_name, peft_parameters
+from ..ops import choose
+from ..prefix.adaptive import AdaptivePrefix
+from .attention import function, inline, packing
+from .discovery.recording import Site, record
+from .discovery.selection import lengths_of
+from .integrations import continuous_batching, distributed, trainer
+from .state import inner, join_peft, own_name, peft_parameters
 
 _NAMED_FOR_A_TASK = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
 
@@ -68,10 +69,10 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
             return wrapped
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     if config.implementation != "auto":
-        dispatch.load(config.implementation)
-    parallel.refuse_wrapped(wrapped)
+        choose.load(config.implementation)
+    distributed.refuse_wrapped(wrapped)
     sites, implementations = _sites(model, example_inputs)
-    sites = parallel.with_meshes(model, sites)
+    sites = distributed.with_meshes(model, sites)
     _commit(model, config, sites, build(config, sites), implementations)
     return wrapped
 
@@ -114,7 +115,7 @@ def configs(model) -> list:
 
 def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dict[str, AdaptivePrefix]:
     """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet."""
-    generator = parallel.shared_generator(config.init_seed, sites)
+    generator = distributed.shared_generator(config.init_seed, sites)
     built = {}
     for site, length in zip(sites, lengths_of(config, sites)):
         if not length:
@@ -136,7 +137,7 @@ def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dic
         prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
         prefix.adapter = adapter
         if site.sharded:
-            from ..sharding import shard_heads
+            from ..prefix.sharding import shard_heads
 
             shard_heads(prefix, site.mesh)
         built[site.name] = prefix
@@ -185,8 +186,8 @@ def _commit(
         set_implementation(model.get_submodule(part), implementation)
     _let_reentrant_checkpoints_train(model)
     model._apt_state = state
-    saving.install(model, trainable)
-    continuous.install(model)
+    trainer.install(model, trainable)
+    continuous_batching.install(model)
     packing.install(model, sites, built.values())
     join_peft()
 
@@ -198,8 +199,8 @@ def attach(model, built: dict[str, AdaptivePrefix], sites: list[Site]) -> None:
             continue
         module = model.get_submodule(site.name)
         module.apt = built[site.name].train(module.training)
-        module.register_forward_pre_hook(route.before, with_kwargs=True)
-        module.register_forward_hook(route.after)
+        module.register_forward_pre_hook(function.before, with_kwargs=True)
+        module.register_forward_hook(function.after)
         if site.inline is not None:
             inline.defer(module, site.inline)
 
@@ -317,7 +318,7 @@ def unpatch(model):
     other than FSDP2, which goes on with the base model).
     """
     state = state_of(model)
-    parallel.refuse_to_undo(model)
+    distributed.refuse_to_undo(model)
     wrapped, model = model, inner(model)
     detach(model)
     for module in model.modules():
@@ -328,8 +329,8 @@ def unpatch(model):
             parameter.requires_grad_(state.requires_grad[name])
     # Otherwise PEFT came, went or merged since; what is frozen is its to say.
     restore_implementations(model, state.implementations)
-    saving.remove(model)
-    continuous.remove(model)
+    trainer.remove(model)
+    continuous_batching.remove(model)
     packing.remove(model)
     del model._apt_state
     return wrapped
@@ -344,7 +345,7 @@ def remove_prefix(model, name: str) -> None:
 
 
 def _is_route(hook) -> bool:
-    return hook in (route.before, route.after)
+    return hook in (function.before, function.after)
 
 
 def _remove_hooks(module: nn.Module, ours) -> None:

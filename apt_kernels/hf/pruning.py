@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import PatchError
-from . import parallel, saving
+from .integrations import distributed, trainer
 from .patching import prefixes, remove_prefix, state_of, trainable_names
-from .wrappers import inner
+from .state import inner
 
 # Where each parameter of an `AdaptivePrefix` counts its tokens.
 _TOKEN_DIM = {"key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
@@ -24,7 +24,7 @@ def modules(model) -> list[str]:
 
 def refuse_spread(model) -> None:
     """Raise `PatchError` if processes share the model's prefixes."""
-    parallel.refuse_wrapped(model)
+    distributed.refuse_wrapped(model)
     spread = [name for name, prefix in prefixes(model).items() if prefix.mesh is not None]
     if spread:
         raise PatchError(
@@ -51,4 +51,4 @@ def keep_tokens(model, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...
     state = state_of(model)
     state.config = replace(state.config, prefix_length=lengths, reparameterisation=None)
     base = inner(model)
-    saving.expect_missing(base, trainable_names(base, state.config))
+    trainer.expect_missing(base, trainable_names(base, state.config))

@@ -18,9 +18,9 @@ from bench import pretrained
 
 from .experiments import EXPERIMENTS, Plan, write
 from .methods import METHODS, RECIPES, Settings, recipe
+from .run_cache import Workshop
 from .sources import DataError, load
 from .tasks import Task, build
-from .work import Workshop
 
 _SUPER_GLUE = ("boolq", "copa", "rte", "wic", "wsc")
 _TYPES = {"batch_size": int, "epochs": int, "max_length": int, "schedule": str, "precision": str}

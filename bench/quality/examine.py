@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from bench import training
+from bench.demo import training
+from bench.quality import methods, running, tables
 
-from . import methods, running, tables
 from .methods import Settings
 from .tasks import Collator, Task, encode, score, subset
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import apt_kernels
+from bench.quality import examine, figures, tables
 
-from . import examine, figures, tables
 from .methods import ABLATION, METHODS, Settings
+from .run_cache import Job, Workshop
 from .tasks import Task
-from .work import Job, Workshop
 
 SHOTS = (16, 32)
 

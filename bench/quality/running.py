@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench import pretrained
+from bench.quality import methods
 
-from . import methods
 from .methods import Settings
 from .sources import Row
 from .tasks import IGNORED, Collator, Task, encode, score, subset

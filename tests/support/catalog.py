@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import models
+from helpers import models
 
 _NO_TEXT = dict.fromkeys(models.ENCODERS, "an encoder does not generate")
 _DECODERS_ONLY = {**_NO_TEXT, **dict.fromkeys(models.SEQ2SEQ, "transformers does this with decoder-only models alone")}

@@ -10,10 +10,11 @@ import os
 import tempfile
 import warnings
 
-import models
 import peft
 import torch
 import transformers
+
+from helpers import models
 
 LENGTH, NEW = 4, 6
 _TASKS = {
@@ -557,7 +558,7 @@ def verdict(probe, family: str) -> list:
 
 def run(only: str | None = None) -> dict:
     """``capability -> family -> [word, reason]``."""
-    from . import catalog
+    from tests.support import catalog
 
     transformers.logging.set_verbosity_error()
     listed, found = catalog.listed(), {}

@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from . import table
+from tests.support import table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, DOCUMENT = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.peft is None:
         after["shown"] = table.gather(run_tests(options.pytest))
     if options.peft is not None or not options.only:
-        from . import peft_probes
+        from tests.support import peft_probes
 
         after["peft"] = peft_probes.run(options.peft)
     if (options.peft is not None or options.only) and RESULTS.exists():

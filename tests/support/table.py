@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import models
-
-from . import catalog
+from helpers import models
+from tests.support import catalog
 
 FAMILIES = models.FAMILIES
 UNTRIED = "not tried"

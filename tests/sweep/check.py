@@ -9,17 +9,16 @@ import warnings
 from contextlib import contextmanager
 from functools import partial
 
-import columns
 import torch
 import transformers
 from torch import Tensor
 
 import apt_kernels
 import apt_kernels.hf.patching
-from apt_kernels.hf.layers import KINDS
-
-from . import feeds, shrink
-from . import overrides as overrides_of
+from apt_kernels.hf.discovery.selection import KINDS
+from helpers import columns
+from tests.sweep import feeds, shrink
+from tests.sweep import overrides as overrides_of
 
 # Everything runs in float64: what is left is the order of sums, and ill-conditioned tiny models.
 RTOL, ATOL = 1e-8, 1e-9

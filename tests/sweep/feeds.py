@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apt_kernels.hf import inputs
+from apt_kernels.hf.discovery import dummy_inputs
 
 LENGTH, DECODER_LENGTH, BATCH = 12, 9, 2
 
@@ -67,7 +67,7 @@ def feeds(model, kind: str) -> list[dict]:
     if kind == "vision-language":
         return _vision_language(model)
     if kind not in TEXT:
-        return [_first_that_runs(model, inputs.candidates(model), 5)]
+        return [_first_that_runs(model, dummy_inputs.candidates(model), 5)]
     plain = _text(model, kind, accepted, padded=False)
     if "attention_mask" not in accepted:
         return [plain]
@@ -77,7 +77,7 @@ def feeds(model, kind: str) -> list[dict]:
 def _vision_language(model) -> list[dict]:
     """Text alone where the model takes that, and text with pictures in it where it is known how to say that."""
     found, failure = [], None
-    for tries, seed in ((inputs.candidates(model), 5), (inputs.with_senses(model), 6)):
+    for tries, seed in ((dummy_inputs.candidates(model), 5), (dummy_inputs.with_senses(model), 6)):
         try:
             found.append(_first_that_runs(model, tries, seed))
         except Exception as error:  # raised below where no other way of feeding it works
@@ -109,7 +109,7 @@ def _text(model, kind: str, accepted, padded: bool) -> dict:
 
 def part(model) -> dict:
     """What a part of a model is given where it runs by itself."""
-    return _first_that_runs(model, inputs.candidates(model), 7)
+    return _first_that_runs(model, dummy_inputs.candidates(model), 7)
 
 
 def is_text_alone(model, feed: dict) -> bool:
@@ -148,7 +148,7 @@ def _random(name: str, value, generator, special: set[int]):
 
 def _special(config) -> set[int]:
     """Ids of the tokens that stand for pictures and sounds."""
-    names = [name for what in ("image", "video", "audio") for name in inputs._names_of_token(what)]
+    names = [name for what in ("image", "video", "audio") for name in dummy_inputs._names_of_token(what)]
     return {vars(config)[name] for name in names if isinstance(vars(config).get(name), int)}
 
 

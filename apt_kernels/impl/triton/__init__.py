@@ -48,12 +48,12 @@ def only_by_name(x: Inputs) -> str | None:
 def strategy(x: Inputs) -> str:
     """``"split"``: few queries, the keys dealt out to programs; ``"merge"``: a stock kernel on the tokens, the prefix
     folded in through the log-sum-exp; ``"fused"``: prefix and tokens in one kernel."""
-    from . import stock, table
+    from . import stock, tiles
 
-    architecture = table.architecture(x.query.device)
-    if table.is_split(x, architecture):
+    architecture = tiles.architecture(x.query.device)
+    if tiles.is_split(x, architecture):
         return "split"
-    return "merge" if table.is_merged(x, architecture) and stock.obstacle(x) is None else "fused"
+    return "merge" if tiles.is_merged(x, architecture) and stock.obstacle(x) is None else "fused"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

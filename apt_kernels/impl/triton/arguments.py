@@ -16,7 +16,7 @@ from triton import knobs
 
 from ..dropout import threshold
 from ..inputs import Inputs, dense_last
-from . import table
+from . import tiles
 
 # Arguments of every kernel that must not be compiled in: a new length or window costs no compilation.
 RUNTIME = ("T", "S", "M", "heads", "group", "offset", "left", "right", "threshold")
@@ -94,11 +94,11 @@ def rows(tensor: Tensor | None) -> Rows:
     return Rows(tensor, *strides[:3]) if len(strides) == 4 else Rows(tensor, _ZERO, *strides[:2])
 
 
-def aligned(tiles: Iterable[Rows]) -> bool:
+def aligned(operands: Iterable[Rows]) -> bool:
     """Whether every stride is a multiple of 8 elements, so that rows load in vectors of 16 bytes, and no tile of rows
     spans 2^31 elements, so that offsets within it have 32 bits."""
     bits, farthest = 0, _ZERO
-    for _, b, h, t in tiles:
+    for _, b, h, t in operands:
         bits |= (b - _ZERO) | (h - _ZERO) | (t - _ZERO)
         farthest = max(farthest, t)
     return bits % (2 * 8) == 0 and farthest < odd(_FAR_ROWS)
@@ -138,11 +138,11 @@ class Problem:
 
     def __init__(self, x: Inputs):
         prefix = [x.prefix_key, x.prefix_value]
-        if x.prefix_key.shape[1] >= table.LONG_PREFIX:
+        if x.prefix_key.shape[1] >= tiles.LONG_PREFIX:
             # Every program reads it: half the bytes are worth two launches.
             prefix = [t.to(x.query.dtype) for t in prefix]
         core = [rows(t) for t in (x.query, x.key, x.value, *prefix)]
-        self.x, self.sizes, self.architecture = x, x.sizes, table.architecture(x.query.device)
+        self.x, self.sizes, self.architecture = x, x.sizes, tiles.architecture(x.query.device)
         self.query, self.key, self.value, self.prefix_key, self.prefix_value = core
         self.gate, self.seen, self.numbers = _gate(x), _seen(x), self._numbers()
         *_, head_dim, value_dim = self.sizes
@@ -151,8 +151,8 @@ class Problem:
         self._constants = {
             "D": head_dim,
             "DV": value_dim,
-            "WIDTH": table.padded(head_dim),
-            "WIDTH_V": table.padded(value_dim),
+            "WIDTH": tiles.padded(head_dim),
+            "WIDTH_V": tiles.padded(value_dim),
             "LEFT": x.window_left >= 0,
             "RIGHT": x.causal or x.window_right >= 0,
             "CAPPED": x.softcap != 0,
@@ -180,18 +180,18 @@ class Problem:
             "softcap": float(x.softcap),
         }
 
-    def constants(self, *tiles: Rows) -> dict:
-        """The compile-time numbers that every kernel takes; ``tiles`` are the further `Rows` that it touches."""
-        return {**self._constants, "ALIGNED": self._aligned and aligned(tiles)}
+    def constants(self, *operands: Rows) -> dict:
+        """The compile-time numbers that every kernel takes; ``operands`` are the further `Rows` that it touches."""
+        return {**self._constants, "ALIGNED": self._aligned and aligned(operands)}
 
-    def tile(self, kernel: str) -> table.Tile:
+    def tile(self, kernel: str) -> tiles.Tile:
         """The table's entry for a kernel."""
         crowded = self.x.bias is not None or self.x.dense is not None or not self._aligned
-        return table.tile(kernel, self.architecture, self.x.query.element_size(), self.dim, crowded)
+        return tiles.tile(kernel, self.architecture, self.x.query.element_size(), self.dim, crowded)
 
-    def prefix_columns(self, tile: table.Tile) -> int:
+    def prefix_columns(self, tile: tiles.Tile) -> int:
         """Prefix columns that a kernel over queries takes at once."""
-        return table.prefix_columns(tile, self.dim, self.x.gate_by_query)
+        return tiles.prefix_columns(tile, self.dim, self.x.gate_by_query)
 
 
 def _precision(architecture: str) -> str:
@@ -244,7 +244,7 @@ def _signature(function) -> _Signature:
     return _Signature(list(kinds), itemgetter(*constants), numbers)
 
 
-def launch(kernel, programs: int, tile: table.Tile, *arguments, **named) -> None:
+def launch(kernel, programs: int, tile: tiles.Tile, *arguments, **named) -> None:
     """Launch ``programs`` instances of a kernel. Every launch goes through here."""
     LAUNCHES[kernel.__name__] += 1
     named.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Inputs, heads_last_empty
-from . import stock, table
+from . import stock, tiles
 from .arguments import RUNTIME, Problem, count_tiles, launch, rows
 from .primitives import (
     LN2,
@@ -175,6 +175,6 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, first, tokens_logsumexp,
         to, logsumexp, x.sinks, problem.gate, problem.seen, x.seed, **problem.numbers, **problem.constants(first, to),
         POSITIVE=x.scale > 0, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
-        SCAN=table.SCAN,
+        SCAN=tiles.SCAN,
     )  # fmt: skip
     return out, logsumexp

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import heads_last_empty
-from . import table
+from . import tiles
 from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
 from .primitives import (
     LOG2E,
@@ -279,10 +279,10 @@ class Columns(NamedTuple):
     layer_scale: Tensor | None
 
 
-def _parts(problem: Problem, tile: table.Tile) -> tuple[int, int, int]:
+def _parts(problem: Problem, tile: tiles.Tile) -> tuple[int, int, int]:
     """Batch rows that share a partial sum, how many such chunks, and the splits of a row. By shape alone."""
     batch, heads, kv_heads, queries, _, length, *_ = problem.sizes
-    base, most = count_tiles(length, tile.columns) * kv_heads, table.programs(problem.architecture)
+    base, most = count_tiles(length, tile.columns) * kv_heads, tiles.programs(problem.architecture)
     chunk = max(1, batch * base // most)
     chunks = count_tiles(batch, chunk)
     if chunk > 1:
@@ -303,7 +303,7 @@ def column_gradients_of(
     weights = need["gate"] or scaled
 
     tokens = count_tiles(keys, tile.columns) * batch * kv_heads if need["key"] or need["value"] else 0
-    apart = table.is_apart(problem.architecture, x.query.element_size(), problem.dim)
+    apart = tiles.is_apart(problem.architecture, x.query.element_size(), problem.dim)
     passes = need["key"] + need["value"] if apart else 1
     any_prefix = need["prefix_key"] or need["prefix_value"] or (weights and not by_query)
     prefixes = count_tiles(length, shared.columns) * kv_heads * chunks * splits if any_prefix else 0
@@ -337,6 +337,6 @@ def column_gradients_of(
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
         GATE_ROWS=gate.rows, GATE=gate.columns, KEY=need["key"], VALUE=need["value"], APART=apart,
         PREFIXES=prefixes > 0, GATES=gates > 0,
-        SCAN=table.SCAN,
+        SCAN=tiles.SCAN,
     )  # fmt: skip
     return columns

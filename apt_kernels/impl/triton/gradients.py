@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
-from . import stock, table
+from . import stock, tiles
 from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
 from .bias import bias_gradient
 from .columns import column_gradients_of
@@ -179,7 +179,7 @@ def _query_gradient_of(
         problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, out, d_out, logsumexp,
         d_logsumexp, delta, tokens, to, problem.gate, problem.seen, x.seed,
         **problem.numbers, **problem.constants(out, d_out, tokens, to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile), SCAN=table.SCAN,
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile), SCAN=tiles.SCAN,
     )  # fmt: skip
     return delta, dq
 

@@ -8,11 +8,11 @@ serves a tile and its transpose. Logits are in base 2. ``W`` is the dtype of sum
 import triton
 import triton.language as tl
 
-from . import table
+from . import tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-PART = tl.constexpr(table.PART)
+PART = tl.constexpr(tiles.PART)
 
 
 @triton.jit

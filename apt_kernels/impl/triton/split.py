@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import table
+from . import tiles
 from .arguments import RUNTIME, Problem, Rows, count_tiles, launch
 from .primitives import (
     LN2,
@@ -242,9 +242,9 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
     batch, heads, kv_heads, queries, keys, length, _, value_dim = problem.sizes
     group = heads // kv_heads
     prefix_programs = kv_heads * count_tiles(batch * queries * group, shared.rows)
-    prefix_splits = table.splits(problem.architecture, prefix_programs, length)
+    prefix_splits = tiles.splits(problem.architecture, prefix_programs, length)
     token_programs = batch * kv_heads * count_tiles(queries * group, tile.rows)
-    token_splits = table.splits(problem.architecture, token_programs, keys)
+    token_splits = tiles.splits(problem.architecture, token_programs, keys)
     slots, like = prefix_splits + token_splits, {"dtype": x.compute_dtype, "device": x.query.device}
     part = (
         torch.empty(batch * heads * queries, slots, value_dim, **like),
@@ -257,7 +257,7 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
         problem.seen, x.seed, batch, prefix_programs * prefix_splits, prefix_splits, token_splits,
         **numbers, **{name: value for name, value in constants.items() if name != "PER_QUERY"},
         POSITIVE=x.scale > 0, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
-        SCAN=table.SCAN,
+        SCAN=tiles.SCAN,
     )  # fmt: skip
     merging = problem.tile("merge")
     launch(

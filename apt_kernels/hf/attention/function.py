@@ -1,0 +1,221 @@
+"""From an attention module to the op: the hooks that see hidden states, and the attention function."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache as memoise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...errors import PatchError
+from ...mask import Mask
+from ...ops.attention import attention
+from ..integrations import continuous_batching
+from . import gate_cache
+from .masks import AttentionMask, describe
+
+NAME = "apt_kernels"
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+# Where a module keeps the number of its layer in the cache.
+_LAYER = ("layer_idx", "layer_id")
+
+
+class Pending(NamedTuple):
+    """What the attention function cannot see by itself: the inputs of the module that calls it."""
+
+    hidden_states: Tensor
+    cache: object | None
+    filled: bool
+
+
+def before(module, args, kwargs) -> None:
+    """Forward pre-hook of a patched attention module: remember its hidden states and cache."""
+    prefix = module.apt
+    if not prefix.enabled:
+        return
+    hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+    cache = filled = None
+    if prefix.gate == "first":
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        filled = cache is not None and _holds_tokens(cache, module)
+    prefix.running.pending, prefix.running.served = Pending(hidden_states, cache, bool(filled)), False
+
+
+def _holds_tokens(cache, module) -> bool:
+    """Whether this module's tokens of an earlier forward are in the cache: its gate is kept there, or should be."""
+    prefix = module.apt
+    if gate_cache.has(cache, (prefix.name, prefix.adapter)):
+        return True
+    if prefix.cross:
+        cache = getattr(cache, "cross_attention_cache", cache)
+    index = next((i for i in map(module.__dict__.get, _LAYER) if isinstance(i, int)), None)
+    try:
+        return index is not None and int(cache.get_seq_length(index)) > 0
+    except ValueError:  # a layer that uses the keys of another has none of its own in the cache
+        return False
+
+
+def after(module, args, output) -> None:
+    """Forward hook: a patched module that did not attend through `attention_forward` has lost its prefix."""
+    prefix = module.apt
+    prefix.running.pending = None
+    if prefix.enabled and not prefix.running.served:
+        raise PatchError(
+            f"{prefix.name} attended without its prefix: the model's attention implementation was switched away "
+            f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
+        )
+
+
+def attention_forward(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache=None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers: ``[B, T, Hq, Dv]`` and no attention weights."""
+    prefix = getattr(module, "apt", None)
+    if cache is not None:
+        key, value = continuous_batching.paged(module, cache, key, value, kwargs)
+    if prefix is None:
+        given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
+        return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
+    if prefix.running.pending is None:
+        raise PatchError(f"{prefix.name} attends outside its module's forward; its hidden states are unknown")
+    prefix.running.served = True
+    out = attention(
+        query,
+        key,
+        value,
+        *_parts(prefix, attention_mask, query),
+        mask=_mask(module, query, key, attention_mask, is_causal, position_bias),
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        implementation=prefix.implementation,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _parts(prefix, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
+    """Prefix key, prefix value, gate logits and layer scale of the running forward."""
+    real = segments = None
+    if isinstance(attention_mask, AttentionMask) and not prefix.cross:
+        real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments
+    elif isinstance(attention_mask, Tensor) and not prefix.cross and attention_mask.ndim == 4:
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
+        real = _real(seen, query)
+    return _gated(prefix, query, real, segments)
+
+
+def parts_inline(prefix, seen: Tensor | None, query: Tensor, time_major: bool) -> tuple[Tensor | None, ...]:
+    """The same of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
+    if seen is not None and prefix.running.pending.filled:
+        seen = seen[..., -query.shape[2] :]  # the queries stand behind what the cache held
+    return _gated(prefix, query, None if seen is None else _real(seen, query), None, time_major)
+
+
+def _real(seen: Tensor, query: Tensor) -> Tensor:
+    """``[B, T]``: tokens that no other query may see are padding (some models let padding see itself)."""
+    batch, queries = query.shape[0], query.shape[2]
+    seen = seen[..., :queries].any(dim=1)
+    own = torch.eye(queries, seen.shape[-1], dtype=torch.bool, device=seen.device)
+    by_others, at_all = (part.any(dim=1).expand(batch, -1) for part in (seen & ~own, seen))
+    return torch.where(by_others.any(dim=1, keepdim=True), by_others, at_all)
+
+
+def _gated(prefix, query: Tensor, real, segments, time_major: bool = False) -> tuple[Tensor | None, ...]:
+    hidden_states, cache, filled = prefix.running.pending
+    if prefix.gate in ("none", "static"):
+        return prefix(None)
+    owner = (prefix.name, prefix.adapter)
+    if filled and not gate_cache.waits(cache, owner):
+        key, value, _, scale = prefix(None)
+        return key, value, gate_cache.recall(cache, owner), scale
+    # A model spread over devices moves its inputs in a hook that may run after ours.
+    hidden_states = hidden_states.to(query.device)
+    hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
+    hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
+    key, value, gate, scale = prefix(hidden_states, real, segments)
+    if cache is not None:
+        begun = None if real is None else real.any(dim=1)
+        gate = gate_cache.keep(cache, owner, gate, begun, add=filled)
+    return key, value, gate, scale
+
+
+def _closed(mask: Tensor) -> float:
+    """Additive masks close an entry with the dtype's minimum or minus infinity; half of it tells them apart."""
+    return torch.finfo(mask.dtype).min / 2
+
+
+def causal_without_mask(module) -> bool:
+    """Whether a module that is handed no mask and does not say so is causal.
+
+    transformers' sdpa function takes it for causal; eager attention, all that some models support, hides nothing.
+    """
+    return getattr(module, "is_causal", _supports_sdpa(sys.modules[type(module).__module__]))
+
+
+@memoise
+def _supports_sdpa(source) -> bool:
+    return any(getattr(found, "_supports_sdpa", False) is True for found in vars(source).values())
+
+
+def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, position_bias) -> Mask | None:
+    """What the op is told of visibility; conventions for plain tensors and None as in transformers' sdpa function."""
+    if isinstance(attention_mask, AttentionMask):
+        mask = attention_mask.mask
+        if attention_mask.shape[3] != key.shape[2] and not attention_mask.hides_nothing:
+            raise PatchError(f"the mask is for {attention_mask.shape[3]} keys; the layer has {key.shape[2]}")
+    elif isinstance(attention_mask, Tensor):
+        dense = attention_mask.dtype == torch.bool
+        mask = Mask(dense=attention_mask) if dense else Mask(bias=attention_mask)
+    elif attention_mask is None:
+        causal = is_causal if is_causal is not None else causal_without_mask(module)
+        mask = Mask(causal=True, query_offset=0) if causal and query.shape[2] > 1 else None
+    else:
+        raise PatchError(f"the attention mask is a {type(attention_mask).__name__}; it needs a tensor or None")
+    if position_bias is None:
+        return mask
+    mask = Mask() if mask is None else mask
+    bias = position_bias if mask.bias is None else position_bias + mask.bias
+    return Mask(**{**mask.__dict__, "bias": bias})
+
+
+def attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple[Tensor, None]:
+    """An attention module that was left without a prefix attends as the model did before the patch."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if getattr(module, "apt_before", "sdpa") != "eager" and given["softcap"] is None and given["s_aux"] is None:
+        eager = None
+    function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if isinstance(attention_mask, AttentionMask):
+        attention_mask = _as_tensor(attention_mask, query, additive=function is eager)
+    given = {name: option for name, option in given.items() if option is not None}
+    out, _ = function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
+    return out, None
+
+
+def _as_tensor(described: AttentionMask, query: Tensor, additive: bool) -> Tensor:
+    """The ``[B, 1, T, S]`` tensor that `AttentionMask` stands in for."""
+    batch, _, queries, keys = described.shape
+    seen = described.mask.visible(batch, queries, keys, query.device)
+    if not additive:
+        return seen
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~seen, torch.finfo(query.dtype).min)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, describe)

@@ -1,0 +1,115 @@
+"""The prompt's gate, kept on the key/value cache for the decoding steps (gate ``first``)."""
+
+from __future__ import annotations
+
+from functools import cache as memoise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import PatchError
+
+
+class Kept(NamedTuple):
+    """The gate of one module, and which rows have had a real token; None: all. The others still wait for theirs."""
+
+    gate: Tensor  # [B, M]
+    begun: Tensor | None  # [B] bool
+
+    def map(self, change) -> Kept:
+        return Kept(change(self.gate), None if self.begun is None else change(self.begun))
+
+
+class _KeepsGates:
+    """Added to a cache's class: the gates follow what happens to the cache's rows and length."""
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._select(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select(lambda rows: rows[indices.to(rows.device)])
+
+    def crop(self, *args, **kwargs):
+        super().crop(*args, **kwargs)
+        if not int(self.get_seq_length()):
+            self.apt_gates = {}
+
+    def reset(self):
+        super().reset()
+        self.apt_gates = {}
+
+    def _select(self, change):
+        self.apt_gates = {name: kept.map(change) for name, kept in self.apt_gates.items()}
+
+    def __reduce_ex__(self, protocol):
+        # The class is made on the fly: pickle its base and make it again.
+        return _restore, (type(self).__mro__[2], self.__dict__)
+
+
+@memoise
+def _keeping(base: type) -> type:
+    return type(base.__name__, (_KeepsGates, base), {})
+
+
+def _restore(base: type, state: dict):
+    kept = _keeping(base)
+    cache = kept.__new__(kept)
+    cache.__dict__.update(state)
+    return cache
+
+
+def keep(cache, owner: tuple[str, str], gate: Tensor, begun: Tensor | None, add: bool) -> Tensor:
+    """Remember ``gate [B, M]`` of ``owner`` (attention module, adapter) on ``cache``; returns the gate that now counts.
+
+    ``begun [B]``: which rows had a real token (a chunk of a left-padded prompt may be all padding); None: every row.
+    With ``add``, rows that had one in an earlier chunk keep their gate.
+    """
+    if not isinstance(cache, _KeepsGates):
+        cache.__class__ = _keeping(type(cache))
+        cache.apt_gates = {}
+    if add:
+        earlier = cache.apt_gates[owner]
+        gate = torch.where(earlier.begun[:, None], earlier.gate, gate)
+        begun = None if begun is None else earlier.begun | begun
+    # Asked only where it needs no wait for a device.
+    if begun is not None and _is_here(begun) and bool(begun.all()):
+        begun = None
+    cache.apt_gates[owner] = Kept(gate, begun)
+    return gate
+
+
+def _is_here(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
+
+
+def waits(cache, owner: tuple[str, str]) -> bool:
+    """Whether some row of ``cache`` may have had no real token yet."""
+    return _kept(cache, owner).begun is not None
+
+
+def has(cache, owner: tuple[str, str]) -> bool:
+    """Whether ``cache`` holds a gate of ``owner``."""
+    return owner in getattr(cache, "apt_gates", {})
+
+
+def recall(cache, owner: tuple[str, str]) -> Tensor:
+    """The gate that the prompt left on ``cache``."""
+    return _kept(cache, owner).gate
+
+
+def _kept(cache, owner: tuple[str, str]) -> Kept:
+    gates = getattr(cache, "apt_gates", {})
+    if owner not in gates:
+        raise PatchError(
+            f"{owner[0]}: the cache already holds tokens but no gate of theirs (gate='first'); it was filled without "
+            "this patched model, or with another adapter. Run the prompt through the model again, or use gate='token' "
+            "or 'static'"
+        )
+    return gates[owner]

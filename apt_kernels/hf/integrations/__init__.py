@@ -1,0 +1,1 @@
+"""Support for other libraries: the Trainer, PEFT, continuous batching and distributed training."""

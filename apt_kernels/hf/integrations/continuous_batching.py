@@ -1,0 +1,108 @@
+"""Continuous batching (``generate_batch``): its paged cache, and what of a prefix it can serve."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+from torch import Tensor
+
+from ...errors import PatchError
+from ...prefix.adaptive import AdaptivePrefix
+
+# The attention that transformers hands masks as tensors, and never exchanges for a flash kernel.
+_SERVED_AS = "paged|eager"
+_MANAGER = "_cached_continuous_batching_manager"
+
+
+class InitContinuousBatching:
+    """Takes the place of ``model.init_continuous_batching`` while the model is patched."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, *args, **kwargs):
+        model, state = self.model, self.model._apt_state
+        now = (state.adapter, state.enabled)
+        manager = getattr(model, _MANAGER, None)
+        if manager is not None and getattr(manager, "apt_served", None) != now:
+            forget_manager(model)  # it shares blocks of keys that were computed otherwise
+        served = model
+        if state.enabled:
+            _refuse(model)
+            served = _Served(model)
+        manager = type(model).init_continuous_batching(served, *args, **kwargs)
+        manager.apt_served = now
+        return manager
+
+
+class _Served:
+    """The model as continuous batching sees it: attention of a name that it knows, all else the model's own."""
+
+    def __init__(self, model):
+        config = copy.deepcopy(model.config)
+        parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+        for part in parts:
+            if part is not None:
+                part._attn_implementation_internal = _SERVED_AS
+        self.__dict__.update(_model=model, config=config)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value):
+        setattr(self.__dict__["_model"], name, value)
+
+    def __delattr__(self, name: str):
+        delattr(self.__dict__["_model"], name)
+
+    def __call__(self, *args, **kwargs):
+        return self._model(*args, **kwargs)
+
+    def eval(self):
+        self._model.eval()
+        return self
+
+
+def _refuse(model) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptivePrefix) and module.gate == "first":
+            raise PatchError(
+                f"{name.removesuffix('.apt')} has gate='first': continuous batching computes a prompt once and shares "
+                "its cache with requests that begin alike, so the hidden state of a request's first token is not at "
+                "hand when the gate is needed. Use gate='token', 'static' or 'none', or model.generate"
+            )
+    inline = next((site.name for site in model._apt_state.sites if site.inline is not None), None)
+    if inline is not None:
+        raise PatchError(f"{inline} writes its attention out and cannot read a paged cache; use model.generate")
+
+
+def install(model) -> None:
+    """Let the patched ``model`` batch continuously, where transformers can at all."""
+    if hasattr(type(model), "init_continuous_batching"):
+        forget_manager(model)
+        model.init_continuous_batching = InitContinuousBatching(model)
+
+
+def remove(model) -> None:
+    """Undo `install`."""
+    if isinstance(model.__dict__.get("init_continuous_batching"), InitContinuousBatching):
+        forget_manager(model)
+        del model.init_continuous_batching
+
+
+def forget_manager(model) -> None:
+    """Drop a manager that was kept for the next session: it serves the model as it was."""
+    if getattr(model, _MANAGER, None) is not None:
+        model.destroy_cached_continuous_batching_manager()
+
+
+def paged(module, cache, key: Tensor, value: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """Write this step's ``[1, Hkv, T, D]`` to the paged cache; what the step's queries may see, ``[1, Hkv, S, D]``."""
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
+    older = "read_index" in inspect.signature(cache.update).parameters
+    given = indices if older else {"kwargs": kwargs}
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, **given)
+    if key.ndim == 3:
+        key, value = (part.transpose(0, 1)[None] for part in (key, value))
+    return key, value

@@ -1,0 +1,349 @@
+"""The gate as a probe: what weights a trained model gives to its prefix tokens, and lengths and pruning from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ConfigError
+from . import pruning
+from .discovery.recording import evaluating
+from .patching import prefixes, state_of
+
+BINS = 20
+
+
+class Lengths(tuple):
+    """Prefix lengths, one int for each attention module in model order, and the tokens that they keep.
+
+    An ordinary tuple of ints wherever lengths are asked for (``patch(prefix_length=lengths)``). ``keep`` maps a
+    module's name to the indices of its strongest tokens, in their order; it is empty where the lengths are longer than
+    what was probed.
+    """
+
+    keep: dict[str, tuple[int, ...]]
+
+    def __new__(cls, lengths: Iterable[int], keep: dict[str, tuple[int, ...]] | None = None):
+        made = super().__new__(cls, lengths)
+        made.keep = dict(keep or {})
+        return made
+
+    def __getnewargs__(self):
+        return tuple(self), self.keep
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """What one attention module's gate did on the batches; lists hold one entry for each of its M prefix tokens.
+
+    Attributes:
+        name: the attention module's name.
+        gate: its gate mode.
+        layer_scale: lambda; 1 where it is not learned.
+        gate_mean: mean of alpha over all gates that were computed.
+        gate_std_tokens: standard deviation of alpha over the tokens of an example (0 where a sequence has one gate).
+        gate_std_examples: standard deviation over examples of an example's mean alpha.
+        histogram: ``[M][20]`` shares of alpha's values in 20 equal bins of [0, 1].
+        effective: ``layer_scale * gate_mean``: the mean factor on the token's key and value; 1 leaves them as they are.
+    """
+
+    name: str
+    gate: str
+    layer_scale: float
+    gate_mean: list[float]
+    gate_std_tokens: list[float]
+    gate_std_examples: list[float]
+    histogram: list[list[float]]
+    effective: list[float]
+
+    @property
+    def length(self) -> int:
+        return len(self.effective)
+
+    @property
+    def weight(self) -> float:
+        """Mean over the layer's tokens of ``|effective|``."""
+        return sum(map(abs, self.effective)) / self.length
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `probe` found: the layers that have a prefix, in model order."""
+
+    layers: list[LayerProbe]
+    modules: list[str]
+    examples: int
+
+    def table(self) -> str:
+        """Markdown, one row for each layer."""
+        rows = ["| layer | gate | tokens | λ | mean α | α: min to max over prefix tokens | std of α over tokens |"]
+        rows[0] += " over examples | mean of \\|λα\\| |"
+        rows.append("|" + " --- |" * 9)
+        for layer in self.layers:
+            cells = (
+                layer.name,
+                layer.gate,
+                str(layer.length),
+                f"{layer.layer_scale:.3f}",
+                f"{_mean(layer.gate_mean):.3f}",
+                f"{min(layer.gate_mean):.3f} to {max(layer.gate_mean):.3f}",
+                f"{_mean(layer.gate_std_tokens):.3f}",
+                f"{_mean(layer.gate_std_examples):.3f}",
+                f"{layer.weight:.3f}",
+            )
+            rows.append("| " + " | ".join(cells) + " |")
+        return "\n".join(rows)
+
+    def to_json(self) -> dict:
+        """A JSON-ready dict."""
+        return {"layers": [asdict(layer) for layer in self.layers], "modules": self.modules, "examples": self.examples}
+
+    @classmethod
+    def from_json(cls, data: dict) -> Probe:
+        """The inverse of `to_json`."""
+        return cls([LayerProbe(**layer) for layer in data["layers"]], data["modules"], data["examples"])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    def picture(self, path: str | os.PathLike, title: str = "Mean weight of each prefix token") -> None:
+        """Draw layers by prefix tokens, and the profile over the layers, to an image file. Needs matplotlib."""
+        from .plot import draw
+
+        draw(self, path, title)
+
+    def lengths(self, *, budget: int | None = None, threshold: float | None = None, grow: bool = False) -> Lengths:
+        """Prefix lengths per attention module that follow the weights; give exactly one of budget and threshold.
+
+        Args:
+            budget: prefix tokens in all layers together. Each layer gets a share in proportion to its tokens' summed
+                ``|effective|`` (largest remainders), and no more than it has.
+            threshold: every token with ``|effective|`` of at least this stays.
+            grow: a layer may get more tokens than it has. Such lengths are for training from the start.
+
+        Raises:
+            ArgumentError: neither or both are given, or the budget is above what the layers have without ``grow``.
+        """
+        if (budget is None) == (threshold is None):
+            raise ArgumentError("lengths needs exactly one of budget and threshold")
+        if budget is None:
+            found = [sum(abs(weight) >= threshold for weight in layer.effective) for layer in self.layers]
+        else:
+            found = self._shares(budget, grow)
+        if not any(found):
+            raise ArgumentError(f"threshold is {threshold!r}; no token is that strong, and a model keeps at least one")
+        by_name = dict(zip((layer.name for layer in self.layers), found))
+        fits = all(by_name[layer.name] <= layer.length for layer in self.layers)
+        keep = {layer.name: _strongest(layer.effective, by_name[layer.name]) for layer in self.layers} if fits else {}
+        return Lengths((by_name.get(name, 0) for name in self.modules), keep)
+
+    def _shares(self, budget: int, grow: bool) -> list[int]:
+        have = [layer.length for layer in self.layers]
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise ArgumentError(f"budget is {budget!r}; it needs an int of at least 1")
+        if not grow and budget > sum(have):
+            raise ArgumentError(f"budget is {budget}; the layers have {sum(have)} tokens. grow=True allows more")
+        weights = [layer.weight * layer.length for layer in self.layers]
+        if not any(weights):
+            weights = [float(length) for length in have]
+        return _apportion(budget, weights, [budget] * len(have) if grow else have)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _strongest(weights: Sequence[float], count: int) -> tuple[int, ...]:
+    """Indices of the ``count`` largest magnitudes, in their order; of equal ones the first."""
+    order = sorted(range(len(weights)), key=lambda i: (-abs(weights[i]), i))
+    return tuple(sorted(order[:count]))
+
+
+def _apportion(total: int, weights: list[float], most: list[int]) -> list[int]:
+    """Integers in proportion to ``weights`` that sum to ``total``, none above ``most``: what is full is set aside."""
+    found, open_ = [0] * len(weights), set(range(len(weights)))
+    while True:
+        left, mass = (
+            total - sum(found[i] for i in range(len(weights)) if i not in open_),
+            sum(weights[i] for i in open_),
+        )
+        share = {i: left * weights[i] / mass if mass else left / len(open_) for i in open_}
+        full = {i for i in open_ if share[i] >= most[i]}
+        if not full:
+            break
+        for i in full:
+            found[i] = most[i]
+        open_ -= full
+        if not open_:
+            return found
+    for i in open_:
+        found[i] = math.floor(share[i])
+    for i in sorted(open_, key=lambda i: (found[i] - share[i], i))[: total - sum(found)]:
+        found[i] += 1
+    return found
+
+
+class _Watch:
+    """Running sums of one prefix's alpha, on the CPU in float64."""
+
+    def __init__(self, prefix: nn.Module):
+        self.prefix = prefix
+        self.count = self.examples = 0
+        self.total = self.within = self.of_means = self.of_squares = torch.zeros(prefix.length, dtype=torch.float64)
+        self.histogram = torch.zeros(prefix.length, BINS, dtype=torch.float64)
+
+    def add(self, logits: Tensor | None, real_tokens: Tensor | None) -> None:
+        alpha = torch.ones(self.prefix.length) if logits is None else torch.sigmoid(logits.detach().float())
+        alpha = alpha.reshape(1, 1, -1) if alpha.ndim == 1 else alpha[:, None] if alpha.ndim == 2 else alpha
+        alpha = alpha.cpu().double()
+        real = torch.ones(alpha.shape[:2], dtype=torch.bool)
+        if alpha.shape[1] > 1 and real_tokens is not None:
+            real = real_tokens.cpu().bool().expand(alpha.shape[:2])
+        weight = real[..., None].double()
+        count = weight.sum(dim=1).clamp(min=1)
+        mean = (alpha * weight).sum(dim=1) / count
+        variance = ((alpha - mean[:, None]).square() * weight).sum(dim=1) / count
+        seen = real.any(dim=1)
+        self.count += int(real.sum())
+        self.examples += int(seen.sum())
+        self.total = self.total + (alpha * weight).sum(dim=(0, 1))
+        self.within = self.within + variance[seen].sum(dim=0)
+        self.of_means = self.of_means + mean[seen].sum(dim=0)
+        self.of_squares = self.of_squares + mean[seen].square().sum(dim=0)
+        bins = (alpha[real] * BINS).long().clamp(max=BINS - 1)
+        self.histogram += torch.nn.functional.one_hot(bins, BINS).sum(dim=0)
+
+    def found(self, name: str) -> LayerProbe:
+        scale = self.prefix.layer_scale
+        scale = 1.0 if scale is None else float(scale.detach().float())
+        mean = self.total / self.count
+        spread = self.of_squares / self.examples - (self.of_means / self.examples).square()
+        return LayerProbe(
+            name=name,
+            gate=self.prefix.gate,
+            layer_scale=scale,
+            gate_mean=mean.tolist(),
+            gate_std_tokens=(self.within / self.examples).sqrt().tolist(),
+            gate_std_examples=spread.clamp(min=0).sqrt().tolist(),
+            histogram=(self.histogram / self.count).tolist(),
+            effective=(scale * mean).tolist(),
+        )
+
+
+def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
+    """Run ``batches`` through a patched model and record the weights of every layer's prefix tokens.
+
+    Nothing of the model changes; it runs in evaluation mode without gradients, eagerly even where it was compiled.
+    Padding is left out. (A cross-attention's queries are the decoder's tokens; theirs is ``decoder_attention_mask``.)
+
+    Args:
+        model: a patched model.
+        batches: keyword arguments of its forward, as a data loader gives them; tensors are moved to its device.
+
+    Raises:
+        PatchError: the model is not patched.
+        ArgumentError: there are no batches, or one is not a dict.
+    """
+    watches = {name: _Watch(prefix) for name, prefix in prefixes(model).items()}
+    examples, device = 0, next(model.parameters()).device
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            if not hasattr(batch, "items"):
+                raise ArgumentError(f"a batch is a {type(batch).__name__}; it needs a dict of the forward's arguments")
+            batch = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
+            with _watched(watches, batch.get("decoder_attention_mask")):
+                model(**batch)
+            examples += len(next(iter(batch.values())))
+    if not examples:
+        raise ArgumentError("batches is empty; probe needs one at least")
+    return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(model), examples)
+
+
+@contextmanager
+def _watched(watches: dict[str, _Watch], decoder_mask: Tensor | None):
+    """Every prefix tells its watch the logits it computes."""
+
+    def telling(watch: _Watch, logits):
+        def tell(hidden_states, real_tokens=None, segments=None):
+            found = logits(hidden_states, real_tokens, segments)
+            watch.add(found, decoder_mask if watch.prefix.cross else real_tokens)
+            return found
+
+        return tell
+
+    for watch in watches.values():
+        watch.prefix.logits = telling(watch, watch.prefix.logits)
+    try:
+        yield
+    finally:
+        for watch in watches.values():
+            del watch.prefix.logits
+
+
+def prune(model, lengths: Sequence[int], probe: Probe | None = None):
+    """Shorten a trained model's prefixes in place: each layer keeps its strongest tokens, in their order.
+
+    Key, value and gate of the other tokens are removed, and with them their share of the softmax. That differs from
+    closing their gates, which leaves a key of zeros that still takes weight (docs/method.md shows by how much). The
+    shorter prefix is saved and loaded like any other. Parameters are replaced: make a new optimizer.
+
+    Args:
+        model: a patched model.
+        lengths: one length for each attention module in model order, 0 to remove its prefix. `Probe.lengths` makes
+            them and knows the strongest tokens.
+        probe: whose weights rank the tokens, where ``lengths`` are plain ints. Without it, learned gates
+            (``gate="static"``) rank themselves.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: a length is above what the layer has, or nothing says which tokens are the strongest; the model
+            is as it was.
+        PatchError: the model is not patched, or is spread over processes.
+    """
+    state_of(model)
+    pruning.refuse_spread(model)
+    names = pruning.modules(model)
+    if len(lengths) != len(names):
+        raise ConfigError(f"lengths has {len(lengths)} entries; the model has {len(names)} attention modules")
+    if not any(lengths):
+        raise ConfigError("lengths is 0 everywhere; at least one entry needs to be above 0 (or unpatch the model)")
+    known, keep = getattr(lengths, "keep", {}), {}
+    ranks = {layer.name: layer.effective for layer in probe.layers} if probe is not None else {}
+    found = prefixes(model)
+    for name, length in zip(names, lengths):
+        have = found[name].length if name in found else 0
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= have:
+            raise ConfigError(f"lengths has {length!r} for {name}; it needs an int from 0 to {have}, what it has")
+        if not have:
+            continue
+        chosen = known.get(name)
+        if chosen is not None and len(chosen) == length and all(i < have for i in chosen):
+            keep[name] = chosen
+        else:
+            keep[name] = _strongest(_weights(name, found[name], length, ranks), length)
+    pruning.keep_tokens(model, keep, tuple(lengths))
+    return model
+
+
+def _weights(name: str, prefix: nn.Module, length: int, ranks: dict[str, list[float]]) -> list[float]:
+    if name in ranks and len(ranks[name]) == prefix.length:
+        return ranks[name]
+    if length in (0, prefix.length):
+        return [1.0] * prefix.length
+    if prefix.gate == "static":
+        return torch.sigmoid(prefix.gate_logits.detach().float()).tolist()
+    raise ConfigError(
+        f"{name} has the gate {prefix.gate!r}; which of its {prefix.length} tokens are the strongest, the parameters "
+        "do not say: give lengths from probe(...).lengths(...), or probe="
+    )

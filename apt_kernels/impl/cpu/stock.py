@@ -1,0 +1,234 @@
+"""The stock CPU flash kernel on the tokens, and what it can and cannot do.
+
+It takes float32, float64, bfloat16 and float16, rows that lie anywhere but are contiguous, grouped heads, an additive
+mask that broadcasts, and causality from the top left. Its backward uses the output and the log-sum-exp that it is
+handed, so those of the whole softmax give the exact gradients of a part of its columns. It refuses dropout and values
+of another size.
+
+Source of its sizes: measured on two cores, bench/NOTES.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..inputs import Inputs, heads_last_empty, part_of
+from .ranges import key_limits
+from .scratch import Scratch
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Added to hidden logits. Finite, so that a row that sees no token has a log-sum-exp that weighs nothing; the kernel
+# returns 0 for both the output and the log-sum-exp of a row of -inf.
+HIDDEN = -1e30
+
+# The kernel skips hidden keys 512 at a time. A causal square is halved down to this many rows, so that what is left to
+# skip is small, at the price of a merge for each halving: see bench/NOTES.md.
+CAUSAL_ROWS = 256
+
+# Query rows for each key from which a copy of the keys that the kernel reads faster pays: see bench/NOTES.md.
+COPY_ROWS = 64
+
+
+def obstacle(x: Inputs) -> str | None:
+    """Why the stock kernel cannot serve these inputs; None: it can."""
+    if x.dropout_p > 0:
+        return "dropout"
+    if x.softcap > 0:
+        return "softcap"
+    if x.value.shape[3] != x.query.shape[3]:
+        return "value size"
+    if x.query.shape[2] == 1:
+        return None
+    if x.window_left >= 0 or x.window_right >= 0:
+        return "window"
+    if x.query_segments is not None:
+        return "segments"
+    if x.causal and x.query_offset is not None and x.query_offset.numel() > 1:
+        return "offset per row"
+    return "mask larger than its parts" if _mask_grows(x) else None
+
+
+def _mask_grows(x: Inputs) -> bool:
+    parts = [part for part in (x.dense, x.bias) if part is not None]
+    if x.key_padding is not None:
+        parts.append(x.key_padding[:, None, None])
+    if len(parts) < 2:
+        return False
+    return math.prod(torch.broadcast_shapes(*[part.shape for part in parts])) > max(part.numel() for part in parts)
+
+
+class Call(NamedTuple):
+    """One call of the kernel, and which ``rows`` and ``keys`` of the whole it is about. ``mask`` is additive."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool = False
+    rows: slice = slice(None)
+    keys: slice = slice(None)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, in layouts of the kernel's choice."""
+        key, value, mask = _rows(self.key), _rows(self.value), _rows(self.mask)
+        if not self._folds():
+            return _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+        # The heads of a group as the rows of one: their keys are read once, not once a head.
+        size = self.query.shape
+        folded = self.query.reshape(size[0], key.shape[1], -1, size[3])
+        out, logsumexp = _flash(folded, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
+        return out.reshape(*size[:3], -1), logsumexp.reshape(size[:3])
+
+    def _folds(self) -> bool:
+        single = self.query.shape[2] == 1 and self.query.shape[1] > self.key.shape[1]
+        return single and not self.causal and (self.mask is None or self.mask.shape[1] == 1)
+
+    def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
+        given = (grad_out[:, :, self.rows], self.query, self.key, self.value, out[:, :, self.rows])
+        given = (*map(_rows, given), logsumexp[:, :, self.rows], 0.0, self.causal)
+        return _flash_backward(*given, attn_mask=_rows(self.mask), scale=self.scale)
+
+    def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
+        """Add these columns to an output and a log-sum-exp over others, in place."""
+        more, more_logsumexp = self.forward()
+        out, logsumexp = out[:, :, self.rows], logsumexp[:, :, self.rows]
+        total = torch.logaddexp(logsumexp, more_logsumexp)
+        # Two weights, each exact in relative terms; as "w and 1 - w" the smaller would not be.
+        weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
+        out.mul_(weight).addcmul_(more, more_weight)
+        logsumexp.copy_(total)
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The kernel takes the last stride for 1 without looking (0 in a mask as well) and would read other memory."""
+    strided = tensor is not None and tensor.stride(-1) > 1 and tensor.shape[-1] > 1
+    return tensor.contiguous() if strided else tensor
+
+
+def parts(x: Inputs, scratch: Scratch) -> list[Call]:
+    """The calls that together cover every token that any query sees."""
+    _, heads, kv_heads, queries, keys, *_ = x.sizes
+    limits = key_limits(x)
+    copy = queries * heads >= COPY_ROWS * kv_heads
+    key, value = (_heads_first(scratch, *pair, copy) for pair in (("key", x.key), ("value", x.value)))
+    found = []
+    for rows, columns, causal in _rectangles(x.causal and queries > 1, limits.most_offset, queries, keys):
+        columns = slice(max(columns.start, 0 if causal else limits.low), min(columns.stop, limits.high))
+        if columns.start < columns.stop:
+            mask = additive_mask(x, columns.start, columns.stop)
+            mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+            operands = (x.query[:, :, rows], key[:, :, columns], value[:, :, columns])
+            found.append(Call(*operands, mask, x.scale, causal, rows, columns))
+    return found
+
+
+def _rectangles(causal: bool, offset: int, queries: int, keys: int) -> list[tuple[slice, slice, bool]]:
+    """Rows, keys, and whether causality from the top left holds among them; together what a causal mask shows."""
+    if not causal or offset >= keys - 1:
+        return [(slice(0, queries), slice(0, keys), False)]
+    # Query ``first`` stands at key ``low``: a causal square from there, with what all rows see before it in keys, and
+    # what later rows see of it.
+    first, low = max(-offset, 0), max(offset, 0)
+    size = min(queries - first, keys - low)
+    if size <= 0:
+        return [(slice(0, queries), slice(0, low), False)] if low else []
+    around = [
+        (slice(0, queries), slice(0, low), False),
+        (slice(first + size, queries), slice(low, low + size), False),
+    ]
+    return [part for part in around if part[0].start < part[0].stop and part[1].stop] + _halved(first, low, size)
+
+
+def _halved(first: int, low: int, size: int) -> list[tuple[slice, slice, bool]]:
+    if size <= CAUSAL_ROWS:
+        return [(slice(first, first + size), slice(low, low + size), True)]
+    half = size // 2
+    return [
+        *_halved(first, low, half),
+        (slice(first + half, first + size), slice(low, low + half), False),
+        *_halved(first + half, low + half, size - half),
+    ]
+
+
+def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Tensor:
+    if not copy or tensor.is_contiguous():
+        return tensor
+    return scratch.take(name, *tensor.shape).copy_(tensor)
+
+
+def reverses(x: Inputs) -> bool:
+    """Whether one call on a copy of the keys takes them in reverse: see `causal_mask_of_reversed`."""
+    return x.causal and x.query.shape[2] > 1
+
+
+def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
+    """Causality over ``[keys in reverse ; prefix]`` as `additive_mask` gives masks, without a matrix in memory.
+
+    Column ``c`` holds key ``S - 1 - c``, which query ``i`` at position ``i + offset`` sees iff ``i + c`` is at least
+    ``S - 1 - offset``; the prefix's columns, from ``S`` on, always are if the offset is -1 or more.
+    """
+    queries, keys = x.query.shape[2], x.key.shape[2]
+    sums = x.query.new_zeros(queries + keys + prefix - 1, dtype=x.compute_dtype)
+    sums[: max(keys - 1 - x.offset, 0)] = HIDDEN
+    return sums.as_strided((1, 1, queries, keys + prefix), (0, 0, 1, 1))
+
+
+def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | None:
+    """What is added to the logits of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, keys + prefix]``; None: nothing.
+
+    Zero on prefix columns, which stand last. Causality is not in it unless there is one query.
+    """
+    keys = slice(low, high)
+    if x.query.shape[2] == 1:
+        visible = x.visible(0, 1, low, high - low)
+    else:
+        padding = None if x.key_padding is None else x.key_padding[:, None, None, keys]
+        seen = [] if padding is None or bool(padding.all()) else [padding]
+        if x.dense is not None:
+            seen.append(part_of(x.dense, slice(None), keys))
+        visible = seen[0] & seen[1] if len(seen) == 2 else (seen[0] if seen else None)
+    if visible is None and x.bias is None:
+        return None
+    if x.bias is None:
+        added = x.query.new_zeros((*visible.shape[:3], high - low + prefix), dtype=x.compute_dtype)
+        added[..., : high - low].masked_fill_(~visible, HIDDEN)
+        return added
+    tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype).clamp_min(HIDDEN)
+    tokens = tokens if visible is None else torch.where(visible, tokens, HIDDEN)
+    tokens = tokens.expand(*tokens.shape[:3], high - low)
+    return torch.nn.functional.pad(tokens, (0, prefix)) if prefix else tokens
+
+
+def forward(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Output, stored heads last, and log-sum-exp over the tokens alone, both in the dtype of the sums.
+
+    Where a row sees no token the output is finite, and the log-sum-exp so low that it weighs nothing.
+    """
+    batch, heads, _, queries, _, _, _, value_dim = x.sizes
+    out = heads_last_empty(x.query, batch, heads, queries, value_dim, x.compute_dtype).zero_()
+    logsumexp = x.query.new_full((batch, heads, queries), HIDDEN, dtype=x.compute_dtype)
+    for call in parts(x, Scratch(x.query, x.query.dtype)):
+        call.merge_(out, logsumexp)
+    return out, logsumexp
+
+
+def backward_(
+    x: Inputs, scratch: Scratch, out: Tensor, logsumexp: Tensor, grad_out: Tensor, into: dict[str, Tensor]
+) -> None:
+    """Add the gradients through the tokens to those ``into`` has by name, of query, key and value.
+
+    ``out, logsumexp`` are those of the whole softmax.
+    """
+    for call in parts(x, scratch):
+        cuts = {"query": call.rows, "key": call.keys, "value": call.keys}
+        for (name, cut), grad in zip(cuts.items(), call.backward(out, logsumexp, grad_out)):
+            if name in into:
+                into[name][:, :, cut].add_(grad)

@@ -1,0 +1,1 @@
+"""The trained parameters of an attention layer, and the gate that scales them."""

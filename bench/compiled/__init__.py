@@ -1,0 +1,1 @@
+"""What compiled kernels show without a GPU: registers, spills, instructions, launches, host time."""

@@ -1,0 +1,101 @@
+"""The time that the Triton implementation takes of the processor that launches it, with no GPU: launches are stubbed.
+
+Kernels are compiled for the chip (kept in Triton's cache), the driver is replaced by one that does nothing, and what is
+left is Python: ours, Triton's and torch's. It bounds short calls on a GPU from below. Median microseconds of many
+calls; take it on an idle machine. Usage: python -m bench.compiled.launch_overhead [--architecture sm_90]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from apt_kernels.impl.inputs import DIFFERENTIABLE
+from apt_kernels.impl.triton import tiles
+from bench.machine import line, machine
+from bench.speed.tables import markdown
+
+from .aot_compile import CHIPS, Job, _Driver, _gpu_target, make_job_inputs
+
+CALLS = 500
+
+
+class Launches:
+    """A driver whose launches are counted and do nothing."""
+
+    def __init__(self, architecture: str):
+        import triton
+
+        self.count, chip = 0, CHIPS[architecture][0]
+        driver = _Driver(_gpu_target(chip.target, chip.lanes))
+        driver.launcher_cls = lambda *_: self
+        driver.utils = _Utils
+        triton.runtime.driver.set_active(driver)
+        tiles.architecture = lambda device: architecture
+
+    def __call__(self, *given) -> None:
+        self.count += 1
+
+
+class _Utils:
+    load_binary = staticmethod(lambda *_: (None, 0, 0, 0, 1024))
+    get_device_properties = staticmethod(lambda _: {"max_shared_mem": 1 << 20})
+
+
+def passes(architecture: str) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    from apt_kernels.impl import triton
+
+    x, single = (make_job_inputs(Job(architecture, 2, 128, variant)) for variant in ("causal", "decode"))
+    out, logsumexp = triton.forward(x)
+    needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
+    return {
+        "forward": lambda: triton.forward(x),
+        "backward": lambda: triton.backward(x, out, logsumexp, out, None, needs),
+        "decoding": lambda: triton.forward(single),
+    }
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """The median of a call's time, the first few left out."""
+    taken = []
+    for i in range(CALLS + 10):
+        begin = time.perf_counter()
+        call()
+        if i >= 10:
+            taken.append(time.perf_counter() - begin)
+    return statistics.median(taken) * 1e6
+
+
+def main(given: list[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compiled.launch_overhead", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--architecture", choices=[name for name in CHIPS if name.startswith("sm_")], default="sm_90")
+    architecture = parser.parse_args(given).architecture
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1 is set: the interpreter would be timed", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    lines = []
+    launches = Launches(architecture)
+    for name, call in passes(architecture).items():
+        call()
+        launches.count = 0
+        call()
+        count = launches.count
+        lines.append((name, str(count), f"{microseconds(call):.0f}"))
+    print(markdown(("pass", "launches", "microseconds"), lines))
+    print(f"\n{line(machine(torch.device('cpu')))}; tiles of {architecture}, head size 128, bfloat16")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

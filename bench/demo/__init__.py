@@ -1,0 +1,1 @@
+"""The demo: train on a real model and real text, and compare with naive prefix tuning."""

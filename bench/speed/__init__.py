@@ -1,0 +1,1 @@
+"""The benchmark: time and memory against every peer."""

@@ -1,0 +1,170 @@
+"""The op against its peers on one shape: check everyone, then time everyone in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from bench.speed import counts
+
+from .checking import Expected, Wrong, expected, results
+from .peers import Peer, Problem, peers
+from .shapes import Shape, operands
+from .timing import Clock, in_turn, input_sets, peak_bytes
+
+# A graph is replayed so often between two marks: a single replay of some microseconds would drown in the marks.
+_REPLAYS = 16
+
+
+@dataclass
+class Measured:
+    """What came of one case: samples in seconds by peer and pass, figures by peer, and why the others are missing.
+
+    ``wrong`` holds the peers whose results broke the error rule; they are not timed either.
+    """
+
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    figures: dict[str, dict] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+
+def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: float, only: tuple[str, ...] = ()):
+    """`Measured` for one shape within about ``seconds``, of which checking may take what it needs.
+
+    ``only``: peers by name; ``"no_prefix"`` and ``"ours"`` take their variants along. Empty: everyone.
+    """
+    deadline, problem, found = time.perf_counter() + seconds, Problem(shape, device, dtype), Measured()
+    chosen = [peer for peer in peers() if not only or any(is_called(peer.name, name) for name in only)]
+    right, ready = {}, {}
+    for peer in chosen:
+        reason = peer.obstacle(problem)
+        if reason is None and peer.name == "flex" and time.perf_counter() > deadline - seconds / 2:
+            reason = "no time was left to compile it"
+        if reason is None:
+            reason = _prepare(peer, problem, right, found, ready)
+        if reason is not None:
+            found.skipped[peer.name] = reason
+    right.clear()
+    sets = input_sets(counts.fewest_bytes(shape, dtype, "forward"), device)
+    runners = _runners(ready, problem, sets, found)
+    for name, samples in in_turn(runners, device, deadline).items():
+        found.samples[name] = samples
+        found.figures[name].update(input_sets=sets, peak_bytes=peak_bytes(device, lambda n=name: runners[n](0)))
+    return found
+
+
+def passes(shape: Shape, device: torch.device) -> tuple[str, ...]:
+    """What is timed of a shape: on a GPU, decoding as a CUDA graph too."""
+    return (*shape.passes, "graph") if shape.kind == "decode" and device.type == "cuda" else shape.passes
+
+
+def is_called(name: str, asked: str) -> bool:
+    """Whether a peer's name is the one asked for, or a variant of it."""
+    return name == asked or (asked in ("no_prefix", "ours") and name.startswith(asked + ":"))
+
+
+def _prepare(peer: Peer, problem: Problem, right: dict, found: Measured, ready: dict) -> str | None:
+    """Set a peer up and check it; why it cannot be timed, or None."""
+    try:
+        steps = peer.setup(problem)
+        worst = check(peer, steps, problem, right)
+    except Wrong as error:
+        found.wrong[peer.name] = str(error)
+        return f"wrong: {error}"
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # a stock kernel that does not take these inputs
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    found.figures[peer.name] = {"error": worst, "note": peer.note(problem), "automatic": peer.automatic(problem)}
+    ready[peer.name] = (*steps, peer.has_prefix)
+    return None
+
+
+def check(peer: Peer, steps: tuple[Callable, Callable], problem: Problem, right: dict[bool, Expected]) -> float:
+    """The worst error of a peer's output and gradients as a share of what the error rule allows."""
+    gradients = "both" in problem.shape.passes
+    given, grad_out = operands(problem.leaves(0)), problem.grad_out(0)
+    if peer.has_prefix not in right:
+        right[peer.has_prefix] = expected(problem.shape, given, grad_out, peer.has_prefix, gradients)
+    forward, backward = steps
+    out = forward(given)
+    return right[peer.has_prefix].check(results(out, given, grad_out, peer.has_prefix, gradients, backward))
+
+
+def _runners(ready: dict, problem: Problem, sets: int, found: Measured) -> dict[str, Callable]:
+    data = [(problem.leaves(seed), problem.grad_out(seed)) for seed in range(sets)]
+    clock, runners = Clock(problem.device), {}
+    for name, (forward, backward, has_prefix) in ready.items():
+        if "both" in problem.shape.passes:
+            runners[name] = _training_runner(forward, backward, has_prefix, data, clock)
+            continue
+        runners[name] = _decoding_runner(forward, has_prefix, data, clock)
+        if clock.cuda:
+            graphed = _graph_runner(forward, has_prefix, data, clock, runners[name])
+            runners[name] = graphed if callable(graphed) else runners[name]
+            found.figures[name]["graph"] = "captured" if callable(graphed) else graphed
+    return runners
+
+
+def _prepared(leaves: dict, has_prefix: bool) -> dict:
+    """The operands; without a prefix no gate is computed."""
+    return operands(leaves) if has_prefix else leaves
+
+
+def _training_runner(forward, backward, has_prefix, data, clock):
+    def run(round_: int) -> dict[str, float]:
+        leaves, grad_out = data[round_ % len(data)]
+        wanted = [t for name, t in leaves.items() if has_prefix or name in ("query", "key", "value")]
+        begin = clock.mark()
+        out = forward(_prepared(leaves, has_prefix))
+        middle = clock.mark()
+        backward(out, wanted, grad_out)
+        end = clock.mark()
+        taken = {"both": clock.between(begin, end)}
+        return {"forward": clock.between(begin, middle), "backward": clock.between(middle, end), **taken}
+
+    return run
+
+
+def _decoding_runner(forward, has_prefix, data, clock):
+    @torch.no_grad()
+    def run(round_: int) -> dict[str, float]:
+        leaves, _ = data[round_ % len(data)]
+        begin = clock.mark()
+        forward(_prepared(leaves, has_prefix))
+        return {"forward": clock.between(begin, clock.mark())}
+
+    return run
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a call, after one on a side stream, as capturing asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+@torch.no_grad()
+def _graph_runner(forward, has_prefix, data, clock, eager):
+    """A runner that also replays CUDA graphs of the calls, or why none could be captured."""
+    try:
+        graphs = [captured(lambda given=leaves: forward(_prepared(given, has_prefix))) for leaves, _ in data]
+    except RuntimeError as error:
+        return f"not captured: {' '.join(str(error).split())[:160]}"
+
+    def run(round_: int) -> dict[str, float]:
+        taken = eager(round_)
+        begin = clock.mark()
+        for replay in range(_REPLAYS):
+            graphs[(round_ + replay) % len(graphs)].replay()
+        return {**taken, "graph": clock.between(begin, clock.mark()) / _REPLAYS}
+
+    return run

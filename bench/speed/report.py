@@ -1,0 +1,147 @@
+"""Turn benchmark results into tables and plots, and compare two commits.
+
+    python -m bench.speed.report bench/results/MACHINE [--out FOLDER] [--details]
+    python -m bench.speed.report --compare HEAD~1:bench/results/MACHINE bench/results/MACHINE
+    python -m bench.speed.report --update        # README.md, docs/ and bench/results/README.md from the committed JSON
+
+A source is a JSON file, a folder of them, or ``REVISION:folder`` as committed in git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench import machine
+from bench.speed import plots, targets
+
+from .tables import Results, comparison, details, load, main_rows, markdown, milliseconds, number, table
+
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+_EXPLAINED = (
+    "Times are medians ± half the distance between the quartiles, taken for all peers in turn in one process, after "
+    "output and gradients were held to the error rule against the specification in float64. `no prefix` is the fastest "
+    "stock attention without any prefix; `share` is what the prefix adds to the arithmetic, gate product included; "
+    "`of the floor's rate` is our arithmetic per second by that of `no prefix`. Ratios `peer / ours` above 1: ours is "
+    "faster. Memory: most bytes alive at once beyond the inputs."
+)
+_COUNTED = (
+    "Launches are counted, not timed: the Triton kernels interpreted with that chip's tiles, PyTorch's own kernels "
+    "included ([launches.json](launches.json), `python -m bench.compiled.launches --update`; {}). Why some are missed: "
+    "a float32 prefix of 512 columns or more is cast first, key and value, since each tile of queries would cast it "
+    "again; decoding deals the keys out, then merges."
+)
+
+
+def machines() -> dict[str, Path]:
+    """Folders of committed results, by name."""
+    return {path.name: path for path in sorted(machine.RESULTS.glob("*/")) if any(path.glob("*.json"))}
+
+
+def heading(results: Results) -> str:
+    """The machine line and what the figures were taken with."""
+    return f"{machine.line(results.machine)}; {results.settings['dtype']}; commit {'; '.join(results.taken)}."
+
+
+def everything(found: dict[str, Results]) -> str:
+    """`bench/results/README.md`: targets, then every machine's table and details."""
+    counted = json.loads((machine.RESULTS / "launches.json").read_text(encoding="utf-8"))
+    parts = [
+        "# Results",
+        "Generated: `python -m bench.speed.report --update`.",
+        "## Targets",
+        targets.table(list(found.values()), counted),
+        _COUNTED.format(machine.named(counted["versions"])),
+        _EXPLAINED,
+    ]
+    for name, results in found.items():
+        parts += [f"## {name}", heading(results), table(results), "### Every peer", details(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(found: dict[str, Results]) -> str:
+    """The README's part: a short table for every machine, its picture, and what was not measured."""
+    parts = []
+    for name, results in found.items():
+        parts += [heading(results), _short(results), f"![Times, memory and ratios on {name}](docs/bench-{name}.png)"]
+    if not any(results.cuda for results in found.values()):
+        parts.append("On a GPU: not measured.")
+    parts.append(_EXPLAINED)
+    return "\n\n".join(parts)
+
+
+def _short(results: Results) -> str:
+    lines = []
+    for row in main_rows(results):
+        cells = [row.case, row.which, milliseconds(row.ours.median), number(row.by_floor)]
+        cells += [number(row.share and 1 + row.share), number(row.against("naive")), number(row.against("peft"))]
+        lines.append([*cells, number(row.memory_against("naive"))])
+    header = [
+        "case",
+        "pass",
+        "ours, ms",
+        "time / no prefix",
+        "1 + share",
+        "naive / ours",
+        "peft / ours",
+        "memory / naive",
+    ]
+    return markdown(header, lines)
+
+
+def generated(root: Path = machine.ROOT) -> dict[Path, str]:
+    """Every generated text by its file."""
+    found = {name: load(path) for name, path in machines().items()}
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise RuntimeError(f"README.md has no section between {BEGIN} and {END}")
+    return {
+        readme: f"{before}{begin}\n{section(found)}\n{end}{after}",
+        root / "bench" / "results" / "README.md": everything(found),
+    }
+
+
+def update() -> None:
+    """Write every generated text and picture."""
+    for path, text in generated().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for name, folder in machines().items():
+        results = load(folder)
+        plots.draw(results, machine.ROOT / "docs" / f"bench-{name}.png", machine.line(results.machine))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="*", help="results of one machine")
+    parser.add_argument("--out", type=Path, help="also write report.md and report.png here")
+    parser.add_argument("--details", action="store_true", help="every peer, and why others are missing")
+    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("--update", action="store_true", help="regenerate what is committed")
+    options = parser.parse_args(arguments)
+    if options.update:
+        update()
+    if options.compare:
+        print(comparison(*map(load, options.compare)))
+    for source in options.sources:
+        results = load(source)
+        text = f"{heading(results)}\n\n{table(results)}\n\n{_EXPLAINED}\n"
+        print(text + (f"\n{details(results)}\n" if options.details else ""))
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            rest = f"\n{targets.table([results])}\n\n{details(results)}\n"
+            (options.out / "report.md").write_text(text + rest, encoding="utf-8")
+            plots.draw(results, options.out / "report.png", machine.line(results.machine))
+    if not (options.sources or options.compare or options.update):
+        parser.print_usage()
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Results as rows: one for each case and pass, ours against everyone who ran beside it in the same process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import machine
+
+from .registry import STAGES
+
+# The pass that speaks for a case in the tables.
+MAIN = {"both", "step", "token", "graph", "first"}
+ORDER = ("naive", "concat_flash", "flex", "peft", "cartridge", "in_cache")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One peer's samples of one pass."""
+
+    samples: list[float]
+    info: dict
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / 2 / self.median
+
+
+@dataclass
+class Row:
+    """One case and pass. Times in seconds."""
+
+    stage: str
+    case: str
+    which: str
+    peers: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> dict:
+        return next(iter(self.peers.values())).info["shape"]
+
+    @property
+    def ours(self) -> Entry | None:
+        """What users get: for the op, the implementation that it chooses by itself."""
+        if "ours" in self.peers:
+            return self.peers["ours"]
+        return next((entry for entry in self.peers.values() if entry.info.get("automatic")), None)
+
+    @property
+    def floor(self) -> Entry | None:
+        """The fastest attention without a prefix."""
+        found = [entry for name, entry in self.peers.items() if name.split(":")[0] == "no_prefix"]
+        return min(found, key=lambda entry: entry.median, default=None)
+
+    def against(self, peer: str) -> float | None:
+        """A peer's time by ours: above 1, ours is faster."""
+        if self.ours is None or peer not in self.peers:
+            return None
+        return self.peers[peer].median / self.ours.median
+
+    def memory_against(self, peer: str) -> float | None:
+        """Our peak memory by a peer's."""
+        if self.ours is None or peer not in self.peers or not self.peers[peer].info.get("peak_bytes"):
+            return None
+        return self.ours.info["peak_bytes"] / self.peers[peer].info["peak_bytes"]
+
+    @property
+    def by_floor(self) -> float | None:
+        """Our time by that without a prefix."""
+        return None if self.ours is None or self.floor is None else self.ours.median / self.floor.median
+
+    @property
+    def share(self) -> float | None:
+        """What the prefix adds to the arithmetic, gate product included."""
+        return None if self.ours is None else self.ours.info.get("share")
+
+    @property
+    def of_floor(self) -> float | None:
+        """Our arithmetic per second by the floor's: 1 where a prefix costs no more than its arithmetic."""
+        if self.by_floor is None or self.share is None:
+            return None
+        return (1 + self.share) / self.by_floor
+
+
+@dataclass
+class Results:
+    """The stages of one machine at one commit."""
+
+    machine: dict
+    commit: dict
+    settings: dict
+    rows: list[Row]
+    skipped: list[dict]
+    taken: tuple[str, ...] = ()  # the commits, and the settings of the environment, where stages differ
+
+    @property
+    def cuda(self) -> bool:
+        return "cuda" in self.machine
+
+
+def load(source: str | Path) -> Results:
+    """From a JSON file, a folder of them, or ``REVISION:folder`` as committed in git."""
+    texts = list(_texts(source))
+    if not texts:
+        raise FileNotFoundError(f"{source} has no results; it needs a JSON file, a folder of them, or REVISION:folder")
+    files = [json.loads(text) for text in texts]
+    order = {stage: i for i, stage in enumerate(STAGES)}
+    rows: dict[tuple, Row] = {}
+    for given in files:
+        for entry in given["benchmarks"]:
+            info = entry["extra_info"]
+            key = info["stage"], info["case"], info["which"]
+            row = rows.setdefault(key, Row(*key))
+            row.peers[info["peer"]] = Entry(entry["stats"]["data"], info)
+    first = files[0]
+    ordered = sorted(rows.values(), key=lambda row: order.get(row.stage, len(order)))
+    skipped = [entry for given in files for entry in given["skipped"]]
+    taken = tuple(sorted({_taken(given) for given in files}))
+    return Results(first["machine_info"], first["commit_info"], first["settings"], ordered, skipped, taken)
+
+
+def _taken(given: dict) -> str:
+    """The commit of one file, and what of the environment was set."""
+    commit, environment = given["commit_info"], given["machine_info"].get("environment", {})
+    settings = [f"{name}={value}" for name, value in environment.items()]
+    return ", ".join([commit["id"][:12] + (" with changes" if commit["dirty"] else ""), *settings])
+
+
+def _texts(source: str | Path) -> Iterable[str]:
+    path = Path(source)
+    if path.is_dir():
+        return [file.read_text(encoding="utf-8") for file in sorted(path.glob("*.json"))]
+    if path.is_file():
+        return [path.read_text(encoding="utf-8")]
+    revision, colon, folder = str(source).partition(":")
+    if not colon:
+        return []
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=machine.ROOT)
+        if done.returncode:
+            raise FileNotFoundError(f"{source}: {done.stderr.strip()}")
+        return done.stdout
+
+    names = git("ls-tree", "--name-only", revision, "--", f"{folder.rstrip('/')}/").split()
+    return [git("show", f"{revision}:{name}") for name in sorted(names) if name.endswith(".json")]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the columns after the first two are figures."""
+    rows = [header, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def main_rows(results: Results) -> list[Row]:
+    """The rows that speak for their cases; a CUDA graph where one was captured."""
+    graphed = {row.case for row in results.rows if row.which == "graph" and row.ours}
+    chosen = MAIN | ({"forward"} if results.rows else set())
+    found = []
+    for row in results.rows:
+        decoding = row.stage in ("decode", "generation")
+        if row.which == "forward" and row.stage != "decode":
+            continue
+        if decoding and row.case in graphed and row.which != "graph":
+            continue
+        if row.which in chosen and row.ours is not None:
+            found.append(row)
+    return found
+
+
+def table(results: Results) -> str:
+    """One row a case: our time, the arithmetic, the floor, every peer's time by ours, memory."""
+    rows = main_rows(results)
+    present = [peer for peer in ORDER if any(peer in row.peers for row in rows)]
+    header = [
+        "stage",
+        "case",
+        "pass",
+        "ours, ms",
+        "way",
+        "TFLOP/s",
+        "time / no prefix",
+        "1 + share",
+        "of the floor's rate",
+    ]
+    header += [f"{peer} / ours" for peer in present] + ["memory, MiB", "memory / naive"]
+    lines = []
+    for row in rows:
+        ours = row.ours
+        flops = ours.info.get("flops")
+        cells = [row.stage, row.case, row.which, f"{milliseconds(ours.median)} ±{ours.spread:.0%}"]
+        cells += [ours.info.get("note", ""), number(flops and flops / ours.median / 1e12, ".3g")]
+        cells += [number(row.by_floor), number(row.share and 1 + row.share), number(row.of_floor, ".0%")]
+        cells += [number(row.against(peer)) for peer in present]
+        peak = ours.info.get("peak_bytes")
+        cells += [number(peak and peak / 2**20, ".1f"), number(row.memory_against("naive"))]
+        lines.append(cells)
+    return markdown(header, lines)
+
+
+def details(results: Results) -> str:
+    """Every peer of every case and pass, and why the others are missing."""
+    header = ["case", "pass", "peer", "median, ms", "spread", "rounds", "peak, MiB", "error / allowed", "note"]
+    lines = []
+    for row in results.rows:
+        for peer, entry in row.peers.items():
+            peak = entry.info.get("peak_bytes")
+            cells = [
+                row.case,
+                row.which,
+                peer,
+                milliseconds(entry.median),
+                f"{entry.spread:.0%}",
+                str(len(entry.samples)),
+            ]
+            cells += [number(peak and peak / 2**20, ".1f"), number(entry.info.get("error")), entry.info.get("note", "")]
+            lines.append(cells)
+    reasons: dict[tuple[str, str], int] = {}
+    for entry in results.skipped:
+        reasons[entry["peer"], entry["reason"]] = reasons.get((entry["peer"], entry["reason"]), 0) + 1
+    missing = markdown(
+        ["peer", "not measured because", "cases"], [[*key, str(count)] for key, count in sorted(reasons.items())]
+    )
+    return f"{markdown(header, lines)}\n\n{missing}"
+
+
+def comparison(before: Results, after: Results) -> str:
+    """Two commits, row by row. Each ratio was taken within one run; times of different runs are only shown."""
+    known = {(row.stage, row.case, row.which): row for row in before.rows}
+    header = ["case", "pass", "before, ms", "after, ms", "before / no prefix", "after / no prefix", "speed-up"]
+    header += ["naive / before", "naive / after"]
+    lines = []
+    for row in after.rows:
+        old = known.get((row.stage, row.case, row.which))
+        if old is None or old.ours is None or row.ours is None:
+            continue
+        cells = [row.case, row.which, milliseconds(old.ours.median), milliseconds(row.ours.median)]
+        cells += [number(old.by_floor), number(row.by_floor)]
+        gain = None if not (old.by_floor and row.by_floor) else old.by_floor / row.by_floor
+        cells += [number(gain), number(old.against("naive")), number(row.against("naive"))]
+        lines.append(cells)
+    heads = [
+        f"{name}: commit {r.commit['id'][:12]}, {machine.line(r.machine)}"
+        for name, r in (("before", before), ("after", after))
+    ]
+    return "\n".join(
+        [*heads, "", markdown(header, lines), "", "Speed-up: of the time by that without a prefix in the same run."]
+    )

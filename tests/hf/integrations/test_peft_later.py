@@ -1,0 +1,86 @@
+"""PEFT imported only after the patch, and everything in PEFT that freezes a model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import apt_kernels
+from helpers import models
+from helpers.patched import randomise
+
+TESTS = Path(__file__).parents[2]
+LATER = """
+import sys, torch, apt_kernels
+from helpers import models
+from helpers.patched import randomise
+model = apt_kernels.patch(models.build("llama").double(), prefix_length=3).double()
+randomise(model)
+assert "peft" not in sys.modules
+given = models.inputs("llama", "right")
+with torch.no_grad(), apt_kernels.disabled(model):
+    without = model(**given).logits
+import peft
+lora = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+model = peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
+trained = {n for n, p in model.named_parameters() if p.requires_grad}
+ours = {n for n in trained if ".apt." in n}
+assert ours and trained - ours and all("lora_" in n for n in trained - ours), trained
+logits = model(**given).logits
+assert (logits - without).abs().max() > 1e-2
+logits.square().mean().backward()
+assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+model.merge_adapter()
+torch.testing.assert_close(model(**given).logits, logits)
+model.unmerge_adapter()
+merged = model.merge_and_unload()
+torch.testing.assert_close(merged(**given).logits, logits)
+assert all(p.requires_grad for x in apt_kernels.prefixes(merged).values() for p in x.parameters())
+"""
+
+
+@pytest.mark.proves("LoRA and other PEFT methods on the same model, patched before or after, merged and unmerged")
+@pytest.mark.parametrize("family", ["llama"])
+def test_peft_imported_after_the_patch(family):
+    pytest.importorskip("peft", reason="the package peft is not installed")
+    code = LATER.replace('"llama"', repr(family))
+    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def ours_trainable(model) -> bool:
+    return all(p.requires_grad for prefix in apt_kernels.prefixes(model).values() for p in prefix.parameters())
+
+
+def prompt_tuning(peft, model):
+    return peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def own_integration(peft, model):
+    model.add_adapter(peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
+    return model
+
+
+def kbit(peft, model):
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+@pytest.mark.proves("LoRA and other PEFT methods on the same model, patched before or after, merged and unmerged")
+@pytest.mark.parametrize("change", [prompt_tuning, own_integration, kbit])
+@pytest.mark.parametrize("family", ["llama"])
+def test_whatever_freezes_leaves_the_prefix(family, change):
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    base = apt_kernels.patch(models.build(family), prefix_length=3)
+    randomise(base)
+    changed = change(peft, base)
+    assert ours_trainable(base)
+    given = models.inputs(family)
+    logits = changed(**given).logits
+    with torch.no_grad(), apt_kernels.disabled(base):
+        assert (changed(**given).logits - logits).abs().max() > 1e-2, "the prefix has no influence"
+    logits.square().mean().backward()
+    found = {n: p.grad for n, p in changed.named_parameters() if p.requires_grad}
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
+    assert not any(p.requires_grad for n, p in base.named_parameters() if ".apt." not in n and "lora_" not in n)

@@ -1,0 +1,200 @@
+"""Prefixes that begin as a text, or as a PEFT checkpoint: exact copies of their source, or refused by name."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+import apt_kernels
+from helpers import models
+from helpers.patched import assert_unchanged, snapshot
+
+TEXT = torch.tensor([7, 31, 12, 55, 60, 9])
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+WIDE = {"sliding_window": 64}
+EXACT = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", WIDE),
+    "mistral": ("mistral", WIDE),
+    "gemma2": ("gemma2", WIDE),
+    "gemma3": ("gemma3", WIDE),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "gpt_neox": ("gpt_neox", {}),
+    "glm": ("glm", {}),
+    "cohere": ("cohere", {}),
+    "smollm3": ("smollm3", {}),
+}
+
+
+def build(case, **overrides):
+    family, given = EXACT[case]
+    if family in models.FAMILIES:
+        model = models.build(family, **given, **overrides).double()
+        model.set_attn_implementation("eager")  # by sdpa, transformers 5.17 drops Gemma 2's soft-cap
+        return model
+    import transformers as t
+
+    common = {**models._DECODER, "hidden_size": 32}
+    made = {
+        "gpt_neox": lambda: t.GPTNeoXConfig(**models._COMMON, initializer_range=0.2),
+        "glm": lambda: t.GlmConfig(**common, head_dim=8, initializer_range=0.2),
+        "cohere": lambda: t.CohereConfig(**common, initializer_range=0.2),
+        "smollm3": lambda: t.SmolLM3Config(**common, initializer_range=0.2, no_rope_layers=[1, 0]),
+    }[family]()
+    torch.manual_seed(0)
+    return t.AutoModelForCausalLM.from_config(made).eval().double()
+
+
+def close(found, expected, bare):
+    assert (expected - bare).abs().max() > 1e-2, "the prefix has no influence, the comparison proves little"
+    # Both sides are float64, but for the rotary embedding's float32 angles and the float32 prefix.
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "gate"), [*((case, "auto") for case in EXACT), ("llama", "none"), ("llama", "first"), ("llama", "static")]
+)
+def test_a_text_becomes_its_prefix(case, gate):
+    model = build(case)
+    given = torch.randint(5, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    whole = torch.cat([TEXT.expand(2, -1), given], dim=1)
+    with torch.no_grad():
+        expected, bare = model(whole).logits[:, len(TEXT) :], model(given).logits
+        assert apt_kernels.patch_from_text(model, TEXT, gate=gate) is model
+        close(model(given).logits, expected, bare)
+    assert {prefix.length for prefix in apt_kernels.prefixes(model).values()} == {len(TEXT)}
+
+
+def checkpoint(folder, model, length=5, kind="PREFIX_TUNING", **changes):
+    """A checkpoint as PEFT writes it, of random numbers; the flat tensor is returned."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = config.num_hidden_layers
+    flat = torch.randn(length, layers * 2 * heads * head_dim, generator=torch.Generator().manual_seed(1))
+    given = {"peft_type": kind, "num_layers": layers, "num_virtual_tokens": length, **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(given))
+    save_file({"prompt_embeddings": flat}, folder / "adapter_model.safetensors")
+    return flat.view(length, layers, 2, heads, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"), [*((case, "PREFIX_TUNING") for case in EXACT), ("llama", "CARTRIDGE"), ("yarn", "CARTRIDGE")]
+)
+def test_a_peft_checkpoint_is_copied(case, kind, tmp_path):
+    model = build(case)
+    tokens = checkpoint(tmp_path, model, kind=kind).double()
+    given = torch.randint(5, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config)
+    for layer in range(tokens.shape[1]):
+        key, value = (tokens[:, layer, i].transpose(0, 1).expand(2, -1, -1, -1) for i in (0, 1))
+        cache.update(key, value, layer)
+    with torch.no_grad():
+        positions = torch.arange(5, 14)[None]
+        expected = model(given, past_key_values=cache, position_ids=positions).logits
+        bare = model(given).logits
+        assert apt_kernels.patch_from_peft(model, tmp_path) is model
+        close(model(given).logits, expected, bare)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_what_peft_itself_saves_is_copied(projection, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = build("llama").float()
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=8
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    given = models.inputs("llama")
+    with torch.no_grad():
+        expected, bare = theirs(**given).logits, base(**given).logits
+        apt_kernels.patch_from_peft(base, tmp_path)
+        assert (expected - bare).abs().max() > 1e-2
+        torch.testing.assert_close(base(**given).logits, expected, rtol=1e-4, atol=1e-4)  # float32 throughout
+
+
+REFUSED = {
+    "gpt2": ({}, "learned absolute positions"),
+    "opt": ({}, "learned absolute positions"),
+    "mistral": ({"sliding_window": 5}, "has a window of 5 tokens, shorter"),
+    "gemma3": ({"sliding_window": 5}, "has a window of 5 tokens, shorter"),
+    "t5": ({}, "encoder-decoder"),
+    "bert": ({}, "learned absolute positions|does not attend causally|no causal language model"),
+    "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "depend on the length"),
+}
+
+
+@pytest.mark.parametrize("source", ["text", "peft"])
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_exact_is_refused_by_name(family, source, tmp_path):
+    overrides, message = REFUSED[family]
+    model = models.build(family, **overrides)
+    before = snapshot(model)
+    checkpoint(tmp_path, model, length=6)
+    patch, given = {
+        "text": (apt_kernels.patch_from_text, TEXT),
+        "peft": (apt_kernels.patch_from_peft, tmp_path),
+    }[source]
+    with pytest.raises(apt_kernels.PatchError, match=message):
+        patch(model, given)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefix_length": 3}, "prefix_length is given"),
+        ({"layer_scale": False}, "layer_scale is False"),
+        ({"reparameterisation": 4}, "reparameterisation is set"),
+        ({"colour": "red"}, "unknown setting 'colour'"),
+    ],
+)
+def test_settings_that_do_not_start_at_the_source(settings, message):
+    model = models.build("llama")
+    with pytest.raises(apt_kernels.ConfigError, match=message):
+        apt_kernels.patch_from_text(model, TEXT, **settings)
+    assert not hasattr(model, "_apt_state")
+
+
+def test_a_copy_that_turns_out_wrong_is_taken_back(monkeypatch):
+    """Whatever a model does with positions: outputs that differ from the source's are refused."""
+    from apt_kernels.hf import initialise
+
+    model = models.build("llama")
+    before, original = snapshot(model), initialise._capture
+
+    def unrotated(model, ids, positions):
+        return original(
+            model, ids, positions - positions.min() if ids.shape[0] == 1 and ids.shape[1] > 1 else positions
+        )
+
+    monkeypatch.setattr(initialise, "_capture", unrotated)
+    with pytest.raises(apt_kernels.PatchError, match="differs from its source"):
+        apt_kernels.patch_from_text(model, TEXT)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "pickled checkpoints are not read"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 50), "is damaged"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged"),
+        (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "peft_type 'LORA'"),
+        (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "CARTRIDGE", "num_layers": 5}'), "it needs"),
+        (lambda d: checkpoint(d, models.build("qwen3")), "it has|of width 24; model.layers.0.self_attn is layer 0"),
+    ],
+)
+def test_a_bad_checkpoint_names_its_fault(harm, message, tmp_path):
+    model = models.build("llama")
+    checkpoint(tmp_path, model)
+    harm(tmp_path)
+    before = snapshot(model)
+    with pytest.raises(apt_kernels.AdapterError, match=message):
+        apt_kernels.patch_from_peft(model, tmp_path)
+    assert_unchanged(model, before)

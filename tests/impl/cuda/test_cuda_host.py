@@ -1,0 +1,301 @@
+"""The CUDA C++ kernels against the specification: the same source, built for the host, every thread running."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+
+import apt_kernels
+from apt_kernels import Mask
+from apt_kernels.errors import ImplementationError
+from apt_kernels.impl.cuda import attend, library
+from apt_kernels.impl.cuda.launch import LAUNCHES, Problem
+from apt_kernels.impl.dropout import keep_mask
+from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
+from apt_kernels.ops import choose
+from helpers import cuda_host
+from helpers.accuracy import check, differentiable
+from helpers.cases import CASES, Case, cases, examples
+
+HALVES = (torch.float16, torch.bfloat16)
+EVERY_KERNEL = {"forward", "delta", "query", "key_value", "prefix"}
+
+
+@pytest.fixture(autouse=True)
+def _host():
+    cuda_host.use()
+    LAUNCHES.clear()
+
+
+def hold(x: Inputs, wanted=None) -> None:
+    """Hold the kernels to the error rule; a refusal or a path without every kernel is a failure."""
+    assert choose.choose(x, "cuda").strategy == "fused"
+    LAUNCHES.clear()
+    check(x, "cuda", wanted=wanted, generator=torch.Generator().manual_seed(7))
+    expected = EVERY_KERNEL | ({"gate"} if x.gate_per_query else set())
+    expected |= {"index"} if x.gate_index is not None else set()
+    expected |= {"bias"} if "bias" in differentiable(x) else set()
+    assert set(LAUNCHES) == expected
+
+
+def small(name: str) -> Case:
+    """A named case with few heads, for the sake of time; cases about heads keep theirs."""
+    return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_feature(name):
+    hold(CASES[name].inputs())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_feature_in_half_precision(name, dtype):
+    hold(replace(small(name), batch=1, dtype=dtype, prefix_dtype=torch.float32).inputs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(1, 3), (16, 64), (64, 64), (80, 128), (128, 96), (136, 8), (256, 256)]
+)
+def test_head_sizes(head_dim, value_dim, dtype):
+    case = Case(batch=1, kv_heads=1, group=2, causal=True, dtype=dtype, head_dim=head_dim, value_dim=value_dim)
+    hold(case.inputs())
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "value_dim"),
+    [("everything", 24, 40), ("gate_indexed_query", 40, 24), ("causal", 72, 128), ("bias_keys_gradient", 136, 256)],
+)
+def test_float16_as_on_turing(name, head_dim, value_dim, monkeypatch):
+    """Compute capability 7.5 multiplies by eight inner elements, not sixteen: other sums, within the rule."""
+    x = replace(small(name), batch=1, dtype=torch.float16, head_dim=head_dim, value_dim=value_dim).inputs()
+    whole = cuda_host.results(x)
+    monkeypatch.setenv("APT_HALF_STEP", "8")
+    hold(x)
+    halves = cuda_host.results(x)
+    assert any(not torch.equal(whole[result], halves[result]) for result in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tiles(dtype):
+    """More than one tile of queries, of keys and of the prefix, for every cut of the kernels."""
+    case = Case(batch=1, kv_heads=1, group=1, queries=150, keys=160, length=140, causal=True, gate="query", dtype=dtype)
+    hold(case.inputs())
+
+
+@pytest.mark.parametrize(
+    ("window", "offset"),
+    [
+        *product([(1, None), (None, 0), (0, 62), (64, 0)], [-1, 0, 1]),
+        ((None, 0), 30),  # the first query of a tile misses one key of a tile of 32
+        ((30, None), 0),  # its last query does
+    ],
+    ids=str,
+)
+def test_windows_that_end_at_the_edge_of_a_tile(window, offset):
+    """One query or key beyond a tile's edge is the only one of its tile to be seen, or not to be."""
+    sizes = {"batch": 1, "kv_heads": 1, "group": 1, "queries": 99, "keys": 131, "head_dim": 8, "value_dim": 8}
+    hold(Case(window=window, offset=offset, **sizes).inputs())
+
+
+@pytest.mark.parametrize(
+    ("batch", "blocks", "parts"), [(1, 512, (1, 1, 6)), (1, 4, (1, 1, 4)), (7, 2, (3, 3, 1))], ids=str
+)
+def test_partial_sums(batch, blocks, parts, monkeypatch):
+    """Few rows are split, in shares that may end early; many share a partial sum, the last chunk with fewer."""
+    monkeypatch.setattr(attend, "_BLOCKS", blocks)
+    x = Case(batch=batch, kv_heads=1, group=2, queries=70, keys=3, head_dim=8, value_dim=8).inputs()
+    assert attend._parts(Problem(x)) == parts
+    hold(x)
+
+
+@examples(150)
+@given(cases(dtype=(torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16), batch=(1, 1, 2)))
+def test_any_inputs(case):
+    hold(case.inputs())
+
+
+@pytest.mark.parametrize("name", ["everything", "gate_indexed_query", "bias_keys_gradient"])
+def test_same_bits_twice(name):
+    x = small(name).inputs()
+    first, second = cuda_host.results(x), cuda_host.results(x)
+    assert set(first) == {"out", "logsumexp", *differentiable(x)}
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**40) + 12345])
+def test_dropout_is_the_shared_stream(seed):
+    """With identity values the output shows which columns were kept, tokens and prefix alike."""
+    batch, heads, queries, keys, length = 2, 2, 17, 16, 16
+    q, k = torch.randn(batch, heads, queries, 16), torch.randn(batch, heads, keys, 16)
+    prefix, eye = torch.randn(heads, length, 16), torch.eye(keys)
+    kept = keep_mask(torch.tensor([seed]), 0.4, batch, heads, 0, queries, 0, length + keys)
+
+    def run(value, prefix_value):
+        return apt_kernels.attention(q, k, value, prefix, prefix_value, dropout_p=0.4, seed=seed, implementation="cuda")
+
+    tokens = run(eye.expand(batch, heads, keys, keys), torch.zeros(heads, length, keys))
+    columns = run(torch.zeros(batch, heads, keys, length), eye.expand(heads, length, length))
+    assert torch.equal(torch.cat([columns, tokens], dim=-1) != 0, kept)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernels"),
+    [
+        (["query"], {"query"}),
+        (["key"], {"key_value"}),
+        (["value"], {"key_value"}),
+        (["prefix_key"], {"prefix"}),
+        (["prefix_value"], {"prefix"}),
+        (["gate"], {"prefix"}),
+        (["layer_scale"], {"prefix"}),
+        (["sinks"], set()),
+        (["bias"], {"bias"}),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_only_what_is_needed(wanted, kernels):
+    x = replace(small("sinks"), bias="1HTS", bias_grad=True).inputs()
+    check(x, "cuda", wanted=wanted, logsumexp_gradient=False)
+    assert set(LAUNCHES) == {"forward", "delta"} | kernels
+
+
+def _last_dim_strided(tensor):
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _sliced(tensor):
+    wide = torch.cat([torch.full_like(tensor, torch.nan), tensor, torch.full_like(tensor, torch.nan)], dim=-1)
+    return wide[..., tensor.shape[-1] : 2 * tensor.shape[-1]]
+
+
+def _odd(tensor):
+    """Rows that begin at no multiple of 16 bytes."""
+    wide = torch.cat([torch.full_like(tensor[..., :1], torch.nan), tensor], dim=-1)
+    return wide[..., 1:]
+
+
+@pytest.mark.parametrize("change", [_last_dim_strided, _sliced, _odd])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_strides(change, dtype):
+    x = replace(small("causal"), dtype=dtype).inputs()
+    x = Inputs(**{name: change(part) if name in DIFFERENTIABLE[:5] else part for name, part in x.__dict__.items()})
+    assert not x.query.is_contiguous()
+    hold(x)
+
+
+def test_expanded_inputs_and_output_gradient():
+    q = torch.randn(2, 4, 17, 16, requires_grad=True)
+    k = torch.randn(1, 1, 17, 16).expand(2, 2, 17, 16)
+    p = torch.randn(1, 5, 16).expand(2, 5, 16)
+    grads = []
+    for implementation in ("cuda", "reference"):
+        out = apt_kernels.attention(q, k, k, p, p, implementation=implementation)
+        grads.append(torch.autograd.grad(out.sum(), q)[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("hidden_by", ["causal", "window", "padding", "segments"])
+def test_closed_tiles_are_not_read(hidden_by):
+    """NaN in tiles of keys that a mask closes reaches nothing; the other half of the keys is seen by all queries."""
+    half = 64  # a multiple of every cut
+    first, keys = hidden_by == "window", torch.arange(2 * half)[None]
+    shown = keys >= half if first else keys < half
+    mask = {
+        "causal": Mask(causal=True, query_offset=half - 1),
+        "window": Mask(window=(half - 1, None), query_offset=2 * half - 1),
+        "padding": Mask(key_padding=shown),
+        "segments": Mask(query_segments=torch.full((1, 1), 7), key_segments=torch.where(shown, 7, 9)),
+    }[hidden_by]
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for n in (1, 2 * half, 2 * half))
+    p = torch.randn(1, 3, 16)
+
+    def run(k, v):
+        out = apt_kernels.attention(q, k, v, p, p, mask=mask, implementation="cuda")
+        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    poisoned = [torch.where(shown[..., None], t, torch.nan).requires_grad_() for t in (k, v)]
+    for clean, found in zip(run(k, v), run(*poisoned)):
+        assert torch.equal(clean, found)
+
+
+def test_query_offset_is_read_by_the_kernel():
+    x = small("causal_offset_row").inputs()
+    before = torch.ops.apt_kernels.attention(*x.flat(), "cuda")[0]
+    x.query_offset.add_(7)
+    assert not torch.equal(before, torch.ops.apt_kernels.attention(*x.flat(), "cuda")[0])
+    hold(x)
+
+
+def test_torch_compile():
+    x = small("causal_gate_query").inputs()
+    tensors = [getattr(x, name).detach().requires_grad_() for name in DIFFERENTIABLE[:7]]
+
+    def call(*tensors):
+        return apt_kernels.attention(*tensors, mask=Mask(causal=True), return_logsumexp=True, implementation="cuda")
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        out, logsumexp = function(*tensors)
+        results.append([out, logsumexp, *torch.autograd.grad(out.square().sum() + logsumexp.sum(), tensors)])
+    for eager, compiled in zip(*results):
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 264, "value_dim": 16}, "head sizes are 264 and 16; it takes up to 256"),
+        ({"dtype": torch.float64}, "query has dtype torch.float64; it takes float32, float16 and bfloat16"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ImplementationError, match=message):
+        choose.choose(replace(small("plain"), **change).inputs(), "cuda")
+
+
+def test_the_host_build_is_never_chosen_by_itself(monkeypatch):
+    x = CASES["plain"].inputs()
+    assert choose.choose(x).name != "cuda"
+    monkeypatch.setattr(library, "host", None)
+    with pytest.raises(ImplementationError, match=r"implementation 'cuda' cannot serve this call: .*(library|device)"):
+        choose.choose(x, "cuda")
+
+
+# What torch 2.11's libtorch_cpu.so exports of the C functions behind the stable ABI, as far as it is used here.
+_STABLE_IN_2_11 = {
+    "aoti_torch_": """
+        abi_version delete_library_object delete_tensor_object get_data_ptr get_dim get_dtype
+        get_size get_stride library_def library_init_def library_init_impl
+    """,
+    "aoti_torch_dtype_": """
+        bfloat16 bool complex128 complex32 complex64 element_size float16 float32 float64
+        float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz int16 int32 int64 int8 uint16
+        uint32 uint64 uint8
+    """,
+    "torch_": """
+        delete_list library_impl list_get_item list_push_back list_size new_list_reserve_size
+        new_string_handle
+    """,
+    "torch_dtype_": "float4_e2m1fn_x2 float8_e8m0fnu",
+}
+
+
+def test_one_binary_for_every_torch_from_2_11():
+    """The library, whose only object that knows torch is the binding, asks torch for nothing but these C functions."""
+    found = subprocess.run(["nm", "-D", "--undefined-only", cuda_host.library()], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    undefined = {line.split()[-1].partition("@")[0] for line in found.stdout.splitlines()}
+    of_torch = {name for name in undefined if re.search("torch|c10|2at", name)}
+    allowed = {prefix + name for prefix, names in _STABLE_IN_2_11.items() for name in names.split()}
+    assert "aoti_torch_library_def" in of_torch
+    assert of_torch <= allowed
+    assert not [name for name in undefined if re.match("Py|_Py|cuda|cu[A-Z]", name)]

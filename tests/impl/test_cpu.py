@@ -1,0 +1,165 @@
+"""The CPU implementation: exact on everything the specification takes, and which way computes what."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import apt_kernels
+from apt_kernels import Mask
+from apt_kernels.impl import cpu
+from helpers import accuracy
+from helpers.cases import CASES, Case, cases, examples
+
+GENERATOR = torch.Generator
+
+
+@pytest.mark.parametrize("logsumexp_gradient", [True, False], ids=["lse", "out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_every_case(name, dtype, logsumexp_gradient):
+    x = replace(CASES[name], dtype=dtype).inputs()
+    accuracy.check(x, "cpu", logsumexp_gradient=logsumexp_gradient, generator=GENERATOR().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "gate_query", "causal_gate_query", "bias", "window"])
+def test_rows_that_are_not_contiguous(name):
+    x = CASES[name].inputs()
+    columns = {
+        part: getattr(x, part).mT.contiguous().mT
+        for part in ("query", "key", "value", "prefix_key", "prefix_value", "bias")
+        if getattr(x, part) is not None
+    }
+    accuracy.check(replace(x, **columns), "cpu", generator=GENERATOR().manual_seed(0))
+
+
+@pytest.mark.parametrize(("queries", "keys", "way"), [(300, 512, "concat"), (513, 513, "merge"), (700, 900, "merge")])
+def test_causal_squares_of_both_ways(queries, keys, way):
+    x = Case(batch=2, kv_heads=1, queries=queries, keys=keys, causal=True).inputs()
+    assert cpu.strategy(x) == way
+    accuracy.check(x, "cpu", generator=GENERATOR().manual_seed(0))
+
+
+# The logit that decides here is a product summed in one chain: the rule's constant has room for it.
+_CHAIN = Case(batch=1, kv_heads=1, group=3, queries=1, keys=25, length=40, head_dim=64, value_dim=26, gate="static",
+              layer_scale=None, spread=4.0, scale=0.3, dense="1HT1", seed=279)  # fmt: skip
+
+
+@examples(150)
+@given(cases())
+@example(_CHAIN)
+def test_any_inputs(case):
+    accuracy.check(case.inputs(), "cpu", generator=GENERATOR().manual_seed(case.seed))
+
+
+@examples(150)
+@given(
+    cases(
+        dropout=(0.0,), softcap=(0.0,), segments=(False,), window=(None,), dense=("",), bias=("",),
+        dtype=(torch.float32, torch.bfloat16),
+    )
+)  # fmt: skip
+def test_any_inputs_of_the_stock_kernel(case):
+    case = replace(case, value_dim=case.head_dim)
+    accuracy.check(case.inputs(), "cpu", logsumexp_gradient=False, generator=GENERATOR().manual_seed(case.seed))
+
+
+# Which inputs go where.
+WAYS = {
+    "plain": "concat",
+    "gate_none": "concat",
+    "gate_static": "concat",
+    "gate_indexed": "concat",
+    "gate_query": "merge",
+    "gate_indexed_query": "merge",
+    "right_padding": "concat",
+    "left_padding": "concat",
+    "all_padding": "concat",
+    "sinks": "concat",
+    "dense_keys": "concat",
+    "bias": "concat",
+    "causal": "concat",
+    "causal_gate_query": "merge",
+    "causal_left_padding": "merge",
+    "causal_more_keys": "concat",
+    "causal_fewer_keys": "merge",
+    "causal_offset_tensor": "merge",
+    "causal_decode": "merge",
+    "causal_decode_padding": "merge",
+    "window_decode": "merge",
+    "dropout": "blockwise",
+    "softcap": "blockwise",
+    "window": "blockwise",
+    "segments": "blockwise",
+    "value_dim_larger": "blockwise",
+    "causal_offset_row": "blockwise",
+    "everything": "blockwise",
+}
+
+
+@pytest.mark.parametrize("name", sorted(WAYS))
+def test_which_inputs_go_where(name):
+    assert cpu.strategy(CASES[name].inputs()) == WAYS[name]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(made, torch.Tensor):
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // made.element_size())
+        return result
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"causal": True}, {"padding": "right"}, {"causal": True, "window": (50, None)}, {"causal": True, "gate": "query"}],
+    ids=str,
+)
+def test_no_square_matrix(fields):
+    size = 2048
+    x = Case(batch=1, kv_heads=1, group=1, queries=size, keys=size, head_dim=16, value_dim=16, **fields).inputs()
+    with Largest() as largest:
+        out, logsumexp = cpu.forward(x)[:2]
+        cpu.backward(x, out, logsumexp, torch.randn_like(out), None, [True] * 7 + [False, False])
+    assert largest.elements < size * size // 4
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "causal_gate_query", "dropout", "everything", "gate_indexed"])
+def test_the_same_bits_twice(name):
+    x = replace(CASES[name], batch=3, queries=65, keys=65).inputs()
+    grads = torch.randn(x.query.shape[:3] + x.value.shape[3:])
+    first, second = (
+        accuracy.evaluate(
+            lambda leaves: torch.ops.apt_kernels.attention(*leaves.flat(), "cpu")[:2],
+            x,
+            accuracy.differentiable(x),
+            grads,
+            None,
+        )
+        for _ in range(2)
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_only_what_is_needed_is_computed(monkeypatch):
+    from apt_kernels.impl.cpu import stock
+
+    calls, original = [], stock._flash_backward
+    monkeypatch.setattr(stock, "_flash_backward", lambda *a, **k: calls.append(a[2].shape[2]) or original(*a, **k))
+    x = replace(CASES["causal_gate_query"], queries=40, keys=40).inputs()
+    prefix = x.prefix_key.detach().requires_grad_()
+    out = apt_kernels.attention(
+        x.query, x.key, x.value, prefix, x.prefix_value, x.gate, x.layer_scale, mask=Mask(causal=True)
+    )
+    out.sum().backward()
+    assert calls == []
+    assert prefix.grad.abs().max() > 0
