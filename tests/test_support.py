@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import models
-from tests.support import catalog, peft_probes, run, table
+from support import catalog, peft_probes, run, table
 
 ROOT = Path(__file__).parent.parent
 TEST = """
@@ -95,7 +95,16 @@ def test_what_pytest_reports_reaches_the_table(tmp_path):
     (tmp_path / "test_flying.py").write_text(TEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = proves: as in the project\n")
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "capabilities", f"--capabilities={out}", "test_flying.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "helpers.capabilities",
+        f"--capabilities={out}",
+        "test_flying.py",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
         environment.pop(name, None)

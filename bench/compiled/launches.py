@@ -1,7 +1,7 @@
 """What a layer's kernels really do, counted while Triton's interpreter runs them: launches, multiplications, bytes.
 
     TRITON_INTERPRET=1 python -m bench.compiled.launches [--architecture sm_90]
-    TRITON_INTERPRET=1 python -m bench.compiled.launches --update  # bench/results/launches.json, for the table of targets
+    TRITON_INTERPRET=1 python -m bench.compiled.launches --update  # writes bench/results/launches.json
 
 Tiles are those of the architecture's table; products and loads are counted where the kernels make them, so masked and
 padded parts of tiles count too; PyTorch's own kernels around them (casts, sums of partial results) are listed with the

@@ -208,7 +208,7 @@ def test_shapes_say_what_is_timed():
     assert causal(1, 2, 2, 8, 16, 4).passes == ("forward", "backward", "both")
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu_blocks", "cpu_prefix", "cpu_stock", "triton/table"])
+@pytest.mark.parametrize("name", ["cpu/__init__", "cpu/blocks", "cpu/prefix", "cpu/stock", "triton/tiles"])
 def test_tuned_numbers_name_their_source(name):
     root = Path(__file__).resolve().parents[2]
     text = (root / f"apt_kernels/impl/{name}.py").read_text(encoding="utf-8")

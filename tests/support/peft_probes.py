@@ -558,7 +558,7 @@ def verdict(probe, family: str) -> list:
 
 def run(only: str | None = None) -> dict:
     """``capability -> family -> [word, reason]``."""
-    from tests.support import catalog
+    from . import catalog
 
     transformers.logging.set_verbosity_error()
     listed, found = catalog.listed(), {}

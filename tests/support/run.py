@@ -13,7 +13,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.support import table
+from . import table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, DOCUMENT = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
@@ -22,11 +22,11 @@ RESULTS, DOCUMENT = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
 def marked() -> set[tuple[str, str]]:
     """(capability, test) of every test marked `proves`, read from the sources."""
     found = set()
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             for decorator in getattr(node, "decorator_list", ()):
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.proves":
-                    test = f"tests/{path.name}::{node.name}"
+                    test = f"{path.relative_to(ROOT).as_posix()}::{node.name}"
                     found |= {(ast.literal_eval(argument), test) for argument in decorator.args}
     return found
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.peft is None:
         after["shown"] = table.gather(run_tests(options.pytest))
     if options.peft is not None or not options.only:
-        from tests.support import peft_probes
+        from . import peft_probes
 
         after["peft"] = peft_probes.run(options.peft)
     if (options.peft is not None or options.only) and RESULTS.exists():

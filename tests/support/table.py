@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from helpers import models
-from tests.support import catalog
+
+from . import catalog
 
 FAMILIES = models.FAMILIES
 UNTRIED = "not tried"

@@ -17,8 +17,9 @@ import apt_kernels
 import apt_kernels.hf.patching
 from apt_kernels.hf.discovery.selection import KINDS
 from helpers import columns
-from tests.sweep import feeds, shrink
-from tests.sweep import overrides as overrides_of
+
+from . import feeds, shrink
+from . import overrides as overrides_of
 
 # Everything runs in float64: what is left is the order of sums, and ill-conditioned tiny models.
 RTOL, ATOL = 1e-8, 1e-9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.sweep import feeds
+from . import feeds
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent.parent / "docs" / "models.md"

@@ -16,7 +16,7 @@ def _child(pipe, model_type: str, kind: str) -> None:
     import logging
     import warnings
 
-    from tests.sweep import check, overrides
+    from . import check, overrides
 
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
     warnings.simplefilter("ignore")
@@ -34,7 +34,7 @@ def sweep(
     """Results in the order of ``jobs``, pairs of model type and kind; ``note`` is called with each as it comes."""
     import torch
 
-    from tests.sweep import check  # noqa: F401 - loaded once, inherited by every child
+    from . import check  # noqa: F401 - loaded once, inherited by every child
 
     torch.set_num_threads(1)
     context = get_context("fork")
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from tqdm import tqdm
 
-    from tests.sweep import check, feeds, overrides, report
+    from . import check, feeds, overrides, report
 
     parser = argparse.ArgumentParser(prog="sweep", description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; default: all")

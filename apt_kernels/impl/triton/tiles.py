@@ -3,7 +3,7 @@
 One entry for an architecture, the bytes of an element, a padded head size and a kernel. ``rows`` counts queries,
 ``columns`` keys or prefix columns. `bench.compile_report` compiles every entry and checks that none spills registers.
 
-Source of its entries: compiled, not timed; bench/compile_report.py.
+Source of its entries: compiled, not timed; bench/compiled/report.py.
 """
 
 from __future__ import annotations

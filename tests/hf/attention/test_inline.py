@@ -8,7 +8,7 @@ import torch
 import apt_kernels
 from helpers import columns, models
 from helpers.patched import randomise
-from tests.sweep import check, feeds, overrides, shrink
+from sweep import check, feeds, overrides, shrink
 
 CAUSAL = ("bloom", "falcon", "falcon-new", "falcon-multi-query", "falcon-rotary", "mpt", "gptj", "codegen", "gpt_neo")
 BIDIRECTIONAL = ("deberta", "deberta-v2", "mpnet", "rembert", "mobilebert")

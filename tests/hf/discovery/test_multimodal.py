@@ -9,7 +9,7 @@ import transformers as t
 import apt_kernels
 from helpers import oracle
 from helpers.patched import randomise
-from tests.sweep.shrink import perturb
+from sweep.shrink import perturb
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = 90

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweep import feeds, report, run
+from sweep import feeds, report, run
 
 ROOT = Path(__file__).parents[3]
 # One of each way to attend; the rest is in the whole sweep.
