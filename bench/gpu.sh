@@ -44,7 +44,7 @@ if wanted tests; then
 fi
 if wanted sanitizer; then
     PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" timeout "${APT_SANITIZER_SECONDS:-300}" \
-        "$python" tests/helpers/sanitize.py memcheck racecheck > "$out/sanitizer.log" 2>&1 || failed="$failed sanitizer"
+        env PYTHONPATH=.:tests "$python" -m helpers.sanitize memcheck racecheck > "$out/sanitizer.log" 2>&1 || failed="$failed sanitizer"
     tail -n 3 "$out/sanitizer.log"
 fi
 [[ -z ${APT_TUNE:-} ]] || "$python" -m bench.compiled.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"

@@ -5,7 +5,7 @@
 
 A tile that spills registers, exceeds the shared memory or is off the matrix path is dropped, one whose output or
 gradients are off is reported. Results go to ``$APT_OUT/tune.json`` (default ``bench/results/latest``) as they come; the
-table ends with the best tile of every part beside the one in `apt_kernels.impl.triton.table`, which stays untouched.
+table ends with the best tile of every part beside the one in `apt_kernels.impl.triton.tiles`, which stays untouched.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apt_kernels
 from apt_kernels.impl.triton import stock
 from apt_kernels.ops import choose
+from apt_kernels.ops.attention import make_inputs
 from bench import naive
 
 from .shapes import Shape, operands
@@ -221,7 +222,7 @@ def _ours(implementation: str, problem: Problem) -> Callable[[Operands], Tensor]
 def _inputs(problem: Problem):
     """The op's inputs, for questions about them."""
     given = {n: None if t is None else t.detach() for n, t in operands(problem.leaves(0)).items()}
-    return apt_kernels.op.make_inputs(**given, mask=problem.shape.mask(problem.device))
+    return make_inputs(**given, mask=problem.shape.mask(problem.device))
 
 
 def _obstacle(implementation: str, problem: Problem) -> str | None:

@@ -13,7 +13,7 @@ import apt_kernels
 from apt_kernels.hf import compat
 
 PACKAGE = Path(apt_kernels.__file__).parent
-SOURCES = [*sorted((PACKAGE / "hf").glob("*.py")), PACKAGE / "checkpoint.py", PACKAGE / "probing.py"]
+SOURCES = sorted((PACKAGE / "hf").rglob("*.py"))
 # Private names of torch and of Python, and ends of names: not transformers', and not ours.
 ELSEWHERE = set(
     "_C _fields _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks _modules "

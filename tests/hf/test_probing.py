@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import apt_kernels
-from apt_kernels.hf.probing import Lengths
+from apt_kernels.hf.probing import LayerProbe, Lengths
 from helpers import models
 from helpers.patched import assert_unchanged, randomise, snapshot
 
@@ -111,7 +111,7 @@ def test_batches_that_cannot_be_probed(given, message):
 
 def made(*weights):
     layers = [
-        apt_kernels.probing.LayerProbe(f"layer{i}", "first", 1.0, list(w), [0.0] * len(w), [0.0] * len(w), [], list(w))
+        LayerProbe(f"layer{i}", "first", 1.0, list(w), [0.0] * len(w), [0.0] * len(w), [], list(w))
         for i, w in enumerate(weights)
     ]
     return apt_kernels.Probe(layers, [f"layer{i}" for i in range(len(weights))], 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import apt_kernels
+from apt_kernels.hf.attention import inline
 from helpers import columns, models
 from helpers.patched import randomise
 from sweep import check, feeds, overrides, shrink
@@ -179,8 +180,8 @@ def test_the_relative_bias_is_zero_on_prefix_columns_and_its_gradient_flows(name
     relative = next(n for n, _ in model.named_parameters() if "rel_embeddings.weight" in n)
     assert gradients(model, ids())[relative].abs().max() > 0
     seen = []
-    original = apt_kernels.hf.inline.attention
-    monkeypatch.setattr(apt_kernels.hf.inline, "attention", lambda *a, **k: seen.append((a, k)) or original(*a, **k))
+    original = inline.attention
+    monkeypatch.setattr(inline, "attention", lambda *a, **k: seen.append((a, k)) or original(*a, **k))
     with torch.no_grad():
         logits(model, ids())
         assert len(seen) == 2
