@@ -13,9 +13,9 @@ from .prefix.adaptive import AdaptivePrefix
 _HUGGING_FACE = {
     "patch": ".hf.patching",
     "unpatch": ".hf.patching",
-    "prefixes": ".hf.patching",
+    "prefixes": ".hf.state",
     "disabled": ".hf.toggle",
-    "summary": ".hf.toggle",
+    "summary": ".hf.summary",
     "adapters": ".hf.adapters",
     "add_adapter": ".hf.adapters",
     "set_adapter": ".hf.adapters",

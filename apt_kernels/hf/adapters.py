@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
-from ..prefix.adaptive import AdaptivePrefix
-from .attention import packing
-from .integrations import distributed, trainer
-from .patching import State, attach, build, detach, make_config, prefixes, refuse_quantised, state_of, trainable_names
-from .state import inner
-
-
-@dataclass
-class Parked:
-    """An adapter that is not active: its prefixes, and its values of what trains beside them. No part of the model."""
-
-    config: AptConfig
-    prefixes: dict[str, AdaptivePrefix]
-    values: dict[str, Tensor]
+from . import events
+from .patching import attach, build, detach, make_config
+from .state import Parked, State, state_of
+from .trainable import refuse_quantised, trainable_names
 
 
 def adapters(model) -> dict[str, AptConfig]:
@@ -50,22 +38,24 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
         ConfigError: the name is taken, or a setting is out of range.
         PatchError: the model is not patched.
     """
-    state, base = state_of(model), inner(model)
-    distributed.refuse_wrapped(model)
+    state = state_of(model)
+    events.check("add", model)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
     if name in adapters(model):
         raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
     config = make_config(config, settings)
-    trained = trainable_names(base, config)
-    refuse_quantised(base, trained)
-    parameters = dict(base.named_parameters())
+    trained = trainable_names(state.model, config)
+    refuse_quantised(state.model, trained)
+    parameters = state.parameters
     for each in trained:
         # Trained by no adapter so far, or its start is known already.
         state.start.setdefault(each, parameters[each].detach().clone())
     values = {each: state.start[each].clone() for each in trained}
     state.parked[name] = Parked(config, build(config, state.sites, name), values)
-    return set_adapter(model, name)
+    _switch(state, name)
+    events.changed("add", state)
+    return model
 
 
 def set_adapter(model, name: str):
@@ -73,26 +63,12 @@ def set_adapter(model, name: str):
 
     Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
     """
-    state, base = state_of(model), inner(model)
-    distributed.refuse_wrapped(model)
-    if not state.enabled:
-        raise PatchError("the adapter cannot be switched while the prefix is disabled")
-    if name == state.adapter:
-        return model
-    _known(state, name)
-    state.parked[state.adapter] = _park(base, state)
-    _restore(base, state)
-    incoming = state.parked.pop(name)
-    for site, prefix in incoming.prefixes.items():
-        prefix.to(_device(base.get_submodule(site)))
-    attach(base, incoming.prefixes, state.sites)
-    packing.install(base, state.sites, incoming.prefixes.values())
-    _write(base, incoming.values)
-    parameters = dict(base.named_parameters())
-    for each in incoming.values:
-        parameters[each].requires_grad_(True)
-    state.adapter, state.config = name, incoming.config
-    trainer.expect_missing(base, set(incoming.values))
+    state = state_of(model)
+    events.check("set", model)
+    if name != state.adapter:
+        _known(state, name)
+        _switch(state, name)
+        events.changed("set", state)
     return model
 
 
@@ -103,6 +79,7 @@ def delete_adapter(model, name: str):
         raise ConfigError(f"name is {name!r}, the active adapter; switch to another first, or call unpatch(model)")
     _known(state, name)
     del state.parked[name]
+    events.changed("delete", state)
     return model
 
 
@@ -112,24 +89,41 @@ def _known(state: State, name: str) -> None:
         raise ConfigError(f"name is {name!r}; the model has the adapters {names}")
 
 
-def _park(model, state: State) -> Parked:
-    parameters = dict(model.named_parameters())
-    values = {name: parameters[name].detach().clone() for name in trainable_names(model, state.config)}
-    return Parked(state.config, prefixes(model), values)
+def _switch(state: State, name: str) -> None:
+    """Park the active adapter and make the parked ``name`` the active one."""
+    if not state.enabled:
+        raise PatchError("the adapter cannot be switched while the prefix is disabled")
+    state.parked[state.adapter] = _park(state)
+    _restore(state)
+    incoming = state.parked.pop(name)
+    for site, prefix in incoming.prefixes.items():
+        prefix.to(_device(state.model.get_submodule(site)))
+    attach(state, incoming.prefixes)
+    _write(state, incoming.values)
+    parameters = state.parameters
+    for each in incoming.values:
+        parameters[each].requires_grad_(True)
+    state.adapter, state.config = name, incoming.config
 
 
-def _restore(model, state: State) -> None:
+def _park(state: State) -> Parked:
+    parameters = state.parameters
+    values = {name: parameters[name].detach().clone() for name in trainable_names(state.model, state.config)}
+    return Parked(state.config, state.prefixes, values)
+
+
+def _restore(state: State) -> None:
     """Take the active adapter off: its prefixes, and what it trained beside them."""
-    trained = trainable_names(model, state.config)
-    detach(model)
-    _write(model, {name: state.start[name] for name in trained})
-    parameters = dict(model.named_parameters())
+    trained = trainable_names(state.model, state.config)
+    detach(state)
+    _write(state, {name: state.start[name] for name in trained})
+    parameters = state.parameters
     for name in trained:
         parameters[name].requires_grad_(False)
 
 
-def _write(model, values: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+def _write(state: State, values: dict[str, Tensor]) -> None:
+    parameters = state.parameters
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)

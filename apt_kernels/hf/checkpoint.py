@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
-from . import hub
-from .integrations import distributed
-from .patching import is_patched, patch, prefixes, state_of, unpatch
-from .state import inner, named_parameters, peft_parameters
+from . import events, hub, weights
+from .patching import patch, unpatch
+from .state import inner, is_patched, named_parameters, prefixes, state_of
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "apt_config.json"
@@ -85,8 +84,8 @@ def _write(model, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
 def trained_weights(model) -> dict[str, Tensor]:
     """Copies of the trained weights on the CPU, by name, gathered: each process that holds a part has to call this."""
     trained = _trained(model)
-    distributed.meet(model, trained.values())
-    with distributed.gathered(model, trained.values()):
+    weights.meet(model, trained.values())
+    with weights.gathered(model, trained.values()):
         return {name: _whole(tensor) for name, tensor in trained.items()}
 
 
@@ -95,7 +94,7 @@ def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor]
 
     Processes that do not write take part in the gathering where all are to call (FSDP2, tensor parallel).
     """
-    if state_dict is None and (is_main_process or distributed.distributes(inner(model))):
+    if state_dict is None and (is_main_process or weights.distributes(inner(model))):
         state_dict = trained_weights(model)
     return state_dict if is_main_process else None
 
@@ -139,7 +138,7 @@ def _trained(model) -> dict[str, Tensor]:
     What PEFT added to the model is PEFT's to save.
     """
     ours = {id(parameter) for prefix in prefixes(model).values() for parameter in prefix.parameters()}
-    theirs, parameters = peft_parameters(inner(model)), named_parameters(model)
+    theirs, parameters = events.added_parameters(inner(model)), named_parameters(model)
     return {n: p for n, p in parameters.items() if id(p) in ours or (p.requires_grad and id(p) not in theirs)}
 
 
@@ -195,7 +194,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
     try:
         tensors = _read_weights(folder / WEIGHTS)
         targets, trained = named_parameters(model), _trained(model)
-        with distributed.gathered(model, trained.values(), changed=True), torch.no_grad():
+        with weights.gathered(model, trained.values(), changed=True), torch.no_grad():
             _check(tensors, targets, trained, folder)
             for name, tensor in tensors.items():
                 targets[name].copy_(placed_like(targets[name], tensor))
@@ -203,6 +202,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
         if fresh:
             unpatch(model)
         raise
+    events.changed("load", state_of(model))
     return model
 
 

@@ -25,8 +25,10 @@ from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
 from . import patching
 from .attention import function
+from .attention.implementations import implementations, restore_implementations, set_implementation
 from .attention.masks import AttentionMask, describe
 from .discovery.recording import evaluating
+from .state import is_patched, prefixes
 
 _CAPTURE = "apt_kernels_capture"
 # Outputs that differ by this share of the prefix's influence differ in kind: rounding, in bfloat16 too, stays below.
@@ -121,7 +123,7 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
 def _starting_config(model, config: AptConfig | None, settings: dict, length: int) -> AptConfig:
     if "prefix_length" in settings:
         raise ConfigError("prefix_length is given; it is that of the source")
-    if patching.is_patched(model):
+    if is_patched(model):
         raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
     config = patching.make_config(config, {**settings, "prefix_length": length})
     if config.gate != "none" and not config.layer_scale:
@@ -188,10 +190,10 @@ def _capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
     """Run ``ids`` at ``positions`` through the unpatched model; by the attention modules' names, in model order."""
     capture = _Capture()
     handles = [m.register_forward_pre_hook(capture.note, with_kwargs=True) for m in model.modules()]
-    before = [config._attn_implementation for config in patching.configs(model)]
+    before = implementations(model)
     _active.append(capture)
     try:
-        patching.set_implementation(model, _CAPTURE)
+        set_implementation(model, _CAPTURE)
         with evaluating(model), torch.no_grad():
             model(input_ids=ids, position_ids=positions, use_cache=False)
     except IndexError as error:
@@ -202,8 +204,7 @@ def _capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
         _active.pop()
         for handle in handles:
             handle.remove()
-        for config, name in zip(patching.configs(model), before):
-            config._attn_implementation_internal = name
+        restore_implementations(model, before)
     if not capture.found:
         raise PatchError(f"{type(model).__name__} attends inline; its keys and values cannot be read")
     return {name: capture.found[module] for name, module in model.named_modules() if module in capture.found}
@@ -289,7 +290,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
         bare = model(input_ids=ids, use_cache=False).logits
     patching.patch(model, config)
     try:
-        found = patching.prefixes(model)
+        found = prefixes(model)
         missing = next((name for name in found if name not in tokens), None)
         if missing:
             raise PatchError(f"{missing} was not reached by the text")

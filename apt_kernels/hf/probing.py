@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ConfigError
-from . import pruning
+from . import events, pruning
 from .discovery.recording import evaluating
-from .patching import prefixes, state_of
+from .state import state_of
 
 BINS = 20
 
@@ -253,7 +253,8 @@ def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
         PatchError: the model is not patched.
         ArgumentError: there are no batches, or one is not a dict.
     """
-    watches = {name: _Watch(prefix) for name, prefix in prefixes(model).items()}
+    state = state_of(model)
+    watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
     examples, device = 0, next(model.parameters()).device
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
@@ -265,7 +266,7 @@ def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
             examples += len(next(iter(batch.values())))
     if not examples:
         raise ArgumentError("batches is empty; probe needs one at least")
-    return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(model), examples)
+    return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(state), examples)
 
 
 @contextmanager
@@ -311,16 +312,16 @@ def prune(model, lengths: Sequence[int], probe: Probe | None = None):
             is as it was.
         PatchError: the model is not patched, or is spread over processes.
     """
-    state_of(model)
-    pruning.refuse_spread(model)
-    names = pruning.modules(model)
+    state = state_of(model)
+    events.check("prune", model)
+    names = pruning.modules(state)
     if len(lengths) != len(names):
         raise ConfigError(f"lengths has {len(lengths)} entries; the model has {len(names)} attention modules")
     if not any(lengths):
         raise ConfigError("lengths is 0 everywhere; at least one entry needs to be above 0 (or unpatch the model)")
     known, keep = getattr(lengths, "keep", {}), {}
     ranks = {layer.name: layer.effective for layer in probe.layers} if probe is not None else {}
-    found = prefixes(model)
+    found = state.prefixes
     for name, length in zip(names, lengths):
         have = found[name].length if name in found else 0
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= have:
@@ -332,7 +333,7 @@ def prune(model, lengths: Sequence[int], probe: Probe | None = None):
             keep[name] = chosen
         else:
             keep[name] = _strongest(_weights(name, found[name], length, ranks), length)
-    pruning.keep_tokens(model, keep, tuple(lengths))
+    pruning.keep_tokens(state, keep, tuple(lengths))
     return model
 
 

@@ -1,41 +1,63 @@
-"""What stands around a model: PEFT, `torch.compile`, data parallel; and PEFT's own parameters inside it."""
+"""What a patched model remembers, and the transformers model inside its wrappers."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import sys
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ..config import AptConfig
+from ..errors import PatchError
 from ..prefix.adaptive import AdaptivePrefix
-from . import compat, hub
+from . import events
+from .site import Site
+
+
+@dataclass
+class Parked:
+    """An adapter that is not active: its prefixes, and its values of what trains beside them. No part of the model."""
+
+    config: AptConfig
+    prefixes: dict[str, AdaptivePrefix]
+    values: dict[str, Tensor]
+
+
+@dataclass
+class State:
+    """What a patched model remembers: its settings, its adapters, and what `unpatch` has to restore."""
+
+    model: PreTrainedModel
+    config: AptConfig
+    implementations: list[str]  # of `implementations.configs(model)`, in order
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    # Named adapters (hf/adapters.py): the active one's name, the others, and the start of all that any of them trains.
+    adapter: str = "default"
+    parked: dict[str, Parked] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    enabled: bool = True
+
+    @property
+    def prefixes(self) -> dict[str, AdaptivePrefix]:
+        """The active adapter's prefixes by the name of their attention module, in model order."""
+        found = {own_name(name): module._modules.get("apt") for name, module in self.model.named_modules()}
+        return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by the names that they have unwrapped."""
+        return named_parameters(self.model)
 
 
 def inner(model):
     """The transformers model inside PEFT's, `torch.compile`'s or data-parallel wrappers."""
     while True:
-        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, *engines(), *fsdp1())):
-            model = model.module
-        else:
+        compiled = getattr(model, "_orig_mod", None)
+        found = compiled if isinstance(compiled, nn.Module) else events.inside(model)
+        if found is None:
             return model
-
-
-def engines() -> tuple[type, ...]:
-    """DeepSpeed's wrapper; none where DeepSpeed was never imported."""
-    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
-    return () if engine is None else (engine,)
-
-
-def fsdp1() -> tuple[type, ...]:
-    """The wrapper FullyShardedDataParallel; none where it was never imported."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
-    return () if kind is None else (kind,)
+        model = found
 
 
 def own_name(name: str) -> str:
@@ -48,125 +70,19 @@ def named_parameters(model) -> dict[str, nn.Parameter]:
     return {own_name(name): parameter for name, parameter in inner(model).named_parameters()}
 
 
-def _peft_layers() -> tuple[type, ...]:
-    """PEFT's classes that hold its parameters; none where PEFT was never imported."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    other = sys.modules.get("peft.utils.other")
-    return (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper) if tuners and other else ()
+def is_patched(model) -> bool:
+    """Whether `patch` has been applied to the model."""
+    return isinstance(getattr(inner(model), "_apt_state", None), State)
 
 
-def peft_parameters(model) -> set[int]:
-    """The ids of the parameters that PEFT added to ``model``."""
-    layers = [module for module in model.modules() if isinstance(module, _peft_layers())]
-    found = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    for layer in layers:
-        for name in ("base_layer", "original_module"):
-            base = layer._modules.get(name)
-            if base is not None and not isinstance(base, _peft_layers()):
-                found -= {id(parameter) for parameter in base.parameters()}
-    return found
+def state_of(model) -> State:
+    """The patched model's state; `PatchError` if there is none."""
+    model = inner(model)
+    if not is_patched(model):
+        raise PatchError(f"the {type(model).__name__} is not patched; call apt_kernels.patch(model) first")
+    return model._apt_state
 
 
-def join_peft() -> None:
-    """From here on PEFT works beside prefixes; a model without one is treated as before. Once a process.
-
-    PEFT freezes every parameter that is not its own when it adds an adapter, and saves and loads its own alone. Its
-    one method for each of these, common to all its tuners, is wrapped: what trained with a prefix stays trainable,
-    and the prefix is saved to the same folder and loaded from there. Where PEFT is not imported yet, that waits until
-    it is.
-    """
-    if "peft" not in sys.modules:
-        if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _WhenImported())
-        return
-    tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
-    if tuners is None or models is None:
-        return
-    compat.check_peft()
-    _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
-    _wrap(models.PeftModel, "_setup_prompt_encoder", _setup_prompt_encoder)
-    _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
-    _wrap(models.PeftModel, "load_adapter", _load_adapter)
-    for module in (sys.modules["peft.utils.other"], sys.modules["peft.utils"], sys.modules["peft"]):
-        _wrap(module, "prepare_model_for_kbit_training", _keeping_trainable)
-
-
-class _WhenImported:
-    """Finds the package peft as Python does, and calls `join_peft` when it has been imported."""
-
-    def find_spec(self, name: str, path=None, target=None):
-        if name != "peft":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            sys.meta_path.insert(0, self)
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            join_peft()
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-def _wrap(owner, name: str, around) -> None:
-    original = getattr(owner, name)
-    if hasattr(original, "apt_kernels_wraps"):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        return around(original, *args, **kwargs)
-
-    wrapped.apt_kernels_wraps = original
-    setattr(owner, name, wrapped)
-
-
-def _keeping_trainable(call, model, *args, **kwargs):
-    """``call(model, ...)``; afterwards what trained with a prefix is trainable as it was."""
-    ours = [parameter for parameter in model.parameters() if parameter.requires_grad] if _has_prefix(model) else []
-    result = call(model, *args, **kwargs)
-    for parameter in ours:
-        parameter.requires_grad_(True)
-    return result
-
-
-def _inject_adapter(original, self, model, *args, **kwargs):
-    return _keeping_trainable(lambda *given, **options: original(self, *given, **options), model, *args, **kwargs)
-
-
-def _setup_prompt_encoder(original, self, *args, **kwargs):
-    return _keeping_trainable(lambda _: original(self, *args, **kwargs), self.base_model)
-
-
-def _save_pretrained(original, self, save_directory, *args, **kwargs):
-    from .checkpoint import save, weights_to_write  # checkpoint imports this file
-
-    result = original(self, save_directory, *args, **kwargs)
-    if _has_prefix(self):
-        given = kwargs.get("state_dict")
-        # Those gathered from shards have PEFT's names.
-        given = given and {name.removeprefix("base_model.model."): tensor for name, tensor in given.items()}
-        given = weights_to_write(self, kwargs.get("is_main_process", True), given)
-        if given is not None:
-            save(self, save_directory, state_dict=given)
-    return result
-
-
-def _load_adapter(original, self, model_id, *args, **kwargs):
-    from .checkpoint import CONFIG, WEIGHTS, load
-
-    result = original(self, model_id, *args, **kwargs)
-    folder = model_id
-    if hub.is_repository(model_id):
-        folder = hub.fetch(model_id, [WEIGHTS, CONFIG], kwargs.get("revision"))
-    if os.path.isfile(os.path.join(folder, CONFIG)):
-        load(self, folder)
-    return result
-
-
-def _has_prefix(model) -> bool:
-    return any(isinstance(module, AdaptivePrefix) for module in model.modules())
+def prefixes(model) -> dict[str, AdaptivePrefix]:
+    """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
+    return state_of(model).prefixes

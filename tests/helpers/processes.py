@@ -27,9 +27,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.distributed import DistributedConfig
 
 import apt_kernels
+from apt_kernels.hf import weights
 from apt_kernels.hf.checkpoint import placed_like
-from apt_kernels.hf.integrations import distributed
-from apt_kernels.hf.integrations.distributed import gathered
+from apt_kernels.hf.weights import gathered
 from helpers import models
 from helpers.patched import randomise
 
@@ -175,7 +175,7 @@ def saved_by_one(model, folder: Path) -> None:
 def saving_alone_raises(model, folder: Path) -> None:
     if not dist.get_rank():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distributed, "PATIENCE", timedelta(seconds=0.5))
+            patch.setattr(weights, "PATIENCE", timedelta(seconds=0.5))
             with pytest.raises(apt_kernels.AdapterError, match=r"\[1\] did not"):
                 apt_kernels.save(model, folder / "one")
         assert not (folder / "one").exists()

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import apt_kernels
-import apt_kernels.hf.patching
+import apt_kernels.hf.state
 from apt_kernels.hf.discovery.selection import KINDS
 from helpers import columns
 
@@ -194,7 +194,7 @@ def _attention_of(plain, given: list[tuple[str, dict]], unpatched: list[Tensor])
 
 def _senses(patched) -> dict[str, int]:
     """How many prefixes stand in the parts of the model that read, see and hear."""
-    sites = apt_kernels.hf.patching.state_of(patched).sites
+    sites = apt_kernels.hf.state.state_of(patched).sites
     return {part: sum(KINDS[part](site) for site in sites) for part in ("text", "vision", "audio")}
 
 

@@ -14,8 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
-from ..integrations import continuous_batching
-from . import gate_cache
+from . import gate_cache, paged_cache
 from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
@@ -88,7 +87,7 @@ def attention_forward(
     """The function registered with transformers: ``[B, T, Hq, Dv]`` and no attention weights."""
     prefix = getattr(module, "apt", None)
     if cache is not None:
-        key, value = continuous_batching.paged(module, cache, key, value, kwargs)
+        key, value = paged_cache.update(module, cache, key, value, kwargs)
     if prefix is None:
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
         return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)

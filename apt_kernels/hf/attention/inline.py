@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
+from ..site import Inline
 from . import function
 from .lazy_scores import HIDDEN, Deferred, Deferring, Probabilities, Scores
 
@@ -115,15 +116,6 @@ def _four(tensor: Tensor, lead: tuple[int, ...], batch: int, heads: int) -> Tens
         return tensor.reshape((1,) * (4 - tensor.ndim) + tuple(tensor.shape)) if tensor.ndim <= 4 else tensor[0]
     tensor = tensor.reshape((1,) * (len(lead) + 2 - tensor.ndim) + tuple(tensor.shape))
     return tensor.expand(*lead, -1, -1).reshape(batch, heads, *tensor.shape[-2:])
-
-
-class Inline(NamedTuple):
-    """What the recording found out about a module that attends inline."""
-
-    time_major: bool  # hidden states are [T, B, d]
-    key_factor: float  # a number that the key was multiplied with before the product
-    changed: bool = False  # its result is changed in place
-    from_end: bool = False  # a bias counts positions from the last key there is
 
 
 def rows_of(scores: Scores, hidden_states: Tensor | None, time_major: bool) -> int:

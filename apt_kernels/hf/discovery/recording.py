@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,33 +17,10 @@ from ...errors import PatchError
 from ..attention import function, inline
 from ..attention.lazy_scores import Deferring
 from ..attention.masks import AttentionMask, describe, trust_tracing_only_where_it_agrees
+from ..site import Inline, Site
 from . import dummy_inputs
 
 RECORDER = "apt_kernels_record"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention module: where it stands, its shapes, and what its queries may see."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_head_dim: int
-    hidden_size: int | None  # of the hidden states that a gate can read; None: the module is handed none
-    cross: bool
-    causal: bool
-    device: torch.device
-    inline: inline.Inline | None = None  # None: it attends through transformers' attention interface
-    senses: frozenset[str] = frozenset(("text",))  # what goes into the part of the model it stands in
-    repeated: bool = False  # it attends more than once in a forward
-    mesh: object | None = None  # of a module that tensor parallelism spreads over processes
-    sharded: bool = False  # every process attends with a part of the heads; `heads` and `kv_heads` count them all
-
-    @property
-    def kind(self) -> str:
-        return "cross-attention" if self.cross else "causal self-attention" if self.causal else "self-attention"
 
 
 _HEADS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head")
@@ -140,7 +116,7 @@ class _Recorder:
             "cross": queries != laid.key.shape[2],
             "causal": queries > 1 and _hides_the_future(seen),
             "device": laid.query.device,
-            "inline": inline.Inline(time_major, factor, from_end=laid.counts_from_end()),
+            "inline": Inline(time_major, factor, from_end=laid.counts_from_end()),
         }
         self.note(module, found)
         self.results.append((module, laid.query.new_zeros(*probabilities.lead, queries, laid.value.shape[3])))

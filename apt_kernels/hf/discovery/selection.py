@@ -6,7 +6,7 @@ import re
 
 from ...config import AptConfig
 from ...errors import ConfigError
-from .recording import Site
+from ..site import Site
 
 KINDS = {
     "self": lambda site: not site.cross,

@@ -1,1 +1,11 @@
-"""Support for other libraries: the Trainer, PEFT, continuous batching and distributed training."""
+"""Support for other libraries. Each integration subscribes here, in the order in which it is called."""
+
+from .. import events
+from .continuous_batching import ContinuousBatching
+from .distributed import Distributed
+from .gradient_checkpointing import GradientCheckpointing
+from .packing import Packing
+from .peft import Peft
+from .trainer import Trainer
+
+events.subscribe(Distributed(), Peft(), GradientCheckpointing(), Trainer(), Packing(), ContinuousBatching())

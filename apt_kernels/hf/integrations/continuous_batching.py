@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
-
-from torch import Tensor
 
 from ...errors import PatchError
 from ...prefix.adaptive import AdaptivePrefix
+from .. import events
 
 # The attention that transformers hands masks as tensors, and never exchanges for a flash kernel.
 _SERVED_AS = "paged|eager"
 _MANAGER = "_cached_continuous_batching_manager"
+
+
+class ContinuousBatching(events.Integration):
+    """Replaces ``model.init_continuous_batching`` while the model is patched."""
+
+    def changed(self, action: events.Action, state) -> None:
+        if action == "patch":
+            _install(state.model)
+        elif action == "unpatch":
+            _remove(state.model)
+        else:
+            forget_manager(state.model)  # its blocks hold keys and values that other prefixes led to
 
 
 class InitContinuousBatching:
@@ -77,15 +87,15 @@ def _refuse(model) -> None:
         raise PatchError(f"{inline} writes its attention out and cannot read a paged cache; use model.generate")
 
 
-def install(model) -> None:
+def _install(model) -> None:
     """Let the patched ``model`` batch continuously, where transformers can at all."""
     if hasattr(type(model), "init_continuous_batching"):
         forget_manager(model)
         model.init_continuous_batching = InitContinuousBatching(model)
 
 
-def remove(model) -> None:
-    """Undo `install`."""
+def _remove(model) -> None:
+    """Undo `_install`."""
     if isinstance(model.__dict__.get("init_continuous_batching"), InitContinuousBatching):
         forget_manager(model)
         del model.init_continuous_batching
@@ -95,14 +105,3 @@ def forget_manager(model) -> None:
     """Drop a manager that was kept for the next session: it serves the model as it was."""
     if getattr(model, _MANAGER, None) is not None:
         model.destroy_cached_continuous_batching_manager()
-
-
-def paged(module, cache, key: Tensor, value: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """Write this step's ``[1, Hkv, T, D]`` to the paged cache; what the step's queries may see, ``[1, Hkv, S, D]``."""
-    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
-    older = "read_index" in inspect.signature(cache.update).parameters
-    given = indices if older else {"kwargs": kwargs}
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, **given)
-    if key.ndim == 3:
-        key, value = (part.transpose(0, 1)[None] for part in (key, value))
-    return key, value

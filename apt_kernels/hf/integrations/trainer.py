@@ -8,6 +8,9 @@ import shutil
 from pathlib import Path
 
 from ...prefix.adaptive import AdaptivePrefix
+from .. import events
+from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write
+from ..trainable import trainable_names
 
 # What Trainer looks for when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
@@ -16,8 +19,20 @@ NO_MODEL = {
     "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
     "transformers_weights": "an apt_kernels adapter holds no model, apt_kernels.load loads it into one.safetensors",
 }
-# What `install` sets on the model, and `remove` gives back.
+# What `_install` sets on the model, and `_remove` gives back.
 _ATTRIBUTES = ("save_pretrained", "_keys_to_ignore_on_save", "_hf_peft_config_loaded")
+
+
+class Trainer(events.Integration):
+    """Replaces ``model.save_pretrained`` while the model is patched."""
+
+    def changed(self, action: events.Action, state) -> None:
+        if action == "unpatch":
+            _remove(state.model)
+            return
+        if action == "patch":
+            _install(state.model)
+        _expect_missing(state)
 
 
 class SavePretrained:
@@ -40,9 +55,6 @@ class SavePretrained:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        # Here, because checkpoint imports the patch, and the patch this file.
-        from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write
-
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
         if state_dict is None:
             return
@@ -62,26 +74,25 @@ class SavePretrained:
             shutil.copyfile(folder / WEIGHTS, link)
 
 
-def install(model, beside: set[str]) -> None:
-    """Give the patched ``model`` its own `save_pretrained`; ``beside`` trains with the prefixes, by name."""
+def _install(model) -> None:
     model.save_pretrained = SavePretrained(model)
-    expect_missing(model, beside)
     if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
-        # Trainer trains a quantised model only where it is told of an adapter.
+        # Trainer trains a quantised model only where an adapter was loaded.
         model._hf_peft_config_loaded = True
 
 
-def expect_missing(model, beside: set[str]) -> None:
-    """Tell Trainer which weights a checkpoint does not hold: all but the prefixes and ``beside``."""
-    prefixes = [name for name, module in model.named_modules() if isinstance(module, AdaptivePrefix)]
-    held = beside | {f"{name}.{each}" for name in prefixes for each, _ in model.get_submodule(name).named_parameters()}
+def _expect_missing(state) -> None:
+    """Set which weights Trainer does not expect in a checkpoint: all but the prefixes and what trains beside them."""
+    model, held = state.model, trainable_names(state.model, state.config)
+    for name, prefix in state.prefixes.items():
+        held |= {f"{name}.apt.{each}" for each, _ in prefix.named_parameters()}
     # Asked as Trainer does. A quantised model's `state_dict` has more entries, and making it may repack the weights.
     missing = model.load_state_dict({}, strict=False).missing_keys
     model._keys_to_ignore_on_save = sorted(set(missing) - held)
 
 
-def remove(model) -> None:
-    """Undo `install`."""
+def _remove(model) -> None:
+    """Undo `_install`."""
     before = model.save_pretrained.before
     for name in _ATTRIBUTES:
         model.__dict__.pop(name, None)

@@ -1,0 +1,58 @@
+"""The event "the prefixes of a model changed", and the integrations that subscribe to it.
+
+`patching`, `adapters`, `pruning` and `checkpoint` announce; an integration (hf/integrations) answers. None of them
+imports an integration: hf/integrations/__init__.py holds the list.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Action = Literal["patch", "unpatch", "add", "set", "delete", "prune", "load"]
+
+
+class Integration:
+    """What an integration may answer. Every method has a default that does nothing."""
+
+    def inside(self, model):
+        """The module inside a wrapper of this library; None: ``model`` is no such wrapper."""
+
+    def parameters(self, model) -> set[int]:
+        """The ids of the parameters that this library added to ``model``: it trains, freezes and saves them."""
+        return set()
+
+    def check(self, action: Action, model) -> None:
+        """Raise `PatchError` if ``action`` cannot be done on ``model``, as the caller gave it. Change nothing."""
+
+    def changed(self, action: Action, state) -> None:
+        """The prefixes of ``state.model`` are now those of ``state`` (after "unpatch": it has none)."""
+
+
+_subscribed: list[Integration] = []
+
+
+def subscribe(*integrations: Integration) -> None:
+    """From now on these integrations are called, in this order, after those that subscribed before."""
+    _subscribed.extend(integrations)
+
+
+def inside(model):
+    """The module inside the outermost wrapper of ``model``; None: no integration knows it as a wrapper."""
+    return next((found for each in _subscribed if (found := each.inside(model)) is not None), None)
+
+
+def added_parameters(model) -> set[int]:
+    """The ids of the parameters that other libraries added to ``model``."""
+    return set().union(*(each.parameters(model) for each in _subscribed))
+
+
+def check(action: Action, model) -> None:
+    """Ask every integration whether ``action`` can be done on ``model``; the first that refuses raises."""
+    for each in _subscribed:
+        each.check(action, model)
+
+
+def changed(action: Action, state) -> None:
+    """Tell every integration that the prefixes of ``state.model`` changed."""
+    for each in _subscribed:
+        each.changed(action, state)

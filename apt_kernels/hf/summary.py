@@ -1,0 +1,78 @@
+"""`summary`: how many parameters of a patched model train, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .state import state_of
+from .weights import refuse_pieces
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention module of a `Summary`."""
+
+    name: str
+    kind: str
+    length: int
+    gate: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a patched model trains; ``str()`` of it is a table."""
+
+    adapter: str
+    trainable: int
+    total: int
+    layers: tuple[Layer, ...]
+    beside: tuple[tuple[str, int], ...]  # trainable parameters that belong to no prefix: name, size
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total
+        lines = [
+            f"adapter {self.adapter!r}: {self.trainable:,} of {self.total:,} parameters are trainable ({share:.3g} %)"
+        ]
+        rows = [("attention module", "kind", "length", "gate", "parameters")]
+        rows += [(x.name, x.kind, str(x.length), x.gate, f"{x.parameters:,}") for x in self.layers]
+        rows += [(name, "beside the prefix", "", "", f"{size:,}") for name, size in self.beside]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        for name, kind, length, gate, size in rows:
+            cells = [name.ljust(widths[0]), kind.ljust(widths[1]), length.rjust(widths[2]), gate.ljust(widths[3])]
+            lines.append("  ".join([*cells, size.rjust(widths[4])]).rstrip())
+        return "\n".join(lines)
+
+
+def summary(model) -> Summary:
+    """How many parameters train, and where: ``print(apt_kernels.summary(model))``.
+
+    Raises `PatchError` if the model is not patched, or if FullyShardedDataParallel holds it in pieces.
+    """
+    state = state_of(model)
+    refuse_pieces(model)
+    model, found = state.model, state.prefixes
+    owned = {id(parameter) for prefix in found.values() for parameter in prefix.parameters()}
+    layers = []
+    for site in state.sites:
+        prefix = found.get(site.name)
+        size = 0 if prefix is None else sum(map(_size, prefix.parameters()))
+        length, gate = (0, "") if prefix is None else (prefix.length, prefix.gate)
+        layers.append(Layer(site.name, site.kind, length, gate, size))
+    beside = [(n, _size(p)) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
+    return Summary(
+        state.adapter,
+        sum(_size(p) for p in model.parameters() if p.requires_grad),
+        sum(map(_size, model.parameters())),
+        tuple(layers),
+        tuple(beside),
+    )
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers it has, where ZeRO-3 holds them elsewhere and where bitsandbytes packs two in a byte, too."""
+    packed = getattr(parameter, "quant_state", None)
+    size = parameter.numel() if packed is None else packed.shape.numel()
+    return getattr(parameter, "ds_numel", size)

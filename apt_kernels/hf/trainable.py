@@ -1,0 +1,59 @@
+"""Which parameters train beside the prefixes."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import AptConfig
+from ..errors import ConfigError, PatchError
+from ..prefix.adaptive import AdaptivePrefix
+from . import events
+
+_NAMED_FOR_A_TASK = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
+
+
+def trainable_names(model, config: AptConfig) -> set[str]:
+    """Which parameters train beside the prefixes, by name."""
+    owned = {id(p) for prefix in model.modules() if isinstance(prefix, AdaptivePrefix) for p in prefix.parameters()}
+    owned |= events.added_parameters(model)
+    names = [name for name, parameter in model.named_parameters() if id(parameter) not in owned]
+    if config.trainable is not None:
+        unused = [pattern for pattern in config.trainable if not any(re.search(pattern, name) for name in names)]
+        if unused:
+            raise ConfigError(f"trainable has {unused[0]!r}; no parameter's name matches it")
+        return {name for name in names if any(re.search(pattern, name) for pattern in config.trainable)}
+    inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
+    # PEFT's `modules_to_save` trains copies of the modules that it names.
+    outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    return {name for name in outside if name in names and ".original_module." not in name}
+
+
+def refuse_quantised(model, trainable: set[str]) -> None:
+    """Raise `PatchError` if a parameter among those to train is quantised. Nothing is changed."""
+    for name in sorted(trainable):
+        parameter = model.get_parameter(name)
+        # torchao's tensors are parameters by a mark alone; their dtype is float32, and they get no gradient.
+        stands_in = nn.Parameter not in type(parameter).__mro__ and not hasattr(parameter, "device_mesh")
+        if stands_in or not parameter.is_floating_point():
+            found = type(parameter).__name__ if stands_in else parameter.dtype
+            raise PatchError(
+                f"{name} would train with the prefix, but it is quantised ({found}). Quantise the model without its "
+                "new head (transformers: "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{name.split('.')[0]!r}])), or say with trainable= "
+                "what trains"
+            )
+
+
+def _pretrained_parts(model) -> list[nn.Module]:
+    """The modules of ``model`` whose weights a checkpoint of the bare model holds: all but a new task head."""
+    if model.get_output_embeddings() is not None:
+        return [model]  # a language model: its head was pretrained
+    if model.base_model is not model:
+        return [model.base_model]
+    if not _NAMED_FOR_A_TASK.search(type(model).__name__):
+        return [model]  # a bare encoder
+    # T5ForQuestionAnswering, SiglipForImageClassification and the like hold the bare model's parts side by side.
+    return [part for part in model.children() if isinstance(part, PreTrainedModel)] or [model]

@@ -1,0 +1,93 @@
+"""Weights that other processes hold: gathered before they are read or written."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError, PatchError
+
+# How long a process waits for the others before it gathers: as long as a collective of NCCL does.
+PATIENCE = timedelta(minutes=10)
+# How often the processes of these ranks have met.
+_met: Counter[tuple[int, ...]] = Counter()
+
+
+def fsdp1() -> tuple[type, ...]:
+    """The wrapper FullyShardedDataParallel; none where it was never imported."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    return () if kind is None else (kind,)
+
+
+def refuse_pieces(model) -> None:
+    """Raise `PatchError` if FullyShardedDataParallel holds the parameters in pieces, of which sizes tell nothing."""
+    if any(isinstance(module, fsdp1()) for module in model.modules()):
+        raise PatchError(
+            "FullyShardedDataParallel holds the parameters in pieces, and their sizes are not those of the model; call "
+            "apt_kernels.summary before it wraps the model"
+        )
+
+
+def distributes(model) -> bool:
+    """Whether parameters are distributed tensors, as under FSDP2 and tensor parallelism."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+@contextmanager
+def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iterator[None]:
+    """Within, parameters that ZeRO-3 or FullyShardedDataParallel spread over processes are whole.
+
+    ``changed``: what is written to them is kept. Every process has to come here, with the model as it is wrapped.
+    """
+    parameters = list(parameters)
+    spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if isinstance(model, fsdp1()):
+        with type(model).summon_full_params(model, writeback=changed):
+            yield
+    elif any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
+        raise PatchError(
+            "FullyShardedDataParallel holds the weights of the model in pieces; hand over the "
+            "FullyShardedDataParallel itself, or a state_dict"
+        )
+    elif spread:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(spread, modifier_rank=0 if changed else None):
+            yield
+    else:
+        yield
+
+
+def meet(model, parameters: Iterable[Tensor]) -> None:
+    """Wait until every process that holds a part of ``parameters`` has come here, before they are gathered.
+
+    Raises `AdapterError` after `PATIENCE`: a collective that not all enter would wait for ever, or break its group.
+    """
+    parameters = list(parameters)
+    ranks = {rank for p in parameters if hasattr(p, "device_mesh") for rank in p.device_mesh.mesh.flatten().tolist()}
+    if isinstance(model, fsdp1()) or any(hasattr(p, "ds_id") for p in parameters):
+        ranks = set(range(torch.distributed.get_world_size()))
+    store = torch.distributed.distributed_c10d._get_default_store() if len(ranks) > 1 else None
+    if store is None:  # one process, or MPI
+        return
+    ranks, me = tuple(sorted(ranks)), torch.distributed.get_rank()
+    meeting = f"apt_kernels/{hash(ranks)}/{_met[ranks]}"
+    keys = {rank: f"{meeting}/{rank}" for rank in ranks}
+    store.set(keys[me], "here")
+    try:
+        store.wait(list(keys.values()), PATIENCE)
+    except RuntimeError as error:  # stores differ in what they raise; all of it derives from this
+        late = [rank for rank, key in keys.items() if not store.check([key])]
+        store.delete_key(keys[me])
+        raise AdapterError(
+            f"the weights are spread over the processes {list(ranks)}, and each has to call save (under FSDP2 and "
+            "tensor parallelism save_pretrained(..., is_main_process=False) does as well), or the one that writes "
+            f"needs the gathered state_dict; {late} did not within {PATIENCE}"
+        ) from error
+    _met[ranks] += 1
