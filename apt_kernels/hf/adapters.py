@@ -75,6 +75,7 @@ def set_adapter(model, name: str):
 def delete_adapter(model, name: str):
     """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown."""
     state = state_of(model)
+    events.check("delete", model)
     if name == state.adapter:
         raise ConfigError(f"name is {name!r}, the active adapter; switch to another first, or call unpatch(model)")
     _known(state, name)

@@ -183,6 +183,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
     """
     folder = hub.fetch(folder, [WEIGHTS, CONFIG], revision) if hub.is_repository(folder) else Path(folder)
     config = _read_config(folder / CONFIG)
+    events.check("load", model)
     fresh = not is_patched(model)
     if not fresh and _shape_of(state_of(model).config) != _shape_of(config):
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
