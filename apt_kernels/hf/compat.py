@@ -1,92 +1,232 @@
-"""What the patch leans on in transformers and PEFT beyond their documented interface, checked before it is used."""
+"""What each feature uses of transformers, PEFT and torch beyond their documented interface, checked per feature.
+
+A name that a release lacks disables the features that need it, and no other. `missing` says what is missing,
+`require` raises a `PatchError` that names it, `available` warns once and lets the caller go on without the feature.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache as memoise
 from importlib.metadata import version
 
 from ..errors import PatchError
 
-# Module -> names in it, with attributes after a dot.
-TRANSFORMERS = {
-    "transformers": (
-        "AttentionInterface.register",
-        "AttentionMaskInterface.register",
-        "DynamicCache",
-        "PreTrainedConfig._attn_implementation",
-        "PreTrainedModel._hf_peft_config_loaded",
-        "PreTrainedModel._keys_to_ignore_on_save",
-        "PreTrainedModel._supports_sdpa",
-        "PreTrainedModel.base_model",
-        "GenerationMixin.destroy_cached_continuous_batching_manager",
-        "GenerationMixin.init_continuous_batching",
-    ),
-    "transformers.cache_utils": tuple(
-        f"Cache.{name}"
-        for name in (
-            "batch_repeat_interleave",
-            "batch_select_indices",
-            "crop",
-            "get_seq_length",
-            "reorder_cache",
-            "reset",
-        )
-    ),
-    "transformers.masking_utils": (
-        "and_masks",
-        "bidirectional_mask_function",
-        "causal_mask_function",
-        "packed_sequence_mask_function",
-        "prepare_padding_mask",
-        "sdpa_mask",
-        "sliding_window_bidirectional_overlay",
-        "sliding_window_overlay",
-    ),
-    "transformers.modeling_layers": ("GradientCheckpointingLayer.gradient_checkpointing",),
-    "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
-}
-# Module -> attributes that its classes give to their instances: they have to occur in its source.
-TRANSFORMERS_INSTANCES = {
-    "transformers.configuration_utils": ("_attn_implementation_internal",),
-    "transformers.modeling_layers": ("_gradient_checkpointing_func",),
-    "transformers.generation.continuous_batching.continuous_api": ("_cached_continuous_batching_manager",),
-}
-# What a mask function made by transformers closes over: hf/masks.py reads it there.
+_MADE_FOR = {"transformers": "transformers 5.17 to 5.23", "peft": "peft 0.21", "torch": "torch 2.11 to 2.13"}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature, and what it needs.
+
+    Attributes:
+        what: the feature, as a message names it.
+        package: whose names it needs.
+        names: module -> names in it, with attributes after a dot.
+        instances: module -> attributes that its classes give to their instances: they have to occur in its source.
+        check: yields what else is missing.
+        without: what happens where something is missing, for the warning of `available`.
+    """
+
+    what: str
+    package: str
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    instances: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    check: Callable[[], Iterator[str]] = lambda: iter(())
+    without: str = ""
+
+
+# What a mask function made by transformers closes over: hf/attention/masks.py reads it there.
 _CLOSURES = {
     "and_masks": "mask_functions",
     "packed_sequence_mask_function": "packed_sequence_mask",
     "sliding_window_bidirectional_overlay": "sliding_window",
     "sliding_window_overlay": "sliding_window",
 }
-PEFT = {
-    "peft.peft_model": ("PeftModel.load_adapter", "PeftModel.save_pretrained"),
-    "peft.tuners.tuners_utils": ("BaseTuner.inject_adapter", "BaseTunerLayer"),
-    "peft.utils.other": ("AuxiliaryTrainingWrapper",),
+
+
+def _other_closures() -> Iterator[str]:
+    masking = importlib.import_module("transformers.masking_utils")
+    for factory, variable in _CLOSURES.items():
+        if not hasattr(masking, factory):
+            continue  # named as missing already
+        made = getattr(masking, factory)(masking.causal_mask_function if factory == "and_masks" else 3)
+        code = getattr(made, "__code__", None)
+        if code is None or variable not in code.co_freevars or not made.__qualname__.startswith(f"{factory}."):
+            yield f"transformers.masking_utils.{factory} (a function that closes over {variable})"
+
+
+FEATURES = {
+    # Without these nothing can be patched: checked before anything in hf is imported.
+    "patch": Feature(
+        "apt_kernels.patch",
+        "transformers",
+        {
+            "transformers": (
+                "AttentionInterface.register",
+                "AttentionMaskInterface.register",
+                "PreTrainedConfig._attn_implementation",
+                "PreTrainedModel._supports_sdpa",
+                "PreTrainedModel.base_model",
+            ),
+            "transformers.masking_utils": (
+                "bidirectional_mask_function",
+                "causal_mask_function",
+                "prepare_padding_mask",
+                "sdpa_mask",
+            ),
+            "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
+        },
+        {"transformers.configuration_utils": ("_attn_implementation_internal",)},
+    ),
+    "hooks": Feature(
+        "apt_kernels.patch",
+        "torch",
+        instances={
+            "torch.nn.modules.module": (
+                "_forward_hooks",
+                "_forward_hooks_always_called",
+                "_forward_hooks_with_kwargs",
+                "_forward_pre_hooks",
+                "_forward_pre_hooks_with_kwargs",
+                "_modules",
+            )
+        },
+    ),
+    "masks": Feature(
+        "masks without a [T, S] tensor",
+        "transformers",
+        {"transformers.masking_utils": tuple(_CLOSURES)},
+        check=_other_closures,
+        without="Masks with windows or packed documents are built as [T, S] tensors: exact, but slower",
+    ),
+    "inline attention": Feature(
+        "models that compute attention inline",
+        "torch",
+        {"torch": ("_C.DisableTorchFunction", "Tensor._version"), "torch.nn.functional": ("has_torch_function",)},
+        without="Models whose attention does not go through transformers' attention interface cannot be patched",
+    ),
+    "gate cache": Feature(
+        "gate='first' in a decoder",
+        "transformers",
+        {
+            "transformers.cache_utils": tuple(
+                f"Cache.{name}"
+                for name in (
+                    "batch_repeat_interleave",
+                    "batch_select_indices",
+                    "crop",
+                    "get_seq_length",
+                    "reorder_cache",
+                    "reset",
+                )
+            )
+        },
+    ),
+    "patch_from_peft": Feature("patch_from_peft", "transformers", {"transformers": ("DynamicCache",)}),
+    "gradient checkpointing": Feature(
+        "gradient checkpointing of a patched model",
+        "transformers",
+        {"transformers.modeling_layers": ("GradientCheckpointingLayer.gradient_checkpointing",)},
+        {"transformers.modeling_layers": ("_gradient_checkpointing_func",)},
+    ),
+    "trainer": Feature(
+        "resuming from a checkpoint with transformers' Trainer",
+        "transformers",
+        {"transformers": ("PreTrainedModel._keys_to_ignore_on_save",)},
+        without="Trainer may report the frozen weights as missing when it resumes",
+    ),
+    "trainer, quantised": Feature(
+        "training a quantised model with transformers' Trainer",
+        "transformers",
+        {"transformers": ("PreTrainedModel._hf_peft_config_loaded",)},
+        without="Trainer may refuse to train the quantised model",
+    ),
+    "continuous batching": Feature(
+        "continuous batching of a patched model",
+        "transformers",
+        {
+            "transformers": (
+                "GenerationMixin.destroy_cached_continuous_batching_manager",
+                "GenerationMixin.init_continuous_batching",
+            )
+        },
+        {
+            "transformers.generation.continuous_batching.continuous_api": ("_cached_continuous_batching_manager",),
+        },
+    ),
+    "peft": Feature(
+        "a PEFT adapter beside prefixes",
+        "peft",
+        {
+            "peft.peft_model": ("PeftModel._setup_prompt_encoder",),
+            "peft.tuners.tuners_utils": ("BaseTuner.inject_adapter", "BaseTunerLayer"),
+            "peft.utils.other": ("AuxiliaryTrainingWrapper", "prepare_model_for_kbit_training"),
+        },
+        without="Models that have both a PEFT adapter and prefixes are refused",
+    ),
+    "peft, saving": Feature(
+        "saving and loading prefixes through PEFT",
+        "peft",
+        {"peft.peft_model": ("PeftModel.load_adapter", "PeftModel.save_pretrained")},
+        without="PEFT saves and loads its own adapter without the prefixes: call apt_kernels.save and load as well",
+    ),
+    "compiled models": Feature(
+        "models that torch.compile wraps", "torch", instances={"torch._dynamo.eval_frame": ("_orig_mod",)}
+    ),
+    "fsdp": Feature(
+        "FullyShardedDataParallel",
+        "torch",
+        instances={"torch.distributed.fsdp._common_utils": ("_fsdp_flattened", "_fsdp_wrapped_module")},
+    ),
+    "missing ranks": Feature(
+        "the error that names the ranks which do not call save",
+        "torch",
+        {"torch.distributed.distributed_c10d": ("_get_default_store",)},
+        without="A rank that saves alone waits until the collective's own timeout",
+    ),
 }
 
 
-def check_transformers() -> None:
-    """Raise one `PatchError` that names transformers' release and all that is missing in it."""
-    missing = [*_missing(TRANSFORMERS), *_missing_in_source(TRANSFORMERS_INSTANCES)]
-    _refuse("transformers", missing or list(_other_closures()))
+@memoise
+def missing(feature: str) -> tuple[str, ...]:
+    """What the installed release lacks of what ``feature`` needs."""
+    needs = FEATURES[feature]
+    found = (*_missing(needs.names), *_missing_in_source(needs.instances))
+    return found or tuple(needs.check())
 
 
-def check_peft() -> None:
-    """The same for PEFT."""
-    _refuse("peft", list(_missing(PEFT)))
+def message(feature: str) -> str:
+    """What is missing for ``feature``, and what to install."""
+    needs = FEATURES[feature]
+    return (
+        f"{needs.package} {version(needs.package)} lacks {', '.join(missing(feature))}, which {needs.what} needs. "
+        f"Install {_MADE_FOR[needs.package]}, or a newer apt_kernels"
+    )
 
 
-def _refuse(package: str, missing: list[str]) -> None:
-    if missing:
-        raise PatchError(
-            f"{package} {version(package)} lacks {', '.join(missing)}, on which the patch relies. It was made for "
-            f"{_NEEDS[package]}; install one of those, or a newer apt_kernels"
-        )
+def require(*features: str) -> None:
+    """Raise one `PatchError` that names all that is missing for ``features``."""
+    lacking = [message(feature) for feature in features if missing(feature)]
+    if lacking:
+        raise PatchError("; ".join(lacking))
 
 
-_NEEDS = {"transformers": "transformers 5.17 to 5.23", "peft": "peft 0.21"}
+_warned: set[str] = set()
+
+
+def available(feature: str) -> bool:
+    """Whether nothing is missing for ``feature``; if something is, one warning names it."""
+    if not missing(feature):
+        return True
+    if feature not in _warned:
+        _warned.add(feature)
+        warnings.warn(f"{message(feature)}. {FEATURES[feature].without}", stacklevel=2)
+    return False
 
 
 def _missing(wanted: dict[str, tuple[str, ...]]) -> Iterator[str]:
@@ -122,12 +262,3 @@ def _missing_in_source(wanted: dict[str, tuple[str, ...]]) -> Iterator[str]:
             yield module
             continue
         yield from (f"{module}: {name}" for name in names if name not in source)
-
-
-def _other_closures() -> Iterator[str]:
-    masking = importlib.import_module("transformers.masking_utils")
-    for factory, variable in _CLOSURES.items():
-        made = getattr(masking, factory)(masking.causal_mask_function if factory == "and_masks" else 3)
-        code = getattr(made, "__code__", None)
-        if code is None or variable not in code.co_freevars or not made.__qualname__.startswith(f"{factory}."):
-            yield f"transformers.masking_utils.{factory} (a function that closes over {variable})"

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
-from . import patching
+from . import compat, patching
 from .attention import function
 from .attention.implementations import implementations, restore_implementations, set_implementation
 from .attention.masks import AttentionMask, describe
@@ -98,6 +99,7 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
         PatchError: the copy could not be exact; the message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
     """
+    compat.require("patch_from_peft")
     flat, layers = _read_peft(Path(folder))
     length = flat.shape[0]
     config = _starting_config(model, config, settings, length)
@@ -105,7 +107,7 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
     device = model.get_input_embeddings().weight.device
     probe = torch.arange(4, device=device)[:, None] + 5
     here, there = _positions_stay_out(model, probe.T, length)
-    tokens, source = {}, DynamicCache(config=model.config.get_text_config())
+    tokens, source = {}, transformers.DynamicCache(config=model.config.get_text_config())
     dtype = next(model.parameters()).dtype
     for index, (name, own) in enumerate(here.items()):
         layer = getattr(model.get_submodule(name), "layer_idx", index)

@@ -11,7 +11,7 @@ from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..ops import choose
 from ..prefix.adaptive import AdaptivePrefix
-from . import events
+from . import compat, events
 from .attention import function, inline
 from .attention.implementations import (
     implementations,
@@ -118,6 +118,8 @@ def _gate(gate: str, site: Site) -> str:
         raise ConfigError(
             f"gate is {gate!r}, but {site.name} is not handed one hidden state for every query; use 'static' or 'none'"
         )
+    if gate == "first" and (site.causal or site.cross):
+        compat.require("gate cache")
     if gate == "first" and site.causal and site.repeated:
         raise ConfigError(
             f"gate is 'first', but {site.name} attends more than once in a forward, each time with another gate, of "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..config import AptConfig
 from ..errors import PatchError
 from ..prefix.adaptive import AdaptivePrefix
-from . import events
+from . import compat, events
 from .site import Site
 
 
@@ -53,6 +53,8 @@ class State:
 def inner(model):
     """The transformers model inside PEFT's, `torch.compile`'s or data-parallel wrappers."""
     while True:
+        if type(model).__name__ == "OptimizedModule":
+            compat.require("compiled models")
         compiled = getattr(model, "_orig_mod", None)
         found = compiled if isinstance(compiled, nn.Module) else events.inside(model)
         if found is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, PatchError
+from . import compat
 
 # How long a process waits for the others before it gathers: as long as a collective of NCCL does.
 PATIENCE = timedelta(minutes=10)
@@ -48,6 +49,7 @@ def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iter
     parameters = list(parameters)
     spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if isinstance(model, fsdp1()):
+        compat.require("fsdp")
         with type(model).summon_full_params(model, writeback=changed):
             yield
     elif any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
@@ -73,7 +75,8 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
     ranks = {rank for p in parameters if hasattr(p, "device_mesh") for rank in p.device_mesh.mesh.flatten().tolist()}
     if isinstance(model, fsdp1()) or any(hasattr(p, "ds_id") for p in parameters):
         ranks = set(range(torch.distributed.get_world_size()))
-    store = torch.distributed.distributed_c10d._get_default_store() if len(ranks) > 1 else None
+    several = len(ranks) > 1 and compat.available("missing ranks")
+    store = torch.distributed.distributed_c10d._get_default_store() if several else None
     if store is None:  # one process, or MPI
         return
     ranks, me = tuple(sorted(ranks)), torch.distributed.get_rank()

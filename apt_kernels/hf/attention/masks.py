@@ -7,7 +7,11 @@ from torch import Tensor
 from transformers import masking_utils
 
 from ...mask import Mask
+from .. import compat
 from . import packing
+
+# Whether a mask function can be taken apart. Read once: torch.compile traces what uses it.
+_STRUCTURED = compat.available("masks")
 
 
 class AttentionMask:
@@ -158,6 +162,8 @@ def _recognise(function) -> _Parts | None:
         return _Parts(causal=True)
     if function is masking_utils.bidirectional_mask_function:
         return _Parts()
+    if not _STRUCTURED:
+        return None
     factory = getattr(function, "__qualname__", "").partition(".<locals>")[0]
     if getattr(function, "__module__", None) != masking_utils.__name__ or not function.__closure__:
         return None
@@ -190,7 +196,7 @@ def _recognise_traced(function, batch: int, queries: int, alone: bool, device, k
         return _Parts(causal=True)
     if function is masking_utils.bidirectional_mask_function:
         return _Parts()
-    if kwargs.get("use_vmap") or type(kwargs.get("config")) in _dense_when_traced:
+    if not _STRUCTURED or kwargs.get("use_vmap") or type(kwargs.get("config")) in _dense_when_traced:
         return None
     if not function.__qualname__.startswith("and_masks"):
         return None

@@ -6,9 +6,13 @@ import inspect
 
 from torch import Tensor
 
+from .. import compat
+
 
 def update(module, cache, key: Tensor, value: Tensor, kwargs: dict) -> tuple[Tensor, Tensor]:
     """Write this step's ``[1, Hkv, T, D]`` to the paged cache; what the step's queries may see, ``[1, Hkv, S, D]``."""
+    if compat.missing("continuous batching"):
+        compat.require("continuous batching")
     indices = {name: kwargs[name] for name in ("read_index", "write_index")}
     older = "read_index" in inspect.signature(cache.update).parameters
     given = indices if older else {"kwargs": kwargs}

@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from ...errors import PatchError
+from .. import compat
 from ..attention import function, inline
 from ..attention.lazy_scores import Deferring
 from ..attention.masks import AttentionMask, describe, trust_tracing_only_where_it_agrees
@@ -306,10 +307,12 @@ def _said(error: Exception | None) -> str:
 def _pass(model, body, given: dict, prepare) -> tuple[_Recorder, Exception | None]:
     """One recorded forward, and the error that ended it."""
     recorder = _Recorder(model)
+    inline_too = compat.available("inline attention")
+    deferring = Deferring(recorder.attend_inline, recorder.watch) if inline_too else nullcontext()
     _active.append(recorder)
     try:
         prepare()
-        with Deferring(recorder.attend_inline, recorder.watch):
+        with deferring:
             body(**given)
     except Exception as error:  # whatever the model says of these inputs: others are tried, or it is reported
         return recorder, error

@@ -6,7 +6,7 @@ import copy
 
 from ...errors import PatchError
 from ...prefix.adaptive import AdaptivePrefix
-from .. import events
+from .. import compat, events
 
 # The attention that transformers hands masks as tensors, and never exchanges for a flash kernel.
 _SERVED_AS = "paged|eager"
@@ -44,6 +44,11 @@ class InitContinuousBatching:
         manager = type(model).init_continuous_batching(served, *args, **kwargs)
         manager.apt_served = now
         return manager
+
+
+def _refuse_batching(*args, **kwargs):
+    """Takes the same place where transformers lacks something that it needs."""
+    compat.require("continuous batching")
 
 
 class _Served:
@@ -91,17 +96,19 @@ def _install(model) -> None:
     """Let the patched ``model`` batch continuously, where transformers can at all."""
     if hasattr(type(model), "init_continuous_batching"):
         forget_manager(model)
-        model.init_continuous_batching = InitContinuousBatching(model)
+        lacking = compat.missing("continuous batching")
+        model.init_continuous_batching = _refuse_batching if lacking else InitContinuousBatching(model)
 
 
 def _remove(model) -> None:
     """Undo `_install`."""
-    if isinstance(model.__dict__.get("init_continuous_batching"), InitContinuousBatching):
+    installed = model.__dict__.get("init_continuous_batching")
+    if installed is _refuse_batching or isinstance(installed, InitContinuousBatching):
         forget_manager(model)
         del model.init_continuous_batching
 
 
 def forget_manager(model) -> None:
     """Drop a manager that was kept for the next session: it serves the model as it was."""
-    if getattr(model, _MANAGER, None) is not None:
+    if getattr(model, _MANAGER, None) is not None and not compat.missing("continuous batching"):
         model.destroy_cached_continuous_batching_manager()

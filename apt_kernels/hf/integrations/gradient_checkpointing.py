@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import modeling_layers
 
 from ...errors import PatchError
-from .. import events
+from .. import compat, events
 
 
 class GradientCheckpointing(events.Integration):
@@ -21,15 +21,30 @@ class GradientCheckpointing(events.Integration):
 
 
 def _install(model) -> None:
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if compat.missing("gradient checkpointing"):
+        model.register_forward_pre_hook(_RefuseCheckpoints())
+        return
+    kind = modeling_layers.GradientCheckpointingLayer
+    layers = [module for module in model.modules() if isinstance(module, kind)]
     if layers:
         model.register_forward_pre_hook(_InputsRequireGrad(layers), with_kwargs=True)
 
 
 def _remove(model) -> None:
-    for key in [k for k, hook in model._forward_pre_hooks.items() if isinstance(hook, _InputsRequireGrad)]:
+    ours = (_InputsRequireGrad, _RefuseCheckpoints)
+    for key in [k for k, hook in model._forward_pre_hooks.items() if isinstance(hook, ours)]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+class _RefuseCheckpoints:
+    """Forward pre-hook, where transformers lacks what tells how a layer is checkpointed."""
+
+    def __call__(self, module, args):
+        if torch.is_grad_enabled() and module.training:
+            on = (getattr(each, "gradient_checkpointing", False) is True for each in module.modules())
+            if any(on):
+                compat.require("gradient checkpointing")
 
 
 class _InputsRequireGrad:

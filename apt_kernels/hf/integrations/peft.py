@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import sys
+import warnings
 
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub
@@ -22,6 +23,10 @@ class Peft(events.Integration):
     def parameters(self, model) -> set[int]:
         return peft_parameters(model)
 
+    def check(self, action: events.Action, model) -> None:
+        if "peft" in sys.modules and action not in ("delete", "unpatch") and _has_peft(model):
+            compat.require("peft")
+
     def changed(self, action: events.Action, state) -> None:
         if action == "patch":
             join_peft()
@@ -31,7 +36,9 @@ def _peft_layers() -> tuple[type, ...]:
     """PEFT's classes that hold its parameters; none where PEFT was never imported."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     other = sys.modules.get("peft.utils.other")
-    return (tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper) if tuners and other else ()
+    if not tuners or not other or compat.missing("peft"):
+        return ()
+    return tuners.BaseTunerLayer, other.AuxiliaryTrainingWrapper
 
 
 def peft_parameters(model) -> set[int]:
@@ -44,6 +51,11 @@ def peft_parameters(model) -> set[int]:
             if base is not None and not isinstance(base, _peft_layers()):
                 found -= {id(parameter) for parameter in base.parameters()}
     return found
+
+
+def _has_peft(model) -> bool:
+    """Whether any module of ``model`` is PEFT's, asked without PEFT's classes."""
+    return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
 
 
 def join_peft() -> None:
@@ -61,13 +73,14 @@ def join_peft() -> None:
     tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
     if tuners is None or models is None:
         return
-    compat.check_peft()
-    _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
-    _wrap(models.PeftModel, "_setup_prompt_encoder", _setup_prompt_encoder)
-    _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
-    _wrap(models.PeftModel, "load_adapter", _load_adapter)
-    for module in (sys.modules["peft.utils.other"], sys.modules["peft.utils"], sys.modules["peft"]):
-        _wrap(module, "prepare_model_for_kbit_training", _keeping_trainable)
+    if compat.available("peft"):
+        _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
+        _wrap(models.PeftModel, "_setup_prompt_encoder", _setup_prompt_encoder)
+        for module in (sys.modules["peft.utils.other"], sys.modules["peft.utils"], sys.modules["peft"]):
+            _wrap(module, "prepare_model_for_kbit_training", _keeping_trainable)
+    if compat.available("peft, saving"):
+        _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
+        _wrap(models.PeftModel, "load_adapter", _load_adapter)
 
 
 class _WhenImported:
@@ -85,7 +98,10 @@ class _WhenImported:
 
         def exec_module(module):
             execute(module)
-            join_peft()
+            try:
+                join_peft()
+            except Exception as error:  # an import of PEFT must not fail for us
+                warnings.warn(f"apt_kernels cannot work beside this PEFT: {error}", stacklevel=2)
 
         spec.loader.exec_module = exec_module
         return spec

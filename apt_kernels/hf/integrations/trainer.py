@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from ...prefix.adaptive import AdaptivePrefix
-from .. import events
+from .. import compat, events
 from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write
 from ..trainable import trainable_names
 
@@ -76,13 +76,15 @@ class SavePretrained:
 
 def _install(model) -> None:
     model.save_pretrained = SavePretrained(model)
-    if getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "is_quantized", False) and compat.available("trainer, quantised"):
         # Trainer trains a quantised model only where an adapter was loaded.
         model._hf_peft_config_loaded = True
 
 
 def _expect_missing(state) -> None:
     """Set which weights Trainer does not expect in a checkpoint: all but the prefixes and what trains beside them."""
+    if not compat.available("trainer"):
+        return
     model, held = state.model, trainable_names(state.model, state.config)
     for name, prefix in state.prefixes.items():
         held |= {f"{name}.apt.{each}" for each, _ in prefix.named_parameters()}
