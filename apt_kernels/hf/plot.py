@@ -1,4 +1,4 @@
-"""The picture of a `Probe`: layers by prefix tokens, and the profile over the layers. Needs matplotlib."""
+"""The plot of a `Probe`: a heat map of layers by prefix tokens, and a profile by layer. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def draw(probe, path: str | os.PathLike, title: str) -> None:
-    """Write the picture to ``path``; the file's ending says its format."""
+    """Write the plot to ``path``; the file name's extension determines the format."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def draw(probe, path: str | os.PathLike, title: str) -> None:
 
 
 def _short(name: str, index: int) -> str:
-    """The numbers in a module's name say which layer it is; encoder, decoder and cross-attention are told apart."""
+    """A short label: the numbers in the module's name, with its encoder, decoder or cross-attention part."""
     parts = name.split(".")
     numbers = [part for part in parts if part.isdigit()]
     side = next((part[:3] for part in parts if part in ("encoder", "decoder")), "")

@@ -1,4 +1,4 @@
-"""The gate as a probe: what weights a trained model gives to its prefix tokens, and lengths and pruning from them."""
+"""The weights that a trained model gives its prefix tokens, and prefix lengths and pruning derived from them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ BINS = 20
 class Lengths(tuple):
     """Prefix lengths, one int for each attention module in model order, and the tokens that they keep.
 
-    An ordinary tuple of ints wherever lengths are asked for (``patch(prefix_length=lengths)``). ``keep`` maps a
-    module's name to the indices of its strongest tokens, in their order; it is empty where the lengths are longer than
-    what was probed.
+    A tuple of ints, accepted wherever lengths are (``patch(prefix_length=lengths)``). ``keep`` maps a
+    module's name to the indices of its tokens with the largest weights, in ascending order; it is empty where a
+    length exceeds that of the probed prefix.
     """
 
     keep: dict[str, tuple[int, ...]]
@@ -42,17 +42,17 @@ class Lengths(tuple):
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """What one attention module's gate did on the batches; lists hold one entry for each of its M prefix tokens.
+    """Statistics of one attention module's gate over the batches; lists have one entry per prefix token (M).
 
     Attributes:
         name: the attention module's name.
         gate: its gate mode.
-        layer_scale: lambda; 1 where it is not learned.
-        gate_mean: mean of alpha over all gates that were computed.
-        gate_std_tokens: standard deviation of alpha over the tokens of an example (0 where a sequence has one gate).
+        layer_scale: lambda; 1 if it is not learned.
+        gate_mean: mean of alpha over all computed gates.
+        gate_std_tokens: standard deviation of alpha over the tokens of an example (0 if a sequence has one gate).
         gate_std_examples: standard deviation over examples of an example's mean alpha.
         histogram: ``[M][20]`` shares of alpha's values in 20 equal bins of [0, 1].
-        effective: ``layer_scale * gate_mean``: the mean factor on the token's key and value; 1 leaves them as they are.
+        effective: ``layer_scale * gate_mean``: the mean factor on the token's key and value; 1 leaves them unchanged.
     """
 
     name: str
@@ -76,7 +76,7 @@ class LayerProbe:
 
 @dataclass(frozen=True)
 class Probe:
-    """What `probe` found: the layers that have a prefix, in model order."""
+    """The result of `probe`: the layers that have a prefix, in model order."""
 
     layers: list[LayerProbe]
     modules: list[str]
@@ -116,22 +116,22 @@ class Probe:
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     def picture(self, path: str | os.PathLike, title: str = "Mean weight of each prefix token") -> None:
-        """Draw layers by prefix tokens, and the profile over the layers, to an image file. Needs matplotlib."""
+        """Write a heat map of layers by prefix tokens, with a profile by layer, to an image file. Needs matplotlib."""
         from .plot import draw
 
         draw(self, path, title)
 
     def lengths(self, *, budget: int | None = None, threshold: float | None = None, grow: bool = False) -> Lengths:
-        """Prefix lengths per attention module that follow the weights; give exactly one of budget and threshold.
+        """Prefix lengths per attention module in proportion to the weights. Give exactly one of budget and threshold.
 
         Args:
-            budget: prefix tokens in all layers together. Each layer gets a share in proportion to its tokens' summed
-                ``|effective|`` (largest remainders), and no more than it has.
-            threshold: every token with ``|effective|`` of at least this stays.
-            grow: a layer may get more tokens than it has. Such lengths are for training from the start.
+            budget: prefix tokens in all layers together. Each layer gets a number in proportion to the sum of its
+                tokens' ``|effective|`` (largest remainder method), at most its current length.
+            threshold: keep every token whose ``|effective|`` is at least this.
+            grow: a layer may get more tokens than it has now; such lengths are for a new training run.
 
         Raises:
-            ArgumentError: neither or both are given, or the budget is above what the layers have without ``grow``.
+            ArgumentError: neither or both are given, or the budget exceeds the current total without ``grow``.
         """
         if (budget is None) == (threshold is None):
             raise ArgumentError("lengths needs exactly one of budget and threshold")
@@ -140,7 +140,7 @@ class Probe:
         else:
             found = self._shares(budget, grow)
         if not any(found):
-            raise ArgumentError(f"threshold is {threshold!r}; no token is that strong, and a model keeps at least one")
+            raise ArgumentError(f"threshold is {threshold!r}; no token's weight reaches it, and one has to remain")
         by_name = dict(zip((layer.name for layer in self.layers), found))
         fits = all(by_name[layer.name] <= layer.length for layer in self.layers)
         keep = {layer.name: _strongest(layer.effective, by_name[layer.name]) for layer in self.layers} if fits else {}
@@ -169,7 +169,7 @@ def _strongest(weights: Sequence[float], count: int) -> tuple[int, ...]:
 
 
 def _apportion(total: int, weights: list[float], most: list[int]) -> list[int]:
-    """Integers in proportion to ``weights`` that sum to ``total``, none above ``most``: what is full is set aside."""
+    """Integers in proportion to ``weights`` that sum to ``total``, none above its entry in ``most``."""
     found, open_ = [0] * len(weights), set(range(len(weights)))
     while True:
         left, mass = (
@@ -242,12 +242,13 @@ class _Watch:
 def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
     """Run ``batches`` through a patched model and record the weights of every layer's prefix tokens.
 
-    Nothing of the model changes; it runs in evaluation mode without gradients, eagerly even where it was compiled.
-    Padding is left out. (A cross-attention's queries are the decoder's tokens; theirs is ``decoder_attention_mask``.)
+    The model runs in evaluation mode without gradients, eagerly even if it is compiled, and is left unchanged. Padding
+    is not counted; for cross-attention, whose queries are the decoder's tokens, ``decoder_attention_mask`` marks it.
 
     Args:
         model: a patched model.
-        batches: keyword arguments of its forward, as a data loader gives them; tensors are moved to its device.
+        batches: dicts of keyword arguments of its forward, as a data loader yields them; tensors are moved
+            to its device.
 
     Raises:
         PatchError: the model is not patched.
@@ -265,7 +266,7 @@ def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
                 model(**batch)
             examples += len(next(iter(batch.values())))
     if not examples:
-        raise ArgumentError("batches is empty; probe needs one at least")
+        raise ArgumentError("batches is empty; probe needs at least one")
     return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(state), examples)
 
 
@@ -291,26 +292,25 @@ def _watched(watches: dict[str, _Watch], decoder_mask: Tensor | None):
 
 
 def prune(model, lengths: Sequence[int], probe: Probe | None = None):
-    """Shorten a trained model's prefixes in place: each layer keeps its strongest tokens, in their order.
+    """Shorten a trained model's prefixes in place: each layer keeps its tokens with the largest weights, in order.
 
-    Key, value and gate of the other tokens are removed, and with them their share of the softmax. That differs from
-    closing their gates, which leaves a key of zeros that still takes weight (docs/method.md shows by how much). The
-    shorter prefix is saved and loaded like any other. Parameters are replaced: make a new optimizer.
+    The other tokens' keys, values and gates are removed from the softmax. A gate of 0 does not do that: it leaves a key
+    of zeros, which still takes softmax mass (docs/method.md shows how much). The shorter prefix is saved and loaded
+    like any other. Parameters are replaced, so create a new optimizer.
 
     Args:
         model: a patched model.
-        lengths: one length for each attention module in model order, 0 to remove its prefix. `Probe.lengths` makes
-            them and knows the strongest tokens.
-        probe: whose weights rank the tokens, where ``lengths`` are plain ints. Without it, learned gates
-            (``gate="static"``) rank themselves.
+        lengths: one length for each attention module in model order, 0 to remove its prefix. `Probe.lengths` returns
+            them together with the tokens to keep.
+        probe: ranks the tokens where ``lengths`` are plain ints. Without it, only gates that do not depend on the input
+            (``gate="static"``) can be ranked.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: a length is above what the layer has, or nothing says which tokens are the strongest; the model
-            is as it was.
-        PatchError: the model is not patched, or is spread over processes.
+        ConfigError: a length exceeds the layer's, or the tokens cannot be ranked; the model is unchanged.
+        PatchError: the model is not patched, or its prefixes are sharded among processes.
     """
     state = state_of(model)
     events.check("prune", model)
@@ -325,7 +325,7 @@ def prune(model, lengths: Sequence[int], probe: Probe | None = None):
     for name, length in zip(names, lengths):
         have = found[name].length if name in found else 0
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= have:
-            raise ConfigError(f"lengths has {length!r} for {name}; it needs an int from 0 to {have}, what it has")
+            raise ConfigError(f"lengths has {length!r} for {name}; it needs an int from 0 to {have}")
         if not have:
             continue
         chosen = known.get(name)
@@ -345,6 +345,6 @@ def _weights(name: str, prefix: nn.Module, length: int, ranks: dict[str, list[fl
     if prefix.gate == "static":
         return torch.sigmoid(prefix.gate_logits.detach().float()).tolist()
     raise ConfigError(
-        f"{name} has the gate {prefix.gate!r}; which of its {prefix.length} tokens are the strongest, the parameters "
-        "do not say: give lengths from probe(...).lengths(...), or probe="
+        f"{name} has the gate {prefix.gate!r}, whose weights depend on the input, so its {prefix.length} tokens "
+        "cannot be ranked by the parameters alone; pass lengths from probe(...).lengths(...), or probe="
     )

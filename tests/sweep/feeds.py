@@ -77,7 +77,7 @@ def feeds(model, kind: str) -> list[dict]:
 def _vision_language(model) -> list[dict]:
     """Text alone where the model takes that, and text with pictures in it where it is known how to say that."""
     found, failure = [], None
-    for tries, seed in ((dummy_inputs.candidates(model), 5), (dummy_inputs.with_senses(model), 6)):
+    for tries, seed in ((dummy_inputs.candidates(model), 5), (dummy_inputs.multimodal(model), 6)):
         try:
             found.append(_first_that_runs(model, tries, seed))
         except Exception as error:  # raised below where no other way of feeding it works

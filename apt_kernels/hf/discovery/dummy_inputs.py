@@ -1,4 +1,4 @@
-"""Small inputs for the recording pass: what a model's forward may be given, from its signature and its config."""
+"""Small inputs for the recording pass, made from the signature of a model's forward and from its config."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-# Different lengths on the two sides tell cross-attention from self-attention, and from the batch.
+# The two sides differ in length, so that cross-attention differs from self-attention; neither equals the batch.
 QUERIES, ENCODER_TOKENS, BATCH = 7, 8, 2
 _SAMPLES, _FRAMES = 4000, 64
 
 
 def candidates(model, more: int = 0) -> Iterator[dict]:
-    """Keyword arguments of ``model.forward`` to try in turn; ``more`` tokens than usual where there are any."""
+    """Keyword arguments of ``model.forward`` to try in turn, with ``more`` additional tokens where there are tokens."""
     main = getattr(model, "main_input_name", "input_ids")
     accepted = inspect.signature(model.forward).parameters
-    sights = list(senses(model, accepted))
-    # Some bodies hand everything on (``*args, **kwargs``) and do not say what they take.
-    says = main if main in accepted else "input_ids" if "input_ids" in accepted else ""
-    if says == "input_ids" or (not says and "kwargs" in accepted and not sights):
+    others = list(non_text(model, accepted))
+    # Some bodies pass everything on (``*args, **kwargs``) and do not name what they accept.
+    named = main if main in accepted else "input_ids" if "input_ids" in accepted else ""
+    if named == "input_ids" or (not named and "kwargs" in accepted and not others):
         yield _tokens(model, accepted, more)
-    for sensed in sights:
-        yield _finished(model, accepted, sensed, more)
+    for other in others:
+        yield _finished(model, accepted, other, more)
         if "input_ids" in accepted:
-            yield from _joined(model, accepted, sensed, more)
+            yield from _joined(model, accepted, other, more)
 
 
-def with_senses(model) -> Iterator[dict]:
-    """Keyword arguments of ``model.forward`` that hold text together with pixels or sounds, to try in turn."""
+def multimodal(model) -> Iterator[dict]:
+    """Keyword arguments of ``model.forward`` that combine text with images or audio, to try in turn."""
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" in accepted:
-        for sensed in senses(model, accepted):
-            yield from _joined(model, accepted, sensed, 0)
+        for other in non_text(model, accepted):
+            yield from _joined(model, accepted, other, 0)
 
 
-def _joined(model, accepted, sensed: dict, more: int) -> Iterator[dict]:
-    found = with_placeholders(model, accepted, sensed, more)
-    if found is not None:
-        yield found
-    given = {**_tokens(model, accepted, more), **_placed(model, sensed)}
-    if "cross_attention_mask" in accepted and "aspect_ratio_mask" in sensed:
-        every = torch.ones(BATCH, given["input_ids"].shape[1], *sensed["aspect_ratio_mask"].shape[1:])
+def _joined(model, accepted, other: dict, more: int) -> Iterator[dict]:
+    placeholders = with_placeholders(model, accepted, other, more)
+    if placeholders is not None:
+        yield placeholders
+    given = {**_tokens(model, accepted, more), **_placed(model, other)}
+    if "cross_attention_mask" in accepted and "aspect_ratio_mask" in other:
+        every = torch.ones(BATCH, given["input_ids"].shape[1], *other["aspect_ratio_mask"].shape[1:])
         given.update(_placed(model, {"cross_attention_mask": every.long()}))
     if "image_attention_mask" in accepted:  # which tokens see which images
         given["image_attention_mask"] = torch.ones_like(given["input_ids"])[..., None]
@@ -54,9 +54,9 @@ def _joined(model, accepted, sensed: dict, more: int) -> Iterator[dict]:
 _FEATURES = {"get_image_features": "image", "get_video_features": "video", "get_audio_features": "audio"}
 
 
-def with_placeholders(model, accepted, sensed: dict, more: int = 0) -> dict | None:
-    """Pixels or sounds with a text that has the tokens that their features take the place of, as many as the model
-    makes of them; None where it does not say."""
+def with_placeholders(model, accepted, other: dict, more: int = 0) -> dict | None:
+    """Images or audio with a text that holds their placeholder tokens, one for each feature that the model computes;
+    None where the model has no such placeholders."""
     for getter, what in _FEATURES.items():
         token = next((i for i in map(vars(model.config).get, _names_of_token(what)) if isinstance(i, int)), None)
         get = getattr(model, getter, None)
@@ -64,8 +64,8 @@ def with_placeholders(model, accepted, sensed: dict, more: int = 0) -> dict | No
             continue
         try:
             with torch.no_grad():
-                count = _count_features(get(**_placed(model, sensed)))
-        except Exception:  # not what this model takes
+                count = _count_features(get(**_placed(model, other)))
+        except Exception:  # the model does not accept this input
             continue
         given = _tokens(model, accepted, more)
         ids = given["input_ids"]
@@ -76,12 +76,12 @@ def with_placeholders(model, accepted, sensed: dict, more: int = 0) -> dict | No
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in accepted:
                 given[name] = (ids == token).long()
-        return {**given, **_placed(model, sensed)}
+        return {**given, **_placed(model, other)}
     return None
 
 
 def _enclosed(model, ids: Tensor, token: int, count: int, what: str) -> list[Tensor]:
-    """``count`` tokens of one image, between those that begin and end it where the model has such."""
+    """``count`` tokens of one image, between its start and end tokens where the model has them."""
     kinds = ("audio",) if what == "audio" else (what, "vision")
     around = [
         next((i for k in kinds if isinstance(i := vars(model.config).get(f"{k}_{end}_token_id"), int)), None)
@@ -96,7 +96,7 @@ def _names_of_token(what: str) -> tuple[str, ...]:
 
 
 def _count_features(out) -> int:
-    """How many rows of features ``get_*_features`` returned, of all images together."""
+    """How many rows of features ``get_*_features`` returned for all images together."""
     features = getattr(out, "pooler_output", None)
     features = getattr(out, "last_hidden_state", out) if features is None else features
     if isinstance(features, Tensor):
@@ -104,15 +104,15 @@ def _count_features(out) -> int:
     return sum(math.prod(each.shape[:-1]) for each in features)
 
 
-def senses(model, accepted) -> Iterator[dict]:
-    """What a forward that takes the arguments ``accepted`` may be given of pixels and sounds, most likely first.
+def non_text(model, accepted) -> Iterator[dict]:
+    """Images and audio for a forward with the arguments ``accepted``, the most likely first.
 
-    Ones, since some models take images of zeros for padding.
+    Filled with ones, since some models treat images of zeros as padding.
     """
     question = {"qformer_input_ids": _ids(model, 3)} if "qformer_input_ids" in accepted else {}
-    for sensed in (*_images(model, accepted), *_sounds(model, accepted)):
-        yield {**sensed, **question}
-    for name in ("context", "patch_embeds"):  # states that another part computed
+    for other in (*_images(model, accepted), *_audio(model, accepted)):
+        yield {**other, **question}
+    for name in ("context", "patch_embeds"):  # hidden states that another part of the model computes
         if name in accepted and isinstance(width := _setting(model.config, "hidden_size", default=None), int):
             states = {name: torch.ones(BATCH, ENCODER_TOKENS, width)}
             mask = torch.ones(BATCH, ENCODER_TOKENS, dtype=torch.long)
@@ -155,7 +155,7 @@ def _images(model, accepted) -> Iterator[dict]:
 def _tokens(model, accepted, more: int) -> dict:
     inputs = {"input_ids": _ids(model, ENCODER_TOKENS + more)}
     if "attention_mask" in accepted:
-        # With a padding mask, transformers does not look for packed documents: meta tensors could not say.
+        # With a padding mask, transformers does not look for packed documents, which it cannot on meta tensors.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return _finished(model, accepted, inputs, more)
 
@@ -184,7 +184,7 @@ def _placed(model, inputs: dict) -> dict:
 
 
 def device(model) -> torch.device:
-    """Where the model's inputs go."""
+    """The device of the model's inputs."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
@@ -193,7 +193,7 @@ def device(model) -> torch.device:
 
 
 def _patches(config, accepted) -> Iterator[dict]:
-    """Images cut into patches that stand one after another, whatever their sizes: ``[patches, values]`` and a grid."""
+    """The patches of all images in one sequence, ``[patches, values]``, and the grid of each image."""
     channels = _setting(config, "num_channels", "in_channels", "in_chans", default=3)
     side = _first(_setting(config, "patch_size", default=16))
     merge = _first(
@@ -222,18 +222,18 @@ def _image_sizes(config, name: str) -> list[tuple[int, ...]]:
     sizes = [tuple(size)] if isinstance(size, (list, tuple)) else [(64, 64), (224, 224)]
     frames = _setting(config, "num_frames", "frames_per_clip", default=None)
     several = [(frames, *s) for s in sizes] if isinstance(frames, int) else []
-    # A picture and the tiles that it was cut into, as many as one of the known shapes of pictures has.
+    # An image and its tiles, as many as one of the model's grid shapes has.
     for shape in _setting(config, "image_grid_pinpoints", default=None) or ():
         several += [(1 + (shape[0] // s[0]) * (shape[1] // s[1]), *s) for s in sizes if s[0] and s[1]]
-    # Some take the images of a text, or the parts that an image was cut into, as one more size.
+    # Some models take a number of images, or of tiles, as one more dimension.
     return several + (sizes if name == "pixel_values" else []) + [(1, *s) for s in sizes]
 
 
-def _sounds(model, accepted) -> Iterator[dict]:
+def _audio(model, accepted) -> Iterator[dict]:
     for name in ("input_values", "input_features", "audio_mel"):
         if name not in accepted:
             continue
-        for shape in _sound_shapes(model.config, name):
+        for shape in _audio_shapes(model.config, name):
             given = {name: torch.ones(BATCH, *shape)}
             if "input_features_mask" in accepted:
                 frames = max(shape) if len(shape) == 2 else shape[0]
@@ -243,7 +243,7 @@ def _sounds(model, accepted) -> Iterator[dict]:
                 yield {**given, "audio_mel_mask": torch.zeros(BATCH, shape[0], dtype=torch.bool)}
 
 
-def _sound_shapes(config, name: str) -> list[tuple[int, ...]]:
+def _audio_shapes(config, name: str) -> list[tuple[int, ...]]:
     found = [(_SAMPLES,), (1, _SAMPLES)] if name == "input_values" else []
     widths = (
         "num_mel_bins",
@@ -266,14 +266,14 @@ def _sound_shapes(config, name: str) -> list[tuple[int, ...]]:
 
 
 def _parts(config) -> list:
-    """``config`` and the configs inside it, those of senses first."""
+    """``config`` and the configs inside it, text and decoder configs last."""
     inside = {n: v for n, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
     inside = sorted(inside.items(), key=lambda item: "text" in item[0] or "decoder" in item[0])
     return [config, *(part for _, each in inside for part in _parts(each))]
 
 
 def _setting(config, *names: str, default):
-    """What the first of the configs that has one of ``names`` says; a vision config is asked before all others."""
+    """The first of ``names`` that one of the configs sets; the vision config comes before all others."""
     parts = _parts(config)
     first = [part for part in (getattr(config, "vision_config", None),) if isinstance(part, PreTrainedConfig)]
     for part in first + parts:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: over which processes the heads of an attention module are spread."""
+"""Tensor parallelism: the processes among which the heads of an attention module are sharded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..weights import distributes
 
 
 def with_meshes(model, sites: list[Site]) -> list[Site]:
-    """``sites`` with the mesh over which tensor parallelism spreads them, and with the heads of all processes.
+    """``sites`` with their tensor-parallel mesh and with the number of heads on all processes together.
 
-    Raises `PatchError` where the sharding of an attention module's heads cannot be told.
+    Raises `PatchError` where the sharding of an attention module's heads cannot be determined.
     """
     if not distributes(model):
         return sites
@@ -34,14 +34,14 @@ def _with_mesh(model, site: Site) -> Site:
     if mesh.ndim != 1 or total != site.heads * mesh.size() or kv_total not in (None, kv_heads):
         raise PatchError(
             f"{site.name} attends with {site.heads} query heads and {site.kv_heads} key/value heads on this process; "
-            f"the config has {total} and {kv_total}, and {mesh.size()} processes hold its weights: how its heads are "
-            "spread over them is not known"
+            f"the config has {total} and {kv_total}, and {mesh.size()} processes hold its weights; how its heads are "
+            "sharded among them cannot be determined"
         )
     return replace(site, heads=total, kv_heads=kv_heads, mesh=mesh, sharded=True)
 
 
 def shared_generator(seed: int | None, sites: list[Site]) -> torch.Generator | None:
-    """Where prefixes are drawn from: with tensor parallelism, the same on all processes; None: torch's generator."""
+    """The generator of the initial values, the same on all processes of a mesh; None: torch's global generator."""
     mesh = next((site.mesh for site in sites if site.mesh is not None), None)
     if seed is None and mesh is not None:
         drawn = torch.randint(2**63 - 1, (1,)).to(mesh.device_type)

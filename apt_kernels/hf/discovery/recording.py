@@ -209,7 +209,7 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
 
 def _extend(recorder: _Recorder, model, prepare) -> None:
     """Add what is reached only where pixels or sounds go in together with the text."""
-    for given in dummy_inputs.with_senses(model):
+    for given in dummy_inputs.multimodal(model):
         other, failure = _pass(model, model, given, prepare)
         if failure is None and not other.watch.lost:
             # What ran before without attention over tokens has none now.
