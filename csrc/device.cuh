@@ -1,4 +1,4 @@
-// What the kernels ask of the machine, on a CUDA device. host/shim.h offers the same names on the host.
+// The device functions that the kernels use. host/shim.h defines the same names for the host.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #define APT_DEVICE __device__ __forceinline__
-// One block a multiprocessor is asked for: else the compiler spills a few bytes to make room for more.
+// One block per multiprocessor: with more, the compiler spills registers to reach a higher occupancy.
 #define APT_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define APT_PROBLEM const __grid_constant__ Problem
 #define APT_SHARED(name) extern __shared__ __align__(16) char name[]
@@ -79,7 +79,7 @@ APT_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// Whether the tensor cores take a type by eight inner elements only: float16 on 7.5.
+// Whether the tensor cores multiply a type in steps of eight inner elements: float16 on 7.5.
 template <class T>
 APT_DEVICE constexpr bool by_eights() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -115,7 +115,7 @@ APT_DEVICE void multiply_k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 #endif
 }
 
-// Sixteen bytes from global to shared memory; in flight until `wait_for_copies`, from 8.0.
+// Copy sixteen bytes from global to shared memory; asynchronous until `wait_for_copies` on 8.0 and newer.
 APT_DEVICE void copy_vector(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -129,7 +129,7 @@ APT_DEVICE void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Until no more than the last `pending` commits are in flight.
+// Wait until at most the last `pending` groups of copies are incomplete.
 template <int pending>
 APT_DEVICE void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

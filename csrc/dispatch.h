@@ -11,7 +11,7 @@ struct Tile {
     int rows, columns, shared;  // shared memory in bytes
 };
 
-// How a kernel of this instance is cut.
+// The tile sizes of a kernel of this instance.
 template <class T, int WIDTH>
 Tile tile(Kernel kernel);
 

@@ -1,4 +1,4 @@
-// Forward: a block takes a tile of queries of one head through the prefix, then through the tokens that it sees.
+// Forward: a block processes a tile of queries of one head over the prefix, then over the visible tokens.
 #pragma once
 
 #include "tile.cuh"
@@ -7,7 +7,7 @@ namespace apt {
 
 APT_DEVICE constexpr int tiles_of(int64_t length, int size) { return static_cast<int>((length + size - 1) / size); }
 
-// The tiles that a tile of queries walks over: those of the prefix, then those of the tokens.
+// The column tiles of one tile of queries: those of the prefix, then those of the tokens.
 template <class C>
 struct Walk {
     int prefix_tiles, tiles, first, end;  // keys first .. end - 1
@@ -41,7 +41,7 @@ struct Walk {
     }
 };
 
-// Which tile of queries a block has. Under a causal mask the last queries have most to do: they start first.
+// The block's tile of queries. Under a causal mask the last queries see the most keys, so they start first.
 template <class C>
 APT_DEVICE int query_tile(const Problem& p) {
     const int tiles = tiles_of(p.queries, C::ROWS);
@@ -93,7 +93,7 @@ struct Softmax {
         }
     }
 
-    // From logits to probabilities against the new maximum; returns the rescale of what was summed before.
+    // From logits to probabilities against the new maximum; returns the factor for the earlier sums.
     APT_DEVICE void probabilities(float (&c)[C::TILES][4], float (&rescale)[2]) {
         APT_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -118,7 +118,7 @@ struct Softmax {
         }
     }
 
-    // What weighs the values: probabilities after dropout, times the gate on prefix columns.
+    // The weights of the values: probabilities after dropout, times the gate on prefix columns.
     APT_DEVICE static void drop(float (&c)[C::TILES][4], const Problem& p, const Place& at, const Query (&q)[2],
                                 int first, bool prefix) {
         if (!prefix && !p.seed.data) {

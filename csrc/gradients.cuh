@@ -5,7 +5,7 @@
 
 namespace apt {
 
-// The products of one tile: c = own_a walked_a^T and r = own_b walked_b^T, own rows being this warp's.
+// The products of one tile: c = own_a walked_a^T and r = own_b walked_b^T; `own` rows belong to this warp.
 template <class C, class T>
 APT_DEVICE void multiply_both(float (&c)[C::TILES][4], float (&r)[C::TILES][4], const T* own_a, const T* walked_a,
                               int dim, const T* own_b, const T* walked_b, int value_dim) {
@@ -16,7 +16,7 @@ APT_DEVICE void multiply_both(float (&c)[C::TILES][4], float (&r)[C::TILES][4], 
     multiply_transposed<C>(r, own_b + o, walked_b, value_dim);
 }
 
-// dq of a tile of queries of one head: through the prefix, then through the tokens that they see.
+// dq of a tile of queries of one head: over the prefix, then over the visible tokens.
 template <class T, int WIDTH>
 APT_KERNEL((Cut<T, WIDTH, true>::THREADS)) query_gradient(APT_PROBLEM p) {
     if constexpr (kRuns<T>) {
@@ -85,7 +85,7 @@ APT_KERNEL((Cut<T, WIDTH, true>::THREADS)) query_gradient(APT_PROBLEM p) {
 template <int WIDTH>
 constexpr int kParts = WIDTH > 128 ? WIDTH / 128 : 1;
 
-// Which rows a block of `key_gradient` owns, and the units of work that it walks over: batch rows, and in each the
+// The rows that a block of `key_gradient` owns, and the units that it iterates over: batch rows, and in each the
 // pairs of a head of the group and a tile of queries.
 template <class C, bool PREFIX>
 struct Share {
@@ -131,7 +131,7 @@ struct Share {
 };
 
 // dk and dv of a tile of keys of one key head, over the queries of its group that see them; or, for the prefix, partial
-// sums of dPk and dPv over a chunk of batch rows or a split of one, and of the gradient of a gate that a row shares.
+// sums of dPk and dPv over a chunk of batch rows or a split of one, and of the gradient of a gate that all queries of a row share.
 template <class T, int WIDTH, bool PREFIX>
 APT_KERNEL((Cut<T, WIDTH, true>::THREADS)) key_gradient(APT_PROBLEM p) {
     if constexpr (kRuns<T>) {

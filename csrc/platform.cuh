@@ -1,4 +1,4 @@
-// The machine that is compiled for.
+// The platform that the kernels are compiled for.
 #pragma once
 
 #include "problem.h"

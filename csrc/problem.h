@@ -1,5 +1,5 @@
-// The kernels, and what each of them is given: one plain structure of tensors and numbers. Only this file has their
-// order; Python asks the library for it.
+// The kernels and their argument: one plain structure of tensors and numbers. Only this file defines the order of its
+// fields; Python reads it from the library.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ struct Array {
 
 // The shapes are those of `Inputs` in apt_kernels/impl/inputs.py: `length` is the prefix's, `left` and `right` the
 // window with 2^40 for open sides. `kept` is 1 / (1 - dropout_p). `ranges` holds, for every tile of queries or keys,
-// the first and the end of what padding and segments let it see. `sums` takes what is summed over heads or tiles.
+// the first and the end of what padding and segments let it see. `sums` holds partial sums over heads or tiles.
 // `chunk` batch rows share one partial sum of the prefix's gradient, and `splits` divide the queries of one row.
 struct Problem {
 #define APT_FIELD(name) Array name;

@@ -9,7 +9,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
 
-// A block's place among batch rows and heads.
+// The batch row and the heads of a block.
 struct Place {
     int b, h, kv;
     int64_t base;  // position of query 0 among the keys
@@ -20,7 +20,7 @@ struct Place {
     }
 };
 
-// What the elements of one query's row share.
+// Values that are the same for all elements of one query's row.
 struct Query {
     int t, first, end;  // the query, and the keys that causality and window let it see
     uint32_t key;       // of dropout
@@ -33,7 +33,7 @@ APT_DEVICE int within(int64_t i, int64_t limit) { return static_cast<int>(i < 0 
 APT_DEVICE int first_key(const Problem& p, int64_t base, int t) { return within(base + t - p.left, p.keys); }
 APT_DEVICE int end_key(const Problem& p, int64_t base, int t) { return within(base + t + p.right + 1, p.keys); }
 
-// The stream of apt_kernels/impl/dropout.py.
+// The random numbers of apt_kernels/impl/dropout.py.
 APT_DEVICE uint32_t mix(uint32_t x) {
     x ^= x >> 16;
     x *= 0x7feb352du;
@@ -70,7 +70,7 @@ APT_DEVICE Query query_row(const Problem& p, const Place& at, int t) {
     return q;
 }
 
-// Whether queries of one batch row have gates of their own.
+// Whether each query of a batch row has its own gate.
 APT_DEVICE bool gate_per_query(const Problem& p) {
     return p.gate_index.data ? p.gate_index.stride[3] != 0 : p.gate.data && p.gate.stride[2] != 0;
 }
@@ -179,7 +179,7 @@ APT_DEVICE Gradient prefix_gradient(const Problem& p, const Query& q, int m, flo
     return {keep ? probability : 0, dz, dz, dz * s * p.scale + probability * r};
 }
 
-// A range cut to what padding and segments leave of it, as found for tile `tile` of batch row `b` of `tiles`.
+// The part of a range that padding and segments leave visible for tile `tile` of `tiles`, batch row `b`.
 APT_DEVICE void narrow(const Problem& p, int b, int tiles, int tile, int& first, int& end) {
     if (p.ranges.data) {
         const int32_t* range = reinterpret_cast<const int32_t*>(p.ranges.data) + 2 * (int64_t(b) * tiles + tile);

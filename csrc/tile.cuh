@@ -1,6 +1,6 @@
 // Tiles in shared memory, and their products.
 //
-// A warp owns 16 rows of a product. Its accumulators lie as the tensor cores have them, for every type: element e of
+// A warp owns 16 rows of a product. Its accumulators have the tensor cores' layout, for every type: element e of
 // column tile j, at row lane / 4 + 8 * (e / 2), column 8 * j + 2 * (lane % 4) + e % 2.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace apt {
 
 constexpr int kWarpRows = 16;
 
-// How a kernel is cut: a block owns ROWS rows and walks over COLS columns at a time. Everything fits the 64 KiB of 7.5.
+// Tile sizes: a block owns ROWS rows and iterates over COLS columns at a time; all fit into the 64 KiB of 7.5.
 template <class T, int WIDTH, bool BACKWARD>
 struct Cut {
     static constexpr int BYTES = WIDTH * int(sizeof(T));
@@ -24,7 +24,7 @@ struct Cut {
     static constexpr int VECTOR = 16 / int(sizeof(T));
     // Sixteen bytes more than a row: the rows of an 8x8 tile then lie in different banks.
     static constexpr int STRIDE = WIDTH + VECTOR;
-    // float32 hands probabilities to the second product through shared memory; 16-bit types do so in registers.
+    // float32 passes probabilities to the second product through shared memory, 16-bit types in registers.
     static constexpr int SCRATCH_STRIDE = COLS + 4;
     static constexpr int SCRATCH = HALF ? 0 : kWarpRows * SCRATCH_STRIDE;
     static constexpr int OWNED = BACKWARD ? 2 : 1;
@@ -34,7 +34,7 @@ struct Cut {
     static_assert(SHARED <= 64 * 1024 - 2048, "a tile is too large for compute capability 7.5");
 };
 
-// Where a thread stands in its warp's tile.
+// The rows and columns of a thread in its warp's tile.
 struct Lane {
     int warp, lane, row, column;
     APT_DEVICE Lane() : warp(thread_index() / 32), lane(thread_index() % 32), row(lane / 4), column(lane % 4 * 2) {}

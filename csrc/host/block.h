@@ -1,22 +1,22 @@
-// A block of threads on the host: where they are, and where they meet.
+// A block of threads on the host: indices and barriers.
 #pragma once
 
 #include <functional>
 
 namespace apt::host {
 
-// Room for what one lane hands to its warp.
+// Space for the data that one lane passes to its warp.
 constexpr int kExchangeBytes = 64;
 
 int thread();
 int block();
 char* shared_memory();
 
-// Wait for every thread of the block, or of the warp. Threads that part at one of these end the process.
+// Wait for every thread of the block, or of the warp. Threads that diverge at a barrier end the process.
 void meet_block();
 void meet_warp();
 
-// The warp's buffer for an exchange, `kExchangeBytes` a lane; two take turns, so one meeting an exchange is enough.
+// The warp's buffer for an exchange, `kExchangeBytes` per lane; two alternate, so that one barrier each suffices.
 char* next_exchange();
 
 // Run `kernel` in every thread of every block, block after block, each with `shared` bytes of memory that holds NaN.

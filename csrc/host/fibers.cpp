@@ -1,4 +1,4 @@
-// The threads of a block as fibers of one thread of the system: quick, the same order every time, no races to see.
+// The threads of a block as fibers of one system thread: fast and deterministic, but races do not show.
 #include <ucontext.h>
 
 #include <cstdio>
@@ -41,7 +41,7 @@ struct Block {
     std::abort();
 }
 
-// The next fiber's turn; back to the outside when none is left.
+// Switch to the next fiber, or to the caller when all have ended.
 void yield() {
     const int from = now.current;
     if (now.running == 0) {

@@ -1,5 +1,5 @@
-// What the kernels ask of the machine, on the host: the threads of a block run as fibers (as threads of the system with
-// APT_THREADS), shared memory is poisoned before every block, and the matrix instructions do what the PTX manual says.
+// The device functions on the host: the threads of a block run as fibers (as system threads with APT_THREADS), shared
+// memory holds NaN before every block, and the matrix instructions follow the PTX manual.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -34,7 +34,7 @@ struct alignas(16) float4 {
 namespace host {
 inline int half_step = 16;
 
-// A device stops at an address that is no multiple of 16 bytes where a vector is meant; so does this.
+// A vector access to an address that is not a multiple of 16 bytes ends the process, as it does on a device.
 inline void check_aligned(const void* address) {
     if (reinterpret_cast<uintptr_t>(address) % 16) {
         std::fprintf(stderr, "apt_kernels: block %d, thread %d: a vector at an odd address\n", block(), thread());
@@ -49,7 +49,7 @@ inline int block_index() { return host::block(); }
 inline void sync_block() { host::meet_block(); }
 inline void sync_warp() { host::meet_warp(); }
 
-// Every lane of a warp hands over `mine` and sees what the others handed over.
+// Exchange between the lanes of a warp: each passes `mine` and reads those of the others.
 template <class Value>
 const Value* exchange(const Value& mine) {
     static_assert(sizeof(Value) <= host::kExchangeBytes);
@@ -140,7 +140,7 @@ void multiply_groups(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     }
 }
 
-// What 7.5 does with float16, where the environment has APT_HALF_STEP=8.
+// The float16 product of 7.5, used if the environment has APT_HALF_STEP=8.
 template <class T>
 bool by_eights() {
     return std::is_same_v<T, half_t> && host::half_step == 8;

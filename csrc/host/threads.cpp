@@ -1,4 +1,4 @@
-// The threads of a block as threads of the system, for the thread sanitizer: a missing barrier is a race that it sees.
+// The threads of a block as system threads, for the thread sanitizer, which reports a missing barrier as a race.
 #include <barrier>
 #include <cstring>
 #include <memory>
