@@ -24,10 +24,10 @@ help:
 	@echo 'make clean  remove what make made'
 
 demo: $(VENV)/demo.stamp
-	$(RUN) -m bench.demo.run $(ARGS)
+	$(RUN) -m bench demo $(ARGS)
 
 bench: $(VENV)/stamp
-	$(RUN) -m bench.speed.run $(ARGS)
+	$(RUN) -m bench speed $(ARGS)
 
 # Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
@@ -59,7 +59,7 @@ library: $(VENV)/stamp
 	$(RUN) csrc/build.py
 
 report: $(VENV)/stamp
-	$(RUN) -m bench.compiled.cuda_report $(ARGS)
+	$(RUN) -m bench compiled library $(ARGS)
 
 sanitize: $(VENV)/stamp
 	PYTHONPATH=.:tests $(RUN) -m helpers.sanitize $(ARGS)

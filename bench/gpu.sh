@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # On a machine with a GPU and no network: the machine line, the GPU tests, then the benchmark. At most nine minutes.
-# Each stage leaves its results under $APT_OUT as it ends (default: $OUT, or else bench/results/latest). A subset:
-#   APT_STAGES      default: library machine tests, the benchmark's stages, table  (one or more of them, in this order);
-#                   after tests, when asked for: sanitizer (memcheck and racecheck of the CUDA library, 300 s)
+# Each stage writes its results to $APT_OUT when it ends (default: $OUT, or else bench/results/latest). To run a subset:
+#   APT_STAGES      default: library machine tests, the stages of `python -m bench speed --list-stages`, table
+#                   (one or more of them, in this order); optional, after tests: sanitizer (memcheck and racecheck of
+#                   the CUDA library, 300 s)
 #   APT_MINUTES     for everything (default 9);  APT_TEST_SECONDS  for the tests (default 170)
 #   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
 #   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
-#   APT_TUNE        seconds for trying other tiles of the Triton kernels (bench.tune); unset: none
+#   APT_TUNE        seconds of `python -m bench compiled tune`; unset: no search
 #   APT_REGISTRY    gpu, cpu or tiny;  APT_DEVICE  cuda or cpu;  APT_COMMIT  the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${APT_OUT:-${OUT:-bench/results/latest}}"
-benchmarks="causal encoder query long decode training generation compilation compiled"
-stages=" ${APT_STAGES:-library machine tests $benchmarks table} "
 python="${PYTHON:-python3}"
 end=$((SECONDS + $(printf '%.0f' "$(echo "${APT_MINUTES:-9}" | awk '{print $1 * 60}')")))
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=""
+benchmarks="$("$python" -m bench speed --list-stages)" || { echo "python -m bench speed does not start" >&2; exit 1; }
+stages=" ${APT_STAGES:-library machine tests $benchmarks table} "
 
 left() { echo $((end - SECONDS - 10)); }
 wanted() { [[ $stages == *" $1 "* ]]; }
@@ -38,7 +39,7 @@ if wanted tests; then
     workers="${APT_WORKERS:-4}"
     "$python" -c 'import xdist' 2>/dev/null || workers=""
     timeout "${APT_TEST_SECONDS:-170}" "$python" -m pytest -q --maxfail=20 ${workers:+-n "$workers"} \
-        ${APT_TESTS:-tests/impl/cuda/test_cuda.py tests/test_triton*.py} -p no:cacheprovider --junitxml "$out/tests.xml" \
+        ${APT_TESTS:-tests/impl/cuda/test_cuda.py tests/impl/triton} -p no:cacheprovider --junitxml "$out/tests.xml" \
         > "$out/tests.log" 2>&1 || failed="$failed tests"
     tail -n 5 "$out/tests.log"
 fi
@@ -47,7 +48,7 @@ if wanted sanitizer; then
         env PYTHONPATH=.:tests "$python" -m helpers.sanitize memcheck racecheck > "$out/sanitizer.log" 2>&1 || failed="$failed sanitizer"
     tail -n 3 "$out/sanitizer.log"
 fi
-[[ -z ${APT_TUNE:-} ]] || "$python" -m bench.compiled.tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
+[[ -z ${APT_TUNE:-} ]] || "$python" -m bench compiled tune --seconds "$APT_TUNE" --out "$out/tune.json" > "$out/tune.log" 2>&1 || failed="$failed tune"
 then=" $benchmarks"
 for stage in $benchmarks; do
     then="${then/ $stage/}"
@@ -58,7 +59,7 @@ for stage in $benchmarks; do
         failed="$failed $stage"
         continue
     fi
-    timeout "$(left)" "$python" -m bench.speed.run --stage "$stage" --out "$out/json" --details \
+    timeout "$(left)" "$python" -m bench speed --stage "$stage" --out "$out/json" --details \
         --within "$(left)" ${others:+--then $others} \
         ${APT_REGISTRY:+--registry "$APT_REGISTRY"} ${APT_DEVICE:+--device "$APT_DEVICE"} ${APT_ONLY:+--only "$APT_ONLY"} \
         ${APT_PEERS:+--peers "$APT_PEERS"} ${APT_SECONDS:+--seconds "$APT_SECONDS"} \
@@ -66,6 +67,6 @@ for stage in $benchmarks; do
     grep -E "^$stage: |passed|FAILED" "$out/$stage.log" | tail -n 12
 done
 if wanted table && compgen -G "$out/json/*.json" > /dev/null; then
-    "$python" -m bench.speed.report "$out/json" --out "$out" | tee "$out/table.txt" | cut -c1-"${COLUMNS:-220}"
+    "$python" -m bench report "$out/json" --out "$out" | tee "$out/table.txt" | cut -c1-"${COLUMNS:-220}"
 fi
 [[ -z $failed ]] || { echo "failed or cut short:$failed"; exit 1; }

@@ -15,10 +15,12 @@ import pickle
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache as memoise
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -235,6 +237,30 @@ class _Driver:
         return 0
 
 
+@contextmanager
+def driver_of(driver) -> Iterator[None]:
+    """Triton's active driver is ``driver`` within it, and the one before afterwards."""
+    from triton.runtime import driver as config
+
+    before = dict(vars(config))
+    config.set_active(driver)
+    try:
+        yield
+    finally:
+        vars(config).update(before)
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    """PyTorch's precision of float32 products is ``name`` within it, and the one before afterwards."""
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, name
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def _gpu_target(target: int | str, lanes: int):
     from triton.backends.compiler import GPUTarget
 
@@ -256,21 +282,25 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
 
     ``wanted``: the inputs whose gradients are asked for; None: all.
     """
-    import triton
-
     from apt_kernels.impl.inputs import DIFFERENTIABLE
     from apt_kernels.impl.triton import arguments, attend, gradients, strategy
 
-    triton.runtime.driver.set_active(_Driver(_gpu_target(job.chips[0].lowered, job.chips[0].lanes)))
-    _hash_in_order()
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if VARIANTS[job.variant].tf32 else "ieee"
-    tiles.architecture = lambda device: job.architecture
-    arguments.execute = execute
-    x = make_job_inputs(job, **sizes)
-    way = "merge" if VARIANTS[job.variant].merge else strategy(x)
-    out, logsumexp = attend.forward(x, way)
-    needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
-    gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, way)
+    def architecture(device) -> str:
+        return job.architecture
+
+    chip, precision = job.chips[0], "tf32" if VARIANTS[job.variant].tf32 else "ieee"
+    with (
+        driver_of(_Driver(_gpu_target(chip.lowered, chip.lanes))),
+        _matmul_precision(precision),
+        mock.patch.object(tiles, "architecture", architecture),
+        mock.patch.object(arguments, "execute", execute),
+    ):
+        _hash_in_order()
+        x = make_job_inputs(job, **sizes)
+        way = "merge" if VARIANTS[job.variant].merge else strategy(x)
+        out, logsumexp = attend.forward(x, way)
+        needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
+        gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, way)
 
 
 def _form(argument) -> str:

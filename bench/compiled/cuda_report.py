@@ -1,6 +1,6 @@
 """Compile report of the CUDA C++ kernels: registers, spills and shared memory on every architecture, without a GPU.
 
-``python -m bench.compiled.cuda_report`` builds the library with nvcc for ``TORCH_CUDA_ARCH_LIST`` (or the default
+``python -m bench compiled library`` builds the library with nvcc for ``TORCH_CUDA_ARCH_LIST`` (or the default
 list), prints a line for each kernel, and fails where one spills, or needs more shared memory than a chip has.
 """
 
@@ -114,18 +114,14 @@ def report() -> int:
     return faults if results else 1
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     """Print the report; the exit code says whether anything is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.cuda_report", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench compiled library", description=__doc__.split("\n\n")[0])
     parser.add_argument("--if-there-is-a-compiler", action="store_true", help="no fault where nvcc is missing")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     try:
         build.find_nvcc()
     except build.BuildError as error:
         print(f"the CUDA kernels were NOT compiled: {error}", file=sys.stderr)
         return 0 if options.if_there_is_a_compiler else 1
     return 1 if report() else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

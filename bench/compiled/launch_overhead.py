@@ -1,8 +1,10 @@
-"""The time that the Triton implementation takes of the processor that launches it, with no GPU: launches are stubbed.
+"""Host time of the Triton implementation, with no GPU: the time to launch the kernels, launches replaced by stubs.
 
-Kernels are compiled for the chip (kept in Triton's cache), the driver is replaced by one that does nothing, and what is
-left is Python: ours, Triton's and torch's. It bounds short calls on a GPU from below. Median microseconds of many
-calls; take it on an idle machine. Usage: python -m bench.compiled.launch_overhead [--architecture sm_90]
+    python -m bench compiled overhead [--architecture sm_90]
+
+Kernels are compiled for the chip (cached by Triton), and a driver that does nothing replaces the real one. What remains
+is Python: ours, Triton's and torch's. It is a lower bound of short calls on a GPU. Median microseconds of many calls;
+run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -13,31 +15,40 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 
 from apt_kernels.impl.inputs import DIFFERENTIABLE
 from apt_kernels.impl.triton import tiles
-from bench.machine import line, machine
-from bench.speed.tables import markdown
+from bench.common.machine import line, machine
+from bench.common.markdown import markdown
 
-from .aot_compile import CHIPS, Job, _Driver, _gpu_target, make_job_inputs
+from .aot_compile import CHIPS, Job, _Driver, _gpu_target, driver_of, make_job_inputs
 
 CALLS = 500
 
 
 class Launches:
-    """A driver whose launches are counted and do nothing."""
+    """As a context: launches for the architecture are counted and do nothing. Afterwards all is as before."""
 
     def __init__(self, architecture: str):
-        import triton
+        self.count, self.architecture, self.undo = 0, architecture, ExitStack()
 
-        self.count, chip = 0, CHIPS[architecture][0]
+    def __enter__(self) -> Launches:
+        chip = CHIPS[self.architecture][0]
         driver = _Driver(_gpu_target(chip.target, chip.lanes))
-        driver.launcher_cls = lambda *_: self
-        driver.utils = _Utils
-        triton.runtime.driver.set_active(driver)
-        tiles.architecture = lambda device: architecture
+        driver.launcher_cls, driver.utils = lambda *_: self, _Utils
+        self.undo.enter_context(driver_of(driver))
+        self.undo.enter_context(mock.patch.object(tiles, "architecture", self._architecture))
+        return self
+
+    def _architecture(self, device) -> str:
+        return self.architecture
+
+    def __exit__(self, *raised) -> None:
+        self.undo.close()
 
     def __call__(self, *given) -> None:
         self.count += 1
@@ -75,9 +86,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def main(given: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compiled.launch_overhead", description=__doc__.split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m bench compiled overhead", description=__doc__.split("\n\n")[0])
     parser.add_argument("--architecture", choices=[name for name in CHIPS if name.startswith("sm_")], default="sm_90")
     architecture = parser.parse_args(given).architecture
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -85,17 +94,13 @@ def main(given: list[str] | None = None) -> int:
         return 2
     torch.set_num_threads(1)
     lines = []
-    launches = Launches(architecture)
-    for name, call in passes(architecture).items():
-        call()
-        launches.count = 0
-        call()
-        count = launches.count
-        lines.append((name, str(count), f"{microseconds(call):.0f}"))
+    with Launches(architecture) as launches:
+        for name, call in passes(architecture).items():
+            call()
+            launches.count = 0
+            call()
+            count = launches.count
+            lines.append((name, str(count), f"{microseconds(call):.0f}"))
     print(markdown(("pass", "launches", "microseconds"), lines))
     print(f"\n{line(machine(torch.device('cpu')))}; tiles of {architecture}, head size 128, bfloat16")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

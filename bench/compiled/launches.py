@@ -1,12 +1,12 @@
-"""What a layer's kernels really do, counted while Triton's interpreter runs them: launches, multiplications, bytes.
+"""Launches, multiplications and bytes of a layer's kernels, counted while Triton's interpreter runs them.
 
-    TRITON_INTERPRET=1 python -m bench.compiled.launches [--architecture sm_90]
-    TRITON_INTERPRET=1 python -m bench.compiled.launches --update  # writes bench/results/launches.json
+    TRITON_INTERPRET=1 python -m bench compiled launches [--architecture sm_90]
+    TRITON_INTERPRET=1 python -m bench compiled launches --update  # writes bench/results/launches.json
 
-Tiles are those of the architecture's table; products and loads are counted where the kernels make them, so masked and
-padded parts of tiles count too; PyTorch's own kernels around them (casts, sums of partial results) are listed with the
-bytes of their operands. The floor is `bench.counts`: what the mathematics needs, every tensor moved once. No time is
-measured: this is what a time would have to be explained by.
+The tiles are those of the architecture. Products and loads are counted where the kernels make them, so masked and
+padded parts of tiles count too. PyTorch's own kernels (casts, sums of partial results) are listed with the bytes of
+their operands. The lower bound is `bench.speed.counts`: the arithmetic of the op, and every tensor moved once. No time
+is measured.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 
 from apt_kernels.impl.inputs import DIFFERENTIABLE
 from apt_kernels.ops.attention import make_inputs
-from bench import machine
+from bench.common import machine
+from bench.common.markdown import markdown, number
 from bench.speed import counts
 from bench.speed.shapes import Shape, causal, decode, encoder, operands
-from bench.speed.tables import markdown, number
 
 RECORD = machine.RESULTS / "launches.json"
 # Small enough to interpret, large enough that full tiles outnumber the cut ones.
@@ -211,13 +211,17 @@ def _cells(launch: Launch, flops: float | None = None, least: int | None = None)
     ]
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     from apt_kernels.impl import triton
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compiled launches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--architecture", default="sm_90")
     parser.add_argument("--update", action="store_true", help=f"write {RECORD.relative_to(machine.ROOT)}")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if not triton._interpreted():
         print("TRITON_INTERPRET=1 is not set: there is nothing to count", file=sys.stderr)
         return 2
@@ -226,7 +230,3 @@ def main() -> int:
     if options.update:
         RECORD.write_text(json.dumps(record(options.architecture, found), indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

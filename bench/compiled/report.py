@@ -1,11 +1,17 @@
-"""Compile every entry of the Triton dispatch table for its chips, with no GPU, and check what comes out.
+"""Compile every tile of the Triton kernels for its chips, with no GPU, and check the result.
 
-Prints registers, stack, shared memory, occupancy and the kind of matrix instruction of every kernel in every variant;
-exits with 1 where one does not compile, spills in a default configuration, exceeds its chip's shared memory, or has no
-matrix instruction where it should. Usage: python -m bench.compiled.report [--architecture sm_90] [--help]
+    python -m bench compiled                                      every tile; hours on one core, seconds when cached
+    python -m bench compiled --architecture sm_90 --head 128      one chip and one head size
+    python -m bench compiled --write                              also write the table to bench/results/compile/
+    python -m bench compiled library                              the CUDA library's kernels, with nvcc
+    python -m bench compiled launches                             launches, arithmetic and bytes of a layer
+    python -m bench compiled overhead                             host time of a launch
+    python -m bench compiled tune                                 search for better tiles
 
-What was compiled is kept (see `bench.ahead`): the whole matrix takes hours on one core, a rerun seconds. The code most
-at risk is compiled first. ``--write`` leaves a table in bench/results/compile/, ``--cached`` compiles nothing more.
+Prints registers, stack, shared memory, occupancy and the kind of matrix instruction of every kernel in every variant.
+The exit status is 1 if a kernel does not compile, spills in a default configuration, exceeds its chip's shared memory,
+or lacks a matrix instruction. Results are cached (see `bench.compiled.aot_compile`), and the code most likely to fail
+is compiled first.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from pathlib import Path
 import torch
 
 from apt_kernels.impl.triton import tiles
-from bench.machine import RESULTS, commit
+from bench.common.machine import RESULTS, commit
 
 from .aot_compile import VARIANTS, Chip, Facts, Job, Unit, cached, compile_cached, jobs, units
 
@@ -90,7 +96,7 @@ def _risk(unit: Unit) -> tuple:
 
 def summary(found: list[Unit], facts: dict[str, dict]) -> str:
     """A line for every chip, element, head size and kernel: the worst over its variants, and how many were compiled."""
-    from bench.speed.tables import markdown
+    from bench.common.markdown import markdown
 
     rows, all_of = {}, {}
     for unit in found:
@@ -133,7 +139,7 @@ def write(found: list[Unit], facts: dict[str, dict], folder: Path) -> Path:
     compiled = sum(unit.key in facts for unit in found)
     text = f"""# The Triton kernels, compiled ahead of time
 
-Generated: `python -m bench.compiled.report --write`. Triton {triton.__version__}, commit {taken["id"]}\
+Generated: `python -m bench compiled --write`. Triton {triton.__version__}, commit {taken["id"]}\
 {" and changes" if taken["dirty"] else ""}. {compiled} of {len(found)} distinct pieces of code compiled, {faults} \
 results at fault. Registers, stack (bytes) and shared memory are the largest over the variants, blocks (a \
 multiprocessor's) the fewest; what is not listed was not compiled yet. 8.9 is assembled from the PTX of 8.6: Triton \
@@ -161,14 +167,22 @@ def _compiled(found: Iterable[Unit], processes: int, only_cached: bool):
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.report", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--architecture", nargs="+", choices=tiles.ARCHITECTURES, default=tiles.ARCHITECTURES)
-    parser.add_argument("--width", nargs="+", type=int, choices=tiles.WIDTHS, default=tiles.WIDTHS)
-    parser.add_argument("--head", nargs="+", type=int, choices=tiles.HEADS, default=tiles.HEADS)
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=tuple(VARIANTS))
-    parser.add_argument("--library", action="store_true", help="the CUDA library's kernels too (bench.cuda_report)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--cached", action="store_true", help="report what was compiled before, compile nothing")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compiled", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, choices, said, kind in (
+        ("architecture", tiles.ARCHITECTURES, "chips", str),
+        ("width", tiles.WIDTHS, "bytes of an element", int),
+        ("head", tiles.HEADS, "head sizes", int),
+        ("variant", tuple(VARIANTS), "ways to call the op", str),
+    ):
+        parser.add_argument(
+            f"--{name}", nargs="+", type=kind, choices=choices, default=choices, metavar=name.upper(),
+            help=f"{said} (default: all): {', '.join(map(str, choices))}",
+        )  # fmt: skip
+    parser.add_argument("--library", action="store_true", help="the CUDA library's kernels too")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="compile in this many processes")
+    parser.add_argument("--cached", action="store_true", help="report what is cached and compile nothing")
     parser.add_argument("--write", action="store_true", help="write the table to bench/results/compile/")
     return parser.parse_args(arguments)
 
@@ -196,7 +210,3 @@ def main(arguments: list[str] | None = None) -> int:
 
         faults += cuda_report.report()
     return 1 if faults or len(facts) < len(found) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

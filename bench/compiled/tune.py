@@ -1,7 +1,7 @@
 """Find the tiles of the Triton kernels: candidates are enumerated, compiled, held to the reference and timed.
 
-    python -m bench.compiled.tune --seconds 240                                   # on this machine's GPU
-    python -m bench.compiled.tune --compile-only --architecture sm_90 --head 128  # no GPU: what does not spill
+    python -m bench compiled tune --seconds 240                                   # on this machine's GPU
+    python -m bench compiled tune --compile-only --architecture sm_90 --head 128  # no GPU: what does not spill
 
 A tile that spills registers, exceeds the shared memory or is off the matrix path is dropped, one whose output or
 gradients are off is reported. Results go to ``$APT_OUT/tune.json`` (default ``bench/results/latest``) as they come; the
@@ -248,17 +248,25 @@ def _text(entry: dict) -> str:
     return f"{tile} {entry['milliseconds']:.3f} ms" if "milliseconds" in entry else tile
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Tune, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled.tune", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--compile-only", action="store_true", help="no GPU: which candidates compile cleanly")
-    parser.add_argument("--architecture", nargs="+", choices=tiles.ARCHITECTURES, help="with --compile-only")
-    parser.add_argument("--width", nargs="+", type=int, choices=tiles.WIDTHS, default=[2])
-    parser.add_argument("--head", nargs="+", type=int, choices=tiles.HEADS, default=[128, 64, 256])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compiled tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=240, help="for the whole search (default: 240)")
+    parser.add_argument("--compile-only", action="store_true", help="no GPU: only report which candidates compile")
+    for name, kind, choices, default, said in (
+        ("architecture", str, tiles.ARCHITECTURES, None, "with --compile-only: chips (default: all)"),
+        ("width", int, tiles.WIDTHS, [2], "bytes of an element (default: 2)"),
+        ("head", int, tiles.HEADS, [128, 64, 256], "head sizes (default: all)"),
+        ("part", str, tuple(PARTS), list(PARTS), "parts of the kernels (default: all)"),
+    ):
+        parser.add_argument(
+            f"--{name}", nargs="+", type=kind, choices=choices, default=default, metavar=name.upper(),
+            help=f"{said}: {', '.join(map(str, choices))}",
+        )  # fmt: skip
     folder = os.environ.get("APT_OUT", "bench/results/latest")
-    parser.add_argument("--out", type=Path, default=Path(folder, "tune.json"))
+    parser.add_argument("--out", type=Path, default=Path(folder, "tune.json"), help="where the results are written")
     options = parser.parse_args(arguments)
     device = None
     if not options.compile_only:
@@ -268,7 +276,4 @@ def main(arguments: list[str] | None = None) -> None:
     architectures = [tiles.architecture(device)] if device else options.architecture or tiles.ARCHITECTURES
     found = tune(architectures, options.width, options.head, options.part, options.seconds, device, options.out)
     print(table_of(found))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

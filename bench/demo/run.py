@@ -1,6 +1,6 @@
 """Adaptive Prefix Tuning on a pretrained model and real text, beside plain prefix tuning and the usual way of both.
 
-Run it by ``make demo``, or ``python -m bench.demo.run --help``.
+Run it by ``make demo``, or ``python -m bench demo --help``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import apt_kernels
-from bench import pretrained
 from bench.demo import data, gates, report, training
-from bench.pretrained import MINILM
+from bench.quality import pretrained
+from bench.quality.pretrained import MINILM
 
 from .data import Batches, Task
 from .training import WAYS, Run
@@ -30,7 +30,7 @@ _CURVE_TOLERANCE, _EPOCH_TOLERANCE = 1e-3, 0.05
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo.run", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=MINILM, help="a local folder or a hub name (default: the packaged MiniLM)")
     parser.add_argument("--data", default="docstrings", help="a folder with train/test .jsonl or .csv, or a hub name")
     parser.add_argument("--prefix-length", type=int, default=16)
@@ -167,10 +167,3 @@ def _write(workshop: Workshop, results, means: list[list[float]], complaints: li
     for complaint in complaints:
         print(f"FAILED: {complaint}", file=sys.stderr)
     print(f"{seconds:.0f} s. Adapter, picture, table and figures: {output}/")
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except data.DataError as error:
-        sys.exit(f"bench.demo.run: {error}")

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.naive import naive
+from bench.common.naive import naive
 from bench.speed.timing import peak_bytes
 
 from .data import Batches

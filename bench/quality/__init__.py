@@ -1,1 +1,1 @@
-"""The paper's comparisons on labelled data: ``python -m bench.quality --help``."""
+"""The paper's comparisons on labelled data: ``python -m bench quality --help``."""

@@ -146,7 +146,9 @@ def table(rows: list[dict]) -> str:
             line.append(f"{1e3 * statistics.mean(p['seconds'] for p in parts):.1f} ms")
             line.append(f"{statistics.mean(p['peak'] for p in parts) / 2**20:.1f} MiB")
         cells.append([*line, *[""] * (5 - len(line))])
-    text = tables.markdown(["prefix", "development score", "logits moved", "time of a step", "peak memory"], cells)
+    text = tables.markdown(
+        ["prefix", "development score", "logits moved", "time of a step", "peak memory"], cells, False
+    )
     between = 100 * statistics.mean(row["between"] for row in rows)
     text += f"\n\nClosing the gates gives logits that lie {between:.2f} % from those of pruning."
     return f"{text}\n\nLengths, by seed: {', '.join(str(row['lengths']) for row in rows)}."

@@ -83,7 +83,11 @@ def weights(plan: Plan) -> str:
     rows = [[str(i), *(_cell(runs, i) for runs in profiles.values())] for i in range(count)]
     centres = {name: [figures.centre(run) for run in runs] for name, runs in profiles.items()}
     rows.append(["centre of weight", *(_spread(values, 2) for values in centres.values())])
-    parts += ["### By layer", tables.markdown(header, rows), f"![Profiles over the layers]({profile.name})"]
+    parts += [
+        "### By layer",
+        tables.markdown(header, rows, aligned=False),
+        f"![Profiles over the layers]({profile.name})",
+    ]
     parts.append(
         f"Mean of |λα| over a layer's prefix tokens and the development set, ± std over {len(plan.seeds)} seeds."
     )

@@ -15,8 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench import pretrained
-from bench.quality import methods
+from bench.quality import methods, pretrained
 
 from .methods import Settings
 from .sources import Row

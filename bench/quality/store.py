@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench import pretrained
+from bench.quality import pretrained
 
 from .methods import Settings
 

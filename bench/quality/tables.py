@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from scipy import stats
 
+from bench.common.markdown import markdown
+
 from .methods import NAMES
 from .tasks import Task
 
@@ -48,11 +50,6 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"**{text}**" if abs(mean) > reach else text
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])
-
-
 def majority(task: Task) -> float | None:
     """Accuracy of always giving the training rows' commonest label."""
     if task.kind == "tags":
@@ -76,7 +73,7 @@ def scores(grid: Grid, tasks: Sequence[Task], names: dict[str, str] = NAMES) -> 
     floor = [majority(task) for task in tasks]
     if any(part is not None for part in floor):
         table.append(["commonest label", *("" if part is None else f"{100 * part:.1f}" for part in floor), ""])
-    return markdown(["method", *(t.name for t in tasks), "prefix parameters"], table)
+    return markdown(["method", *(t.name for t in tasks), "prefix parameters"], table, aligned=False)
 
 
 def against(grid: Grid, tasks: Sequence[Task], baseline: str, names: dict[str, str] = NAMES) -> str:
@@ -91,7 +88,7 @@ def against(grid: Grid, tasks: Sequence[Task], baseline: str, names: dict[str, s
             pairs = [(a, b) for a in ours for b in theirs if a["seed"] == b["seed"]]
             cells.append(difference([value(a) for a, _ in pairs], [value(b) for _, b in pairs]) if pairs else "")
         table.append([f"{names.get(row, row)} − {names.get(baseline, baseline)}", *cells])
-    return markdown(["difference in points", *(t.name for t in tasks)], table)
+    return markdown(["difference in points", *(t.name for t in tasks)], table, aligned=False)
 
 
 def _rows(grid: Grid) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from apt_kernels.impl import reference
 from apt_kernels.impl.inputs import Inputs
 from apt_kernels.ops.attention import make_inputs
-from bench.machine import ROOT
+from bench.common.machine import ROOT
 
 from .shapes import Shape
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.machine import ROOT
+from bench.common.machine import ROOT
 
 from .op import Measured
 from .shapes import Shape, operands

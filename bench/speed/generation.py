@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from bench.naive import naive
+from bench.common.naive import naive
 
 from .models import SIZES, ModelShape, build, patched, rotation, with_same_weights
 from .op import Measured, captured

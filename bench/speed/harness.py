@@ -1,4 +1,4 @@
-"""What the tests of bench/suite share: their options, the measuring of a case at its first test, and the entering."""
+"""Shared by the tests of bench/speed/suite: their options, and the measurement of a case by its first test."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from collections.abc import Callable
 import torch
 
 from .op import Measured, is_called
-
-
-class Tape:
-    """A timer that is told how long things took."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-TAPE = Tape()
 
 
 class Settings:
@@ -47,7 +34,7 @@ class Settings:
 
 
 class Measurements:
-    """What was measured so far: a case is measured when its first test asks, within its part of the stage's time."""
+    """Results by case. The first test of a case starts its measurement, which takes its part of the stage's time."""
 
     def __init__(self, settings: Settings):
         self.settings, self.begin = settings, time.perf_counter()

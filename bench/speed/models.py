@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from bench.naive import naive
+from bench.common.naive import naive
 
 # Layers, width, heads, key heads, inner width, vocabulary of the published models; random weights of these sizes.
 SIZES = {

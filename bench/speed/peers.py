@@ -21,7 +21,7 @@ import apt_kernels
 from apt_kernels.impl.triton import stock
 from apt_kernels.ops import choose
 from apt_kernels.ops.attention import make_inputs
-from bench import naive
+from bench.common import naive
 
 from .shapes import Shape, operands
 

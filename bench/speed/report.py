@@ -1,8 +1,8 @@
 """Turn benchmark results into tables and plots, and compare two commits.
 
-    python -m bench.speed.report bench/results/MACHINE [--out FOLDER] [--details]
-    python -m bench.speed.report --compare HEAD~1:bench/results/MACHINE bench/results/MACHINE
-    python -m bench.speed.report --update        # README.md, docs/ and bench/results/README.md from the committed JSON
+    python -m bench report bench/results/MACHINE [--out FOLDER] [--details]
+    python -m bench report --compare HEAD~1:bench/results/MACHINE bench/results/MACHINE
+    python -m bench report --update        # README.md, docs/ and bench/results/README.md from the committed JSON
 
 A source is a JSON file, a folder of them, or ``REVISION:folder`` as committed in git.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from bench import machine
+from bench.common import machine
+from bench.common.markdown import markdown, milliseconds, number
 from bench.speed import plots, targets
 
-from .tables import Results, comparison, details, load, main_rows, markdown, milliseconds, number, table
+from .tables import Results, comparison, details, load, main_rows, table
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _EXPLAINED = (
@@ -29,7 +29,7 @@ _EXPLAINED = (
 )
 _COUNTED = (
     "Launches are counted, not timed: the Triton kernels interpreted with that chip's tiles, PyTorch's own kernels "
-    "included ([launches.json](launches.json), `python -m bench.compiled.launches --update`; {}). Why some are missed: "
+    "included ([launches.json](launches.json), `python -m bench compiled launches --update`; {}). Why some are missed: "
     "a float32 prefix of 512 columns or more is cast first, key and value, since each tile of queries would cast it "
     "again; decoding deals the keys out, then merges."
 )
@@ -50,7 +50,7 @@ def everything(found: dict[str, Results]) -> str:
     counted = json.loads((machine.RESULTS / "launches.json").read_text(encoding="utf-8"))
     parts = [
         "# Results",
-        "Generated: `python -m bench.speed.report --update`.",
+        "Generated: `python -m bench report --update`.",
         "## Targets",
         targets.table(list(found.values()), counted),
         _COUNTED.format(machine.named(counted["versions"])),
@@ -117,7 +117,9 @@ def update() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sources", nargs="*", help="results of one machine")
     parser.add_argument("--out", type=Path, help="also write report.md and report.png here")
     parser.add_argument("--details", action="store_true", help="every peer, and why others are missing")
@@ -141,7 +143,3 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_usage()
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

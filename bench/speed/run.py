@@ -1,12 +1,12 @@
-"""Run stages of the benchmark, each in a process of its own, its JSON written as it ends, and print the table.
+"""Run the benchmark stage by stage, each in its own process, and print the table.
 
-    python -m bench.speed.run                                   # every stage, as `make bench`
-    python -m bench.speed.run --keep                            # into bench/results/<machine>, and README.md made anew
-    python -m bench.speed.run --stage causal --only t1024       # some shapes of one stage
-    python -m bench.speed.run --stage encoder --peers naive,ours --seconds 10   # a quick ratio, nothing kept
+    python -m bench speed                                   # every stage, as `make bench`
+    python -m bench speed --keep                            # store in bench/results/MACHINE and update README.md
+    python -m bench speed --stage causal --only t1024       # some cases of one stage
+    python -m bench speed --stage encoder --peers naive,ours --seconds 10   # a quick ratio, nothing stored
 
-Results go to --out (default: bench-output/<machine>; a temporary folder where --only or --peers leave some out).
-What follows ``--`` is handed to pytest.
+Each stage writes one JSON file to --out (default: bench-output/MACHINE; a temporary folder with --only or --peers).
+Arguments after ``--`` are passed to pytest.
 """
 
 from __future__ import annotations
@@ -21,27 +21,38 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import RESULTS, ROOT, slug
+from bench.common.machine import RESULTS, ROOT, slug
 from bench.speed import report
 
-from .registry import FILES, SECONDS, STAGES, cases
+from .registry import SECONDS, STAGES, cases
+from .tables import compact
 
 
 def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cuda = torch.cuda.is_available()
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--registry", choices=tuple(SECONDS), default="gpu" if cuda else "cpu")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--peers", default="", help="peers, separated by commas")
-    parser.add_argument("--seconds", type=float, help="for each stage; default: the registry's")
-    parser.add_argument("--within", type=float, help="seconds that are left for the stages and those of --then")
-    parser.add_argument("--then", nargs="+", choices=STAGES, default=(), help="stages that --within is shared with")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    names = ", ".join(STAGES)
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=tuple(STAGES), metavar="STAGE", help=f"default: all: {names}"
+    )
+    parser.add_argument(
+        "--registry", choices=tuple(SECONDS), default="gpu" if cuda else "cpu", help="set of cases (default: by device)"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this text")
+    parser.add_argument("--peers", default="", metavar="NAMES", help="peers, separated by commas (default: all)")
+    parser.add_argument("--seconds", type=float, help="timing per stage (default: see bench/speed/registry.py)")
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="share this time among --stage and --then")
+    parser.add_argument(
+        "--then", nargs="+", choices=STAGES, default=(), metavar="STAGE", help="later stages that --within has to cover"
+    )
+    parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on CUDA, float32 elsewhere")
-    parser.add_argument("--out", type=Path, help="folder of the JSON files")
-    parser.add_argument("--keep", action="store_true", help="as committed results")
-    parser.add_argument("--details", action="store_true", help="print every peer's times too")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the JSON files and the report are written")
+    parser.add_argument("--keep", action="store_true", help="write to bench/results/MACHINE and update README.md")
+    parser.add_argument("--details", action="store_true", help="print the times of every peer")
+    parser.add_argument("--list-stages", action="store_true", help="print the names of the stages and exit")
     own, more = parser.parse_known_args(given)
     return own, [argument for argument in more if argument != "--"]
 
@@ -58,7 +69,7 @@ def seconds_of(options: argparse.Namespace, stage: str) -> float:
 
 def command(options: argparse.Namespace, stage: str, out: Path) -> list[str]:
     """The pytest call of one stage."""
-    found = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "speed" / "suite" / FILES[stage]), "-q", "-rs"]
+    found = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "speed" / "suite" / STAGES[stage].file), "-q", "-rs"]
     found += ["-p", "no:cacheprovider", "--benchmark-quiet", "--benchmark-columns=median,iqr,rounds"]
     given = {"benchmark-json": out / f"{stage}.json", "stage": stage, "registry": options.registry}
     given |= {
@@ -74,6 +85,9 @@ def command(options: argparse.Namespace, stage: str, out: Path) -> list[str]:
 
 def main(given: list[str] | None = None) -> int:
     options, more = arguments(given)
+    if options.list_stages:
+        print(*STAGES)
+        return 0
     partial, folder = bool(options.only or options.peers), slug(torch.device(options.device))
     with tempfile.TemporaryDirectory() as temporary:
         default = RESULTS / folder if options.keep else ROOT / "bench-output" / folder
@@ -92,6 +106,9 @@ def main(given: list[str] | None = None) -> int:
             if done.returncode:
                 print(done.stdout or "", flush=True)
             worst = max(worst, done.returncode)
+            written = out / f"{stage}.json"
+            if written.exists():
+                written.write_text(compact(written.read_text(encoding="utf-8")), encoding="utf-8")
         if any(out.glob("*.json")):
             more = ["--details"] if options.details else []
             report.main([str(out), "--out", str(out), *more, *(["--update"] if options.keep else [])])
@@ -101,7 +118,3 @@ def main(given: list[str] | None = None) -> int:
 
 def _path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

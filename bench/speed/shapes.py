@@ -164,4 +164,3 @@ _TINY = {
     "decode": [decode(2, 4, 2, 24, 16, 4)],
 }
 REGISTRIES = {"gpu": _GPU, "cpu": _CPU, "tiny": _TINY}
-OP_STAGES = tuple(_GPU)

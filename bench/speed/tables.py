@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import machine
+from bench.common import machine
+from bench.common.markdown import markdown, milliseconds, number
 
 from .registry import STAGES
 
@@ -18,24 +19,39 @@ MAIN = {"both", "step", "token", "graph", "first"}
 ORDER = ("naive", "concat_flash", "flex", "peft", "cartridge", "in_cache")
 
 
+def statistics_of(samples: list[float]) -> dict:
+    """What a result file holds of the times of one peer and pass, in seconds to six digits."""
+    low, _, high = (samples * 3)[:3] if len(samples) < 2 else statistics.quantiles(samples, n=4)
+    found = {"median": statistics.median(samples), "q1": low, "q3": high, "min": min(samples), "max": max(samples)}
+    return {**{name: float(f"{value:.6g}") for name, value in found.items()}, "rounds": len(samples)}
+
+
+def compact(text: str) -> str:
+    """The same JSON with one line for each entry of its lists."""
+    parts = []
+    for name, value in json.loads(text).items():
+        if isinstance(value, list) and value:
+            body = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+        else:
+            body = json.dumps(value)
+        parts.append(f" {json.dumps(name)}: {body}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One peer's samples of one pass."""
+    """The times of one peer in one pass: median and quartiles in seconds, and the number of rounds."""
 
-    samples: list[float]
+    median: float
+    q1: float
+    q3: float
+    rounds: int
     info: dict
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
 
     @property
     def spread(self) -> float:
         """Half the distance between the quartiles, relative to the median."""
-        if len(self.samples) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.samples, n=4)
-        return (high - low) / 2 / self.median
+        return (self.q3 - self.q1) / 2 / self.median
 
 
 @dataclass
@@ -123,7 +139,7 @@ def load(source: str | Path) -> Results:
             info = entry["extra_info"]
             key = info["stage"], info["case"], info["which"]
             row = rows.setdefault(key, Row(*key))
-            row.peers[info["peer"]] = Entry(entry["stats"]["data"], info)
+            row.peers[info["peer"]] = Entry(*(entry["stats"][name] for name in ("median", "q1", "q3", "rounds")), info)
     first = files[0]
     ordered = sorted(rows.values(), key=lambda row: order.get(row.stage, len(order)))
     skipped = [entry for given in files for entry in given["skipped"]]
@@ -156,23 +172,6 @@ def _texts(source: str | Path) -> Iterable[str]:
 
     names = git("ls-tree", "--name-only", revision, "--", f"{folder.rstrip('/')}/").split()
     return [git("show", f"{revision}:{name}") for name in sorted(names) if name.endswith(".json")]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the columns after the first two are figures."""
-    rows = [header, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 
 def main_rows(results: Results) -> list[Row]:
@@ -234,7 +233,7 @@ def details(results: Results) -> str:
                 peer,
                 milliseconds(entry.median),
                 f"{entry.spread:.0%}",
-                str(len(entry.samples)),
+                str(entry.rounds),
             ]
             cells += [number(peak and peak / 2**20, ".1f"), number(entry.info.get("error")), entry.info.get("note", "")]
             lines.append(cells)

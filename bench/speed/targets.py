@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .tables import Results, Row, markdown
+from bench.common.markdown import markdown
+
+from .tables import Results, Row
 
 NOT_MEASURED = "not measured"
 H200, CPU = "H200", "CPU"
@@ -120,7 +122,7 @@ TARGETS = (
 )
 
 
-# Of `bench.launches`, which needs no GPU: what is counted, of which kinds of rows, and the most there should be.
+# Counted by `python -m bench compiled launches`, no GPU needed: the text, the kind of case, the pass, the upper limit.
 _COUNTED = (
     ("launches of a layer, forward", "training", "forward", 1),
     ("launches of a layer, backward", "training", "backward", 3),
@@ -142,7 +144,7 @@ def _counted(record: dict) -> list[list[str]]:
 
 
 def table(results: list[Results], counted: dict | None = None) -> str:
-    """Every target with its worst measured figure; ``counted``: what `bench.launches` recorded."""
+    """Every target with its worst measured figure; ``counted``: what `python -m bench compiled launches` recorded."""
     lines = []
     for target in TARGETS:
         worst, sign = target.worst(results), "at most" if target.at_most else "at least"

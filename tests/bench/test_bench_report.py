@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import machine
+from bench.common import machine
 from bench.speed import plots, report, tables, targets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def _entry(stage: str, case: str, peer: str, which: str, median: float, **info) 
     }
     samples = [median * f for f in (0.9, 0.95, 1.0, 1.05, 1.1)]
     shape = {"tokens": 2048, "batch": 4, "heads": 32, "length": 16}
-    return {"extra_info": {**given, "shape": shape, **info}, "stats": {"data": samples}}
+    return {"extra_info": {**given, "shape": shape, **info}, "stats": tables.statistics_of(samples)}
 
 
 def _write(folder: Path, entries: list[dict], device: str = "NVIDIA H200", commit: str = "abc") -> Path:
@@ -140,9 +140,9 @@ def test_the_machine_is_named_without_its_host():
 
 
 def test_what_is_committed_is_what_its_results_give():
-    """README.md, bench/results/README.md and the pictures: `python -m bench.speed.report --update` makes them."""
+    """README.md, bench/results/README.md and the pictures: `python -m bench report --update` makes them."""
     for path, text in report.generated().items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: python -m bench.speed.report --update"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: python -m bench report --update"
     for name, folder in report.machines().items():
         picture = plots.fingerprint_of(ROOT / "docs" / f"bench-{name}.png")
         assert picture == plots.fingerprint(plots.series(tables.load(folder))), f"docs/bench-{name}.png is stale"

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import apt_kernels
+from bench.common.naive import naive
 from bench.demo import data, docstrings, gates, report, training
 from bench.demo import run as demo
-from bench.naive import naive
 
 WORDS = {"animal": "cat dog horse bird".split(), "plant": "oak fern moss tulip".split()}
 FILLER = "the a some green old over under beside".split()
@@ -109,7 +109,7 @@ def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch
 
 def test_a_difference_fails(model_folder, data_folder, tmp_path, monkeypatch, capsys):
     """A naive way that computes something else, and an adapter that comes back changed, are noticed."""
-    from bench import naive as module
+    from bench.common import naive as module
 
     right = module.attention
     monkeypatch.setattr(module, "attention", lambda *args, **options: right(*args, **options) * 1.1)

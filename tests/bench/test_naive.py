@@ -7,7 +7,7 @@ import torch
 
 import apt_kernels
 from apt_kernels import Mask
-from bench import naive
+from bench.common import naive
 
 B, HQ, HKV, T, S, M, D = 2, 4, 2, 5, 7, 3, 8
 

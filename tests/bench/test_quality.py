@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import apt_kernels
-from bench.quality import __main__ as cli
-from bench.quality import examine, methods, run_cache, running, sources, tables, tasks
+from bench.quality import cli, examine, methods, run_cache, running, sources, tables, tasks
 from bench.quality.methods import METHODS, Settings
 from bench.quality.sources import DataError
 
@@ -349,7 +348,7 @@ def test_the_naive_way_has_the_same_learning_curve(method, form, model_folder, d
 
 
 def test_curves_that_part_are_an_error(model_folder, data_folder, monkeypatch):
-    from bench import naive
+    from bench.common import naive
 
     right = naive.attention
     monkeypatch.setattr(naive, "attention", lambda *args, **options: right(*args, **options) * 1.3)

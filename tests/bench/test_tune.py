@@ -40,7 +40,7 @@ def test_compiles_without_a_gpu(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     options = "--compile-only --architecture sm_90 --head 64 --part split --seconds 0.1"
     ran = subprocess.run(
-        [sys.executable, "-m", "bench.compiled.tune", *options.split(), "--out", str(tmp_path / "tune.json")],
+        [sys.executable, "-m", "bench", "compiled", "tune", *options.split(), "--out", str(tmp_path / "tune.json")],
         cwd=_ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

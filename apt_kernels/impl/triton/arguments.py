@@ -254,7 +254,7 @@ def launch(kernel, programs: int, tile: tiles.Tile, *arguments, **named) -> None
 
 
 def execute(kernel, programs: int, *arguments, **named) -> None:
-    """Run a kernel on the device of its tensors; `bench.ahead` puts a compiler in its place.
+    """Run a kernel on the device of its tensors; `bench.compiled.aot_compile` puts a compiler in its place.
 
     What Triton asks of the arguments of every launch costs it 25 microseconds; what is compiled is therefore kept here
     by the same facts, told in fewer.

@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages: the only place where they stand.
 
 One entry for an architecture, the bytes of an element, a padded head size and a kernel. ``rows`` counts queries,
-``columns`` keys or prefix columns. `bench.compile_report` compiles every entry and checks that none spills registers.
+``columns`` keys or prefix columns. `python -m bench compiled` compiles every entry and checks that none spills.
 
 Source of its entries: compiled, not timed; bench/compiled/report.py.
 """
@@ -160,7 +160,7 @@ def tile(kernel: str, architecture: str, width: int, dim: int, crowded: bool = F
 
 
 def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
-    """The table of an architecture and a number of bytes, by head size; `bench.tune` tries other tiles in it."""
+    """The table of an architecture and a number of bytes, by head size; `bench.compiled.tune` tries others in it."""
     return _TABLE[architecture][width]
 
 

@@ -1,8 +1,8 @@
-"""pytest-benchmark with one difference: times are taken for all peers in turn, then entered peer by peer.
+"""pytest-benchmark with one difference: the peers of a case are timed in turn, not one after the other.
 
-A ratio between two separate loops says as much about the minutes between them as about the code. So the first test of
-a case measures every peer of that case, in turn, in one process; each test then plays its own samples into
-pytest-benchmark through a timer that advances by them. What could not be timed is in the JSON too, with its reason.
+A ratio between two separate loops depends on what the machine did in the minutes between them. So the first test of a
+case times every peer of that case, in turn, in one process; each test then records the times of its own peer and pass
+as pytest-benchmark's statistics. A peer that was not timed is in the JSON too, with the reason.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench import machine
-from bench.speed.harness import TAPE, Measurements, Settings
+from bench.common import machine
+from bench.speed.harness import Measurements, Settings
 from bench.speed.op import Measured
+from bench.speed.tables import statistics_of
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks
-_SETTINGS = {"measured": "in turn, in one process", "order": "turning every round", "garbage_collection": "off"}
+_SETTINGS = {"measured": "in turn, in one process", "order": "rotated every round", "garbage_collection": "off"}
 
 
 def pytest_addoption(parser):
@@ -41,9 +42,17 @@ def settings(request) -> Settings:
     return request.config.apt.settings
 
 
+def _record(benchmark, samples: list[float]) -> None:
+    """Make seconds that were measured before the statistics of a test; pytest-benchmark has no public call for it."""
+    statistics = benchmark._make_stats(iterations=1)
+    for seconds in samples:
+        statistics.update(seconds)
+    benchmark._mode = "recorded"  # or the fixture warns that it was not used
+
+
 @pytest.fixture
 def enter(request, benchmark):
-    """Enter the samples of one peer and pass, or say why there are none."""
+    """Record the times of one peer and pass, or skip with the reason why there are none."""
 
     def function(stage: str, case, peer: str, which: str, measure: Callable[[float], Measured], extra: dict):
         found = request.config.apt.of(case.name, measure)
@@ -54,14 +63,9 @@ def enter(request, benchmark):
             if peer in found.wrong:
                 pytest.fail(f"{peer} on {case.name}: {reason}", pytrace=False)
             pytest.skip(reason)
-        played = iter(samples)
-
-        def play():
-            TAPE.now += next(played)
-
         benchmark.group = f"{case.name} {which}"
         benchmark.extra_info.update(stage=stage, case=case.name, peer=peer, which=which, **found.figures[peer], **extra)
-        benchmark.pedantic(play, rounds=len(samples))
+        _record(benchmark, samples)
 
     return function
 
@@ -76,7 +80,7 @@ def pytest_benchmark_generate_commit_info(config):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     settings, skipped = config.apt.settings, {}
-    for entry in config.apt.skipped:  # one line for all passes
+    for entry in config.apt.skipped:  # one entry for all passes
         skipped[entry["case"], entry["peer"]] = entry
     output_json["skipped"] = list(skipped.values())
     output_json["settings"] = {
@@ -88,6 +92,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "peers": list(settings.peers),
         "only": settings.only,
     }
-    for entry in output_json["benchmarks"]:
-        del entry["params"]  # they say what extra_info says
-        entry["stats"]["data"] = [float(f"{sample:.4g}") for sample in entry["stats"]["data"]]
+    output_json["benchmarks"] = [
+        {"extra_info": entry["extra_info"], "stats": statistics_of(entry["stats"]["data"])}
+        for entry in output_json["benchmarks"]
+    ]

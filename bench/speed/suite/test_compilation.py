@@ -1,9 +1,7 @@
 """Time to the first call, and compilations as lengths vary, each contender in a fresh process."""
 
-import pytest
-
 from bench.speed import compilation, registry
-from bench.speed.harness import TAPE, parametrize
+from bench.speed.harness import parametrize
 
 
 def pytest_generate_tests(metafunc):
@@ -13,7 +11,6 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, cases, names, lambda case: ("first", "later"))
 
 
-@pytest.mark.benchmark(timer=TAPE)
 def test_compilation(stage, case, peer, which, settings, enter):
     def measure(seconds: float):
         return compilation.measure(case, settings.device, settings.dtype, seconds, settings.peers)

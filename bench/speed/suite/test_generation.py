@@ -1,9 +1,7 @@
 """One decoding step of a whole model after a full cache, by model and contender."""
 
-import pytest
-
 from bench.speed import generation, registry
-from bench.speed.harness import TAPE, parametrize
+from bench.speed.harness import parametrize
 
 
 def pytest_generate_tests(metafunc):
@@ -13,7 +11,6 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, cases, names, lambda case: generation.passes(settings.device))
 
 
-@pytest.mark.benchmark(timer=TAPE)
 def test_generation(stage, case, peer, which, settings, enter):
     def measure(seconds: float):
         return generation.measure(case, settings.device, settings.dtype, seconds, settings.peers)

@@ -1,9 +1,7 @@
-"""The op: forward, backward and both, by shape and peer. Stages: `bench.shapes.OP_STAGES`."""
-
-import pytest
+"""The op: forward, backward and both, by shape and peer. Stages: the keys of `bench.speed.shapes.REGISTRIES`."""
 
 from bench.speed import counts, op
-from bench.speed.harness import TAPE, parametrize
+from bench.speed.harness import parametrize
 from bench.speed.peers import peers
 from bench.speed.shapes import REGISTRIES
 
@@ -15,7 +13,6 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, cases, names, lambda shape: op.passes(shape, settings.device))
 
 
-@pytest.mark.benchmark(timer=TAPE)
 def test_op(stage, case, peer, which, settings, enter):
     def measure(seconds: float) -> op.Measured:
         return op.measure(case, settings.device, settings.dtype, seconds, settings.peers)

@@ -1,9 +1,7 @@
 """Whole training steps of a frozen model with a prefix, by model and contender."""
 
-import pytest
-
 from bench.speed import registry, training_step
-from bench.speed.harness import TAPE, parametrize
+from bench.speed.harness import parametrize
 from bench.speed.models import TRAINING_PEERS
 
 
@@ -13,7 +11,6 @@ def pytest_generate_tests(metafunc):
     parametrize(metafunc, cases, [p for p in TRAINING_PEERS if settings.wants(p)], lambda case: ("step",))
 
 
-@pytest.mark.benchmark(timer=TAPE)
 def test_training(stage, case, peer, which, settings, enter):
     def measure(seconds: float):
         return training_step.measure(case, settings.device, settings.dtype, seconds, settings.peers)

@@ -29,7 +29,7 @@ _LENGTHS = [(1, 1, 1, 1), (2, 16, 16, 16), (3, 17, 40, 5), (1, 1, 64, 32), (2, 4
 def _report(*options: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "bench.compiled.report", *options],
+        [sys.executable, "-m", "bench", "compiled", *options],
         cwd=_ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -123,17 +123,17 @@ def _launch_twice(variant: str) -> tuple[list, list, int]:
         def __call__(self, columns, rows, depth, stream, function, *given):
             handed.append((columns, rows, depth, stream, *map(_form, given[4:])))
 
-    Handed("sm_86")
+    handed, asked, calls, run = [], [], [], triton.JITFunction.run
     x = aot_compile.make_job_inputs(aot_compile.Job("sm_86", 2, 64, variant))
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
-    handed, asked, calls, run = [], [], [], triton.JITFunction.run
     triton.JITFunction.run = lambda self, *args, **named: asked.append(self) or run(self, *args, **named)
-    for _ in range(2):
-        handed.clear()
-        asked.clear()
-        out, logsumexp = implementation.forward(x)
-        implementation.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
-        calls.append(list(handed))
+    with Handed("sm_86"):
+        for _ in range(2):
+            handed.clear()
+            asked.clear()
+            out, logsumexp = implementation.forward(x)
+            implementation.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+            calls.append(list(handed))
     return *calls, len(asked)
 
 
@@ -211,14 +211,15 @@ def test_numbers_of_64_bits_are_left_to_triton(compiling):
 
 
 def _host_times() -> dict[str, int]:
-    """Launches of every pass that `bench.host` times. Runs without the interpreter."""
+    """Launches of every pass that `python -m bench compiled overhead` times. Runs without the interpreter."""
     from bench.compiled import launch_overhead
 
-    launches, found = launch_overhead.Launches("sm_86"), {}
-    for name, call in launch_overhead.passes("sm_86").items():
-        launches.count = 0
-        assert launch_overhead.microseconds(call) > 0
-        found[name] = launches.count / (launch_overhead.CALLS + 10)
+    found = {}
+    with launch_overhead.Launches("sm_86") as launches:
+        for name, call in launch_overhead.passes("sm_86").items():
+            launches.count = 0
+            assert launch_overhead.microseconds(call) > 0
+            found[name] = launches.count / (launch_overhead.CALLS + 10)
     return found
 
 
@@ -261,7 +262,7 @@ def _ptx(target: int) -> str:
 
 @pytest.mark.slow
 def test_one_ptx_serves_two_chips(compiling, monkeypatch, tmp_path):
-    """`bench.ahead.CHIPS` says of 8.9 that it is like 8.6: its code is assembled, not compiled again."""
+    """`aot_compile.CHIPS` says of 8.9 that it is like 8.6: its code is assembled, not compiled again."""
     # The PTX names the source's path, so that of another checkout must not come from the cache.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert compiling(_ptx, 86) == compiling(_ptx, 89)

@@ -1,20 +1,19 @@
 """The paper's comparisons on labelled data, each ending in tables (mean and spread over seeds) and figures.
 
-python -m bench.quality --task rte --data FOLDER --model PATH --method apt --seeds 5
-python -m bench.quality main --task rte copa wsc wnut17 --data FOLDER --recipe minilm --seeds 5
+python -m bench quality --task rte --data FOLDER --model PATH --method apt --seeds 5
+python -m bench quality main --task rte copa wsc wnut17 --data FOLDER --recipe minilm --seeds 5
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from bench import pretrained
+from bench.quality import pretrained
 
 from .experiments import EXPERIMENTS, Plan, write
 from .methods import METHODS, RECIPES, Settings, recipe
@@ -40,16 +39,36 @@ _HELP = {
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", nargs="?", default="train", choices=EXPERIMENTS)
-    parser.add_argument("--task", nargs="+", required=True, help="names of tasks; any name whose data has a known form")
+    parser.add_argument(
+        "experiment",
+        nargs="?",
+        default="train",
+        choices=EXPERIMENTS,
+        metavar="EXPERIMENT",
+        help=f"which comparison (default: train): {', '.join(EXPERIMENTS)}",
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="names of tasks; any name whose data has a known format",
+    )
     parser.add_argument("--data", nargs="+", help="a folder or hub name for each task, or one folder of folders")
     parser.add_argument("--fields", nargs="+", default=(), help="columns of the text or of the pair (default: by name)")
     parser.add_argument("--model", default=pretrained.MINILM, help="a folder or hub name (default: packaged MiniLM)")
-    parser.add_argument("--method", nargs="+", default=(), choices=METHODS)
-    parser.add_argument("--seeds", type=int, default=5, help="how many")
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=(),
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"methods to train (default: those of the experiment): {', '.join(METHODS)}",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--recipe", choices=RECIPES, help="published settings for the task; options override them")
     parser.add_argument("--prefix-length", type=_lengths, help="one length, or one for each layer with commas between")
     parser.add_argument("--patch", nargs="+", default=(), metavar="NAME=VALUE", help="more settings of AptConfig")
@@ -138,10 +157,3 @@ def _quiet(model: str) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DataError as error:
-        sys.exit(f"bench.quality: {error}")

@@ -13,7 +13,7 @@ import torch
 
 import apt_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("numpy", "peft", "pytest-benchmark")
 

@@ -1,0 +1,45 @@
+"""The demo, the benchmark, and what is measured without a GPU.
+
+    python -m bench demo                           train on a real model and real text; compare with naive prefix tuning
+    python -m bench speed                          time and memory against every peer on this machine
+    python -m bench compiled                       compile every tile of the Triton kernels, no GPU needed
+    python -m bench quality main --task rte ...    the paper's comparisons on labelled data
+    python -m bench report FOLDER --out FOLDER     tables and figures from the results in a folder
+
+Each command explains its options: python -m bench COMMAND --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from bench.quality.sources import DataError
+
+# The module that implements a command: its ``main`` takes the arguments and returns the exit status.
+COMMANDS = {
+    "demo": "bench.demo.run",
+    "speed": "bench.speed.run",
+    "compiled": "bench.compiled.cli",
+    "quality": "bench.quality.cli",
+    "report": "bench.speed.report",
+}
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run one command; the exit status is that of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="COMMAND")
+    given = sys.argv[1:] if given is None else given
+    name = parser.parse_args(given[:1]).command  # what follows belongs to the command
+    try:
+        return importlib.import_module(COMMANDS[name]).main(given[1:])
+    except DataError as error:
+        sys.exit(f"python -m bench {name}: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
