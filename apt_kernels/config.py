@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
 
 from .errors import ConfigError
 
 GATES = ("auto", "first", "mean", "token", "static", "none")
-FORMAT = 1
+# What `to_json` writes. Format 1 (release 0.1) had no base, save id or names of trained weights in its files.
+FORMAT = 2
+# Beside the settings, `apt_kernels.save` writes these: what is saved, and for which model.
+RECORD = ("model", "lengths", "save_id", "adapter", "trained", "base")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ class AptConfig:
             raise ConfigError(f"gate is {self.gate!r}; it needs one of {', '.join(map(repr, GATES))}")
         if not isinstance(self.layer_scale, bool):
             raise ConfigError(f"layer_scale is {self.layer_scale!r}; it needs True or False")
-        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)) or not self.init_std >= 0:
-            raise ConfigError(f"init_std is {self.init_std!r}; it needs a number >= 0")
-        if self.init_seed is not None and (isinstance(self.init_seed, bool) or not isinstance(self.init_seed, int)):
-            raise ConfigError(f"init_seed is {self.init_seed!r}; it needs an int or None")
+        std, seed = self.init_std, self.init_seed
+        if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < float("inf"):
+            raise ConfigError(f"init_std is {std!r}; it needs a finite number >= 0")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+            raise ConfigError(f"init_seed is {seed!r}; it needs an int of 64 bits or None")
         width = self.reparameterisation
         if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
             raise ConfigError(f"reparameterisation is {width!r}; it needs an int >= 1 or None")
@@ -90,16 +94,20 @@ class AptConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> AptConfig:
-        """The inverse of `to_json`; a newer format or an unknown key raises `ConfigError`."""
+        """The inverse of `to_json`; reads the ``apt_config.json`` that `apt_kernels.save` wrote, too.
+
+        Raises:
+            ConfigError: a newer format, an unknown key, or a value out of range.
+        """
         if not isinstance(data, dict):
             raise ConfigError(f"the config is a {type(data).__name__}; it needs a JSON object")
-        data = dict(data)
+        data = {name: value for name, value in data.items() if name not in RECORD}
         number = data.pop("format", None)
-        if number != FORMAT:
-            newer = isinstance(number, int) and number > FORMAT
+        if type(number) is not int or not 1 <= number <= FORMAT:
+            newer = type(number) is int and number > FORMAT
             hint = "; it was written by a newer apt_kernels" if newer else ""
-            raise ConfigError(f"the config's format is {number!r}; this version reads {FORMAT}{hint}")
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+            raise ConfigError(f"the config's format is {number!r}; this version reads 1 to {FORMAT}{hint}")
+        unknown = sorted(set(data) - {f.name for f in fields(cls)}, key=str)
         if unknown:
             raise ConfigError(f"the config has an unknown key {unknown[0]!r}")
         for name in ("prefix_length", "trainable", "layers"):
@@ -124,13 +132,21 @@ def _lengths(value) -> int | tuple[int, ...]:
 def _patterns(value) -> tuple[str, ...] | None:
     if value is None:
         return None
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ConfigError(f"trainable has {pattern!r}; it needs a regular expression ({error})") from None
-    return patterns
+    if not isinstance(value, (str, Sequence, Set)) or isinstance(value, (bytes, bytearray)):
+        raise ConfigError(f"trainable is {value!r}; it needs regular expressions, or None")
+    found = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in found:
+        _check_pattern("trainable", "a regular expression", pattern)
+    return found
+
+
+def _check_pattern(name: str, needed: str, pattern) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{name} has {pattern!r}; it needs {needed}")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{name} has {pattern!r}; it needs {needed} ({error})") from None
 
 
 def _layers(value) -> tuple[int | str, ...] | None:
@@ -143,8 +159,5 @@ def _layers(value) -> tuple[int | str, ...] | None:
         if isinstance(entry, bool) or not isinstance(entry, (int, str)):
             raise ConfigError(f"layers has {entry!r}; each entry needs an int or a string")
         if isinstance(entry, str):
-            try:
-                re.compile(entry)
-            except re.error as error:
-                raise ConfigError(f"layers has {entry!r}; it needs a kind or a regular expression ({error})") from None
+            _check_pattern("layers", "a kind or a regular expression", entry)
     return tuple(entries)

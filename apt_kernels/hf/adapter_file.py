@@ -1,0 +1,356 @@
+"""An adapter on disk: ``adapter.safetensors``, which is the adapter, and ``apt_config.json``, a copy of its settings.
+
+docs/adapter-format.md describes both. A save is one rename: a reader has the old adapter or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import hmac
+import json
+import math
+import os
+import struct
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import AptConfig
+from ..errors import AdapterError, ConfigError
+from .untrusted import JSON_LIMIT, opened, parse_json, read_exactly, read_json_file, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+WEIGHTS = "adapter.safetensors"
+CONFIG = "apt_config.json"
+# Keys of the safetensors file's metadata.
+_SETTINGS, _CHECKSUM = "apt_kernels", "apt_kernels.checksum"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_TEMPORARY = ".tmp"
+# A temporary file that nobody can be asked about (no lock on this file system, or of an older release) is left this
+# long, in seconds.
+_ABANDONED = 3600
+_CHUNK = 2**24
+_BIG_ENDIAN = sys.byteorder == "big"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: its dtype and shape, and where its bytes are."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class AdapterFile:
+    """An open adapter. ``settings`` and ``entries`` are read and checked; the tensors are not read yet.
+
+    Attributes:
+        settings: the JSON object of the settings.
+        entries: the tensors by name.
+        versioned: whether the settings are in the weights' own file; False for what release 0.1 wrote.
+    """
+
+    def __init__(self, path: Path, file, entries: dict[str, Entry], settings: dict, text: str, checksum: str | None):
+        self.path, self._file, self.entries, self.settings = path, file, entries, settings
+        self._text, self._checksum, self._data = text, checksum, file.tell()
+        self.versioned = checksum is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name. Raises `AdapterError` if the checksum is not that of the contents."""
+        found = {}
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            self._file.seek(self._data + entry.start)
+            read_exactly(self._file, entry.end - entry.start, self.path, _bytes(tensor))
+            found[name] = _swapped(tensor)
+        if self._checksum is not None and not hmac.compare_digest(_digest(self._text, found), self._checksum):
+            raise AdapterError(f"{self.path} is damaged: its checksum is not that of its contents")
+        return found
+
+
+@contextmanager
+def open_adapter(folder: Path) -> Iterator[AdapterFile]:
+    """The adapter in ``folder``. All of it is read through one open file, whatever replaces that file meanwhile.
+
+    Raises `AdapterError` naming the file and what is wrong with it.
+    """
+    path = folder / WEIGHTS
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened(path))
+        except FileNotFoundError:
+            missing = WEIGHTS if (folder / CONFIG).exists() else f"{CONFIG} and no {WEIGHTS}"
+            raise AdapterError(f"{folder} has no {missing}; it is not an adapter folder") from None
+        yield _read(folder, path, file)
+
+
+def _read(folder: Path, path: Path, file) -> AdapterFile:
+    entries, metadata = _header(path, file)
+    text, checksum = metadata.get(_SETTINGS), metadata.get(_CHECKSUM)
+    if text is None and checksum is None:
+        settings = _old_settings(folder / CONFIG)
+        return AdapterFile(path, file, entries, settings, "", None)
+    if not text or not checksum:
+        raise AdapterError(f"{path} is damaged: its metadata has only one of {_SETTINGS} and {_CHECKSUM}")
+    settings = parse_json(text, f"{path}: its settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("save_id"), str):
+        raise AdapterError(f"{path}: its settings need a JSON object with a save_id")
+    _check_copy(folder / CONFIG, settings)
+    return AdapterFile(path, file, entries, settings, text, checksum)
+
+
+def _old_settings(path: Path) -> dict:
+    """The settings beside weights of release 0.1, which carry none themselves."""
+    try:
+        settings = read_json_file(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path.parent} has no {path.name}; it is not an adapter folder") from None
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{path}: the config is a {type(settings).__name__}; it needs a JSON object")
+    if "save_id" in settings:
+        raise AdapterError(f"{path} belongs to other weights than {path.with_name(WEIGHTS).name} beside it")
+    return settings
+
+
+def _check_copy(path: Path, settings: dict) -> None:
+    """The copy may be missing or of an earlier save. One of this save with other contents was changed by hand."""
+    try:
+        copy = read_json_file(path)
+    except FileNotFoundError:
+        return
+    if not isinstance(copy, dict):
+        raise AdapterError(f"{path}: the config is a {type(copy).__name__}; it needs a JSON object")
+    if copy.get("save_id") == settings["save_id"] and copy != settings:
+        different = next(
+            key for key in sorted({*copy, *settings}) if key not in copy or copy[key] != settings.get(key, copy)
+        )
+        raise AdapterError(
+            f"{path} differs from the settings in {WEIGHTS} ({shown(different)}), of which it is a copy; delete it, "
+            "or save the adapter again"
+        )
+    try:
+        AptConfig.from_json(copy)
+    except ConfigError as error:
+        raise AdapterError(f"{path}: {error}") from error
+
+
+def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and the metadata; the file is then at its first tensor."""
+    size = os.fstat(file.fileno()).st_size
+    if size < 8:
+        raise AdapterError(f"{path} is damaged: it has {size} bytes")
+    (length,) = struct.unpack("<Q", read_exactly(file, 8, path))
+    if length > min(size - 8, JSON_LIMIT):
+        raise AdapterError(f"{path} is damaged: its header has {length} bytes, the file {size}")
+    header = parse_json(bytes(read_exactly(file, length, path)), f"{path} is damaged: its header")
+    if not isinstance(header, dict):
+        raise AdapterError(f"{path} is damaged: its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    known = {"format", _SETTINGS, _CHECKSUM}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise AdapterError(f"{path} is damaged: its metadata is not a JSON object of strings")
+    if metadata.get("format", "pt") != "pt":
+        raise AdapterError(f"{path} is damaged: its metadata has the format {shown(metadata['format'])}, not 'pt'")
+    if unknown := sorted(set(metadata) - known):
+        raise AdapterError(f"{path} is damaged: its metadata has {shown(unknown[0])}")
+    entries = {name: _entry(path, name, given) for name, given in header.items()}
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != at:
+            raise AdapterError(f"{path} is damaged: {shown(name)} begins at byte {entry.start} of the data, not {at}")
+        at = entry.end
+    if at != size - 8 - length:
+        raise AdapterError(f"{path} is damaged: its tensors have {at} bytes, the file has {size - 8 - length} for them")
+    return entries, metadata
+
+
+def _entry(path: Path, name: str, given) -> Entry:
+    fields = given if isinstance(given, dict) else {}
+    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if set(fields) != {"dtype", "shape", "data_offsets"} or not _counts(shape) or not _counts(span) or len(span) != 2:
+        raise AdapterError(f"{path} is damaged: {shown(name)} needs a dtype, a shape and two data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise AdapterError(f"{path}: {shown(name)} has the dtype {shown(dtype)}; an adapter has {', '.join(_DTYPES)}")
+    if len(shape) > 8 or math.prod(shape) * _DTYPES[dtype].itemsize != span[1] - span[0]:
+        raise AdapterError(
+            f"{path} is damaged: {shown(name)} has the shape {shown(shape)} and {span[1] - span[0]} bytes"
+        )
+    return Entry(_DTYPES[dtype], tuple(shape), *span)
+
+
+def _counts(value) -> bool:
+    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: dict) -> str:
+    """Write an adapter to ``folder``, in the place of one that is there; returns its save id.
+
+    ``adapter.safetensors`` is written beside its place and renamed: that is the commit. The copy of the settings
+    follows. What killed saves left is deleted. Raises OSError; before the commit, the old adapter is untouched.
+    """
+    settings = {**settings, "save_id": uuid.uuid4().hex}
+    text = json.dumps(settings)
+    if len(text) > JSON_LIMIT // 2:
+        raise AdapterError(f"the settings have {len(text)} characters; no more than {JSON_LIMIT // 2} are read back")
+    metadata = {"format": "pt", _SETTINGS: text, _CHECKSUM: _digest(text, tensors)}
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    with replacing(folder / WEIGHTS) as file:
+        _serialise(file, tensors, metadata)
+    with replacing(folder / CONFIG) as file:
+        file.write((json.dumps(settings, indent=2) + "\n").encode())
+    return settings["save_id"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a plain safetensors file, in one rename."""
+    with replacing(path) as file:
+        _serialise(file, tensors, {"format": "pt"})
+
+
+def _serialise(file, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    header, at = {"__metadata__": metadata}, 0
+    # Wide elements first, as safetensors does: each tensor is then aligned to its elements.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise AdapterError(f"{name} is {tensor.dtype}; an adapter holds {', '.join(map(str, _NAMES))}")
+        end = at + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > JSON_LIMIT:
+        raise AdapterError(f"the header has {len(text)} bytes; no more than {JSON_LIMIT} are read back")
+    file.write(struct.pack("<Q", len(text)) + text)
+    for _, tensor in ordered:
+        held = _swapped(tensor)
+        file.write(_bytes(held))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; the tensor has to outlive it."""
+    count = tensor.numel() * tensor.element_size()
+    if not count:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * count).from_address(tensor.data_ptr())).cast("B")
+
+
+def _swapped(tensor: Tensor) -> Tensor:
+    """``tensor`` contiguous, with the bytes of each element as the file has them (little endian), and the reverse."""
+    tensor = tensor.contiguous()
+    if not _BIG_ENDIAN:
+        return tensor
+    return tensor.reshape(-1, 1).view(torch.uint8).flip(-1).contiguous().view(tensor.dtype).view(tensor.shape)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of the settings, and of every tensor's name, dtype, shape and bytes, whatever their order in the file."""
+    found = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\0{json.dumps(name)}{_NAMES.get(tensor.dtype)}{list(tensor.shape)}".encode())
+        held = _swapped(tensor)
+        data = _bytes(held)
+        for at in range(0, len(data), _CHUNK):
+            found.update(data[at : at + _CHUNK])
+    return f"blake2b:{found.hexdigest()}"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator:
+    """A binary file to write to; after the block it takes the place of ``path`` in one rename, or is deleted.
+
+    While it is open it is locked, by which `clean` sees that its process is alive.
+    """
+    descriptor, temporary = _temporary(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            if fcntl is not None:
+                os.replace(temporary, path)
+        if fcntl is None:  # an open file is not renamed there
+            os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    while True:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
+        # Another save may have deleted it before it was locked.
+        if not _locked(descriptor, wait=True) or os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, wait: bool = False) -> bool | None:
+    """Lock an open file: True, or False where another process has. None: this file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def clean(folder: Path) -> None:
+    """Delete the temporary files of saves whose process has ended."""
+    for name in (WEIGHTS, CONFIG):
+        for path in folder.glob(f".{name}.*"):
+            with contextlib.suppress(OSError):
+                _delete_if_abandoned(path)
+
+
+def _delete_if_abandoned(path: Path) -> None:
+    status = os.lstat(path)
+    if not os.path.isfile(path) or os.path.islink(path):
+        return
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        free = _locked(descriptor) if path.name.endswith(_TEMPORARY) else None
+        if free or (free is None and time.time() - status.st_mtime > _ABANDONED):
+            os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the rename itself to the disk, where folders can be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
