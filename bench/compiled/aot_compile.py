@@ -273,7 +273,13 @@ def _hash_in_order() -> None:
     from apt_kernels.impl.triton import attend, bias, columns, finish, gradients, split
 
     kernels = (attend.attention_forward, gradients.query_gradient, columns.column_gradients, finish.finish_gradients)
-    for kernel in (*kernels, split.split_attention, split.merge_shares, bias.token_bias_gradient):
+    for kernel in (
+        *kernels,
+        columns.prefix_column_gradients,
+        split.split_attention,
+        split.merge_shares,
+        bias.token_bias_gradient,
+    ):
         getattr(kernel, "cache_key", None)  # interpreted ones have none
 
 
@@ -283,7 +289,7 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     ``wanted``: the inputs whose gradients are asked for; None: all.
     """
     from apt_kernels.impl.inputs import DIFFERENTIABLE
-    from apt_kernels.impl.triton import BACKEND, arguments, attend, gradients
+    from apt_kernels.impl.triton import arguments, attend, gradients, strategy
 
     def architecture(device) -> str:
         return job.architecture
@@ -297,7 +303,7 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     ):
         _hash_in_order()
         x = make_job_inputs(job, **sizes)
-        way = "merge" if VARIANTS[job.variant].merge else BACKEND.strategy(x)
+        way = "merge" if VARIANTS[job.variant].merge else strategy(x)
         out, logsumexp = attend.forward(x, way)
         needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
         gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, way)

@@ -61,15 +61,15 @@ class _Utils:
 
 def passes(architecture: str) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    from apt_kernels.impl.triton import BACKEND
+    from apt_kernels.impl import triton
 
     x, single = (make_job_inputs(Job(architecture, 2, 128, variant)) for variant in ("causal", "decode"))
-    result = BACKEND.forward(x, BACKEND.plan(x))
+    out, logsumexp = triton.forward(x)
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
     return {
-        "forward": lambda: BACKEND.forward(x, BACKEND.plan(x)),
-        "backward": lambda: BACKEND.backward(x, BACKEND.plan(x), result, result.out, None, needs),
-        "decoding": lambda: BACKEND.forward(single, BACKEND.plan(single)),
+        "forward": lambda: triton.forward(x),
+        "backward": lambda: triton.backward(x, out, logsumexp, out, None, needs),
+        "decoding": lambda: triton.forward(single),
     }
 
 

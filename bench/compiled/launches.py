@@ -101,14 +101,14 @@ def counted(architecture: str | None = None) -> Iterator[tuple[list[Launch], _At
         found[-1].flops += 2 * math.prod(a.data.shape) * b.data.shape[-1]
         return create_dot(self, a, b, d, *rest)
 
-    def load(self, ptrs, mask, *rest):
-        loaded = create_load(self, ptrs, mask, *rest)
+    def load(self, ptrs, mask, *rest, **named):
+        loaded = create_load(self, ptrs, mask, *rest, **named)
         found[-1].read += int(mask.data.sum()) * loaded.data.dtype.itemsize
         return loaded
 
-    def store(self, ptrs, value, mask, *rest):
+    def store(self, ptrs, value, mask, *rest, **named):
         found[-1].written += int(mask.data.sum()) * value.data.dtype.itemsize
-        return create_store(self, ptrs, value, mask, *rest)
+        return create_store(self, ptrs, value, mask, *rest, **named)
 
     create_dot, create_load, create_store = builder.create_dot, builder.create_masked_load, builder.create_masked_store
     tiles_of = (lambda device: architecture) if architecture else tiles.architecture
@@ -141,17 +141,17 @@ class Counted:
 
 def of(shape: Shape, architecture: str | None = None, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counted]:
     """A layer's forward, and its backward where the shape has one, with every gradient wanted."""
-    from apt_kernels.impl.triton import BACKEND
+    from apt_kernels.impl import triton
 
     given = {name: t if t is None else t.detach() for name, t in operands(shape.leaves("cpu", dtype, 0)).items()}
     x, grad_out = make_inputs(**given, mask=shape.mask("cpu")), shape.grad_out("cpu", dtype, 0)
     with counted(architecture) as (launches, aten):
-        result = BACKEND.forward(x, BACKEND.plan(x))
+        out, logsumexp, *_ = triton.forward(x)
     found = {"forward": Counted(launches, aten.allocated)}
     if "both" in shape.passes:
         needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
         with counted(architecture) as (launches, aten):
-            BACKEND.backward(x, BACKEND.plan(x), result, grad_out, None, needs)
+            triton.backward(x, out, logsumexp, grad_out, None, needs)
         found["backward"] = Counted(launches, aten.allocated)
     return found
 

@@ -52,7 +52,7 @@ def test_backward_computes_scores_twice_and_nothing_in_vain(whole):
     # Five products are the least; kernels that share no scores need seven.
     assert backward.total("flops") == pytest.approx(7 / 5 * counts.attention_flops(WHOLE, 64 + 32, "backward"))
     kernels = _by_name(backward)
-    assert kernels["query_gradient"].written == 2 * 64 * (64 * 2 + 4)  # dq and the rows' delta
+    assert kernels["query_gradient"].written == 2 * 64 * (64 * 2 + 8)  # dq, and the rows' log-sum-exp and delta
     assert kernels["column_gradients"].written >= 2 * 2 * 64 * 64 * 2  # dk, dv and the prefix's partial sums
 
 

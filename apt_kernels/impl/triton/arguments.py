@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextvars import copy_context
 from functools import cache as memoise
 from operator import itemgetter
 from typing import NamedTuple
@@ -12,18 +13,17 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
+from triton import knobs, set_allocator
 
 from ..dropout import threshold
 from ..inputs import Inputs, dense_last
 from . import tiles
 
-# Arguments of every kernel that must not be compiled in: a new length or window costs no compilation.
-RUNTIME = ("T", "S", "M", "heads", "group", "offset", "left", "right", "threshold")
 # A tile of at most 256 rows of this stride reaches beyond 32 bits.
 _FAR_ROWS = 1 << 23
 _WIDE = 1 << 31  # numbers from here on have 64 bits
-_FAR = 1 << 40  # beyond every position; sums with it stay in 64 bits
+# Beyond every position: twice this number, encoded by `odd`, has 32 bits.
+FAR = 1 << 28
 
 # The dtype of sums, in Triton's terms.
 WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -45,6 +45,56 @@ class Rows(NamedTuple):
     b: int
     h: int
     t: int
+
+
+class Operands(NamedTuple):
+    """The attention's inputs; the prefix has no batch dimension."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    pk: Rows
+    pv: Rows
+
+
+class Numbers(NamedTuple):
+    """Run-time numbers, encoded by `odd`: a new length or window costs no compilation. ``offset`` is `FAR` too large,
+    so that none is negative."""
+
+    batch: int
+    T: int
+    S: int
+    M: int
+    heads: int
+    group: int
+    offset: int
+    left: int
+    right: int
+    threshold: int
+
+
+class Constants(NamedTuple):
+    """What every kernel is compiled with: head sizes and their powers of two, which parts of the call there are, and
+    how tiles are loaded and multiplied (``W``: the dtype of sums).
+
+    ``DESCRIPTORS``: tiles of rows come through tensor descriptors. ``PAD``: row sums are padded to its multiples.
+    """
+
+    D: int
+    DV: int
+    WIDTH: int
+    WIDTH_V: int
+    LEFT: bool
+    RIGHT: bool
+    CAPPED: bool
+    POSITIVE: bool
+    PER_QUERY: bool
+    PRECISION: str
+    W: tl.dtype
+    SCAN: int
+    PAD: int
+    ALIGNED: bool = False
+    DESCRIPTORS: bool = False
 
 
 class Gate(NamedTuple):
@@ -104,6 +154,18 @@ def aligned(operands: Iterable[Rows]) -> bool:
     return bits % (2 * 8) == 0 and farthest < odd(_FAR_ROWS)
 
 
+def describable(operands: Iterable[Rows]) -> bool:
+    """Whether tensor descriptors take these, if they are `aligned`: they begin at multiples of 16 bytes, and
+    nothing is there twice."""
+    given = [(ptr, h, t) for ptr, _, h, t in operands if ptr is not None]
+    return not any(ptr.data_ptr() % 16 or _repeats(ptr, h, t) for ptr, h, t in given)
+
+
+def _repeats(tensor: Tensor, h: int, t: int) -> bool:
+    """Whether a row, or a head, is there twice: expanded tensors have a stride of zero."""
+    return (t == _ZERO and tensor.shape[-2] > 1) or (h == _ZERO and tensor.shape[-3] > 1)
+
+
 def _strides(tensor: Tensor | None, dims: int = 0) -> list[int]:
     """Strides, encoded; zero along dimensions of size one, whatever the tensor says."""
     if tensor is None:
@@ -141,48 +203,68 @@ class Problem:
         if x.prefix_key.shape[1] >= tiles.LONG_PREFIX:
             # Every program reads it: half the bytes are worth two launches.
             prefix = [t.to(x.query.dtype) for t in prefix]
-        core = [rows(t) for t in (x.query, x.key, x.value, *prefix)]
         self.x, self.sizes, self.architecture = x, x.sizes, tiles.architecture(x.query.device)
-        self.query, self.key, self.value, self.prefix_key, self.prefix_value = core
+        self.operands = Operands(*[rows(t) for t in (x.query, x.key, x.value, *prefix)])
         self.gate, self.seen, self.numbers = _gate(x), _seen(x), self._numbers()
+        self.scales = (float(x.scale), float(x.softcap), 1 / (1 - x.dropout_p))
         *_, head_dim, value_dim = self.sizes
         self.dim = max(head_dim, value_dim)  # by which tiles are chosen
-        self._aligned = head_dim % 8 == 0 and value_dim % 8 == 0 and aligned(core)
-        self._constants = {
-            "D": head_dim,
-            "DV": value_dim,
-            "WIDTH": tiles.padded(head_dim),
-            "WIDTH_V": tiles.padded(value_dim),
-            "LEFT": x.window_left >= 0,
-            "RIGHT": x.causal or x.window_right >= 0,
-            "CAPPED": x.softcap != 0,
-            "PER_QUERY": x.gate_by_query,
-            "PRECISION": _precision(self.architecture),
-            "W": WIDE[x.compute_dtype],
-        }
+        self._aligned = head_dim % 8 == 0 and value_dim % 8 == 0 and aligned(self.operands)
+        self._described = self._aligned and tiles.has_descriptors(self.architecture, x.query.element_size())
+        self._described = self._described and describable(self.operands)
+        self._constants = Constants(
+            D=head_dim,
+            DV=value_dim,
+            WIDTH=tiles.padded(head_dim),
+            WIDTH_V=tiles.padded(value_dim),
+            LEFT=x.window_left >= 0,
+            RIGHT=x.causal or x.window_right >= 0,
+            CAPPED=x.softcap != 0,
+            POSITIVE=x.scale > 0,
+            PER_QUERY=x.gate_by_query,
+            PRECISION=_precision(self.architecture),
+            W=WIDE[x.compute_dtype],
+            SCAN=tiles.SCAN,
+            PAD=self.tile("query").rows,
+        )
 
-    def _numbers(self) -> dict:
+    def _numbers(self) -> Numbers:
         x = self.x
-        _, heads, kv_heads, queries, keys, length, _, _ = self.sizes
-        right = _FAR if x.window_right < 0 else min(x.window_right, _FAR)
-        return {
-            "T": queries,
-            "S": keys,
-            "M": length,
-            "heads": heads,
-            "group": heads // kv_heads,
-            "offset": max(-_FAR, min(x.offset, _FAR)),
-            "left": min(x.window_left, _FAR),
-            "right": 0 if x.causal else right,
-            "threshold": threshold(x.dropout_p),
-            "kept": 1 / (1 - x.dropout_p),
-            "scale": float(x.scale),
-            "softcap": float(x.softcap),
-        }
+        batch, heads, kv_heads, queries, keys, length, _, _ = self.sizes
+        right = FAR if x.window_right < 0 else min(x.window_right, FAR)
+        numbers = (
+            batch,
+            queries,
+            keys,
+            length,
+            heads,
+            heads // kv_heads,
+            FAR + max(-FAR, min(x.offset, FAR)),
+            max(0, min(x.window_left, FAR)),
+            0 if x.causal else right,
+            threshold(x.dropout_p),
+        )
+        return Numbers(*map(odd, numbers))
 
-    def constants(self, *operands: Rows) -> dict:
+    def constants(self, *operands: Rows) -> Constants:
         """The compile-time numbers that every kernel takes; ``operands`` are the further `Rows` that it touches."""
-        return {**self._constants, "ALIGNED": self._aligned and aligned(operands)}
+        straight = self._aligned and aligned(operands)
+        return self._constants._replace(
+            ALIGNED=straight, DESCRIPTORS=straight and self._described and describable(operands)
+        )
+
+    def band(self) -> int:
+        """How many query heads go side by side in the kernels over queries: whole groups, whose keys and values fit
+        the second-level cache together."""
+        _, heads, kv_heads, _, keys, _, head_dim, value_dim = self.sizes
+        row = keys * (head_dim + value_dim) * self.x.query.element_size()
+        return tiles.band(self.architecture, row) * (heads // kv_heads)
+
+    def column_band(self, shares: int) -> int:
+        """The same for programs of key tiles, each of which takes one of ``shares`` of a group's heads."""
+        _, heads, kv_heads, queries, _, _, head_dim, value_dim = self.sizes
+        row = queries * (head_dim + value_dim) * self.x.query.element_size()
+        return tiles.band(self.architecture, row * (heads // kv_heads) // shares)
 
     def tile(self, kernel: str) -> tiles.Tile:
         """The table's entry for a kernel."""
@@ -202,24 +284,21 @@ def _precision(architecture: str) -> str:
 
 
 class _Signature(NamedTuple):
-    """A kernel's parameters in order; the values of those that are compiled in; numbers of which the width is."""
+    """A kernel's parameters in order, and the values of those that are compiled in."""
 
     names: list[str]
     constants: Callable[[dict], tuple]
-    numbers: list[str]
 
     def key(self, arguments: tuple, named: dict) -> tuple | None:
         """All that Triton compiles in of a launch: numbers by their width, for none is compiled in by its value, and
         tensors by dtype and alignment. None where a number has more than 32 bits: which one would matter."""
         bits, device, forms = 0, None, []
         add = forms.append
-        for name in self.numbers:
-            bits |= named.get(name, 0)
         for argument in arguments:
             if argument is None or argument is _ALL_SEEN:
                 add(None)
                 continue
-            for part in argument if isinstance(argument, tuple) else (argument,):
+            for part in _parts(argument):
                 if part is None:
                     add(None)
                 elif type(part) is int:
@@ -234,14 +313,25 @@ class _Signature(NamedTuple):
         return device, options, self.constants(named), *forms
 
 
+def _parts(argument) -> Iterable:
+    """The tensors and numbers of an argument of a kernel, out of tuples and their tuples."""
+    if not isinstance(argument, tuple):
+        return (argument,)
+    found = []
+    for part in argument:
+        if isinstance(part, tuple):
+            found.extend(part)
+        else:
+            found.append(part)
+    return found
+
+
 @memoise
 def _signature(function) -> _Signature:
     """That of the Python function which a kernel was made of."""
     kinds = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     constants = [name for name, kind in kinds.items() if kind in (tl.constexpr, "tl.constexpr")]
-    # Without an annotation: those have the width that their value asks for.
-    numbers = [name for name in RUNTIME if kinds.get(name) is inspect.Parameter.empty]
-    return _Signature(list(kinds), itemgetter(*constants), numbers)
+    return _Signature(list(kinds), itemgetter(*constants))
 
 
 def launch(kernel, programs: int, tile: tiles.Tile, *arguments, **named) -> None:
@@ -264,12 +354,31 @@ def execute(kernel, programs: int, *arguments, **named) -> None:
     key = facts and (kernel.fn, knobs.runtime.debug, knobs.compilation.instrumentation_mode, facts)
     compiled = _COMPILED.get(key)
     if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments, *[named[name] for name in signature.names[len(arguments) :]])
+        rest = [named[name] for name in signature.names[len(arguments) :]]
+        _with_scratch(named, compiled[(programs, 1, 1)], *arguments, *rest)
         return
-    compiled = kernel[(programs,)](*arguments, **named)
+    compiled = _with_scratch(named, kernel[(programs,)], *arguments, **named)
     # Interpreted, nothing is compiled. For AMD, Triton also asks how far a tensor's memory reaches.
     if key and compiled is not None and not torch.version.hip:
         _COMPILED[key] = compiled
+
+
+def _with_scratch(constants: dict, call: Callable, *arguments, **named):
+    """Call, with memory for the tensor descriptors that a kernel writes, where it does. Triton asks for that memory
+    through a context variable, which belongs to the user: it is set for this call alone."""
+    if "C" in constants and constants["C"].DESCRIPTORS:
+        return copy_context().run(_call_with_scratch, call, arguments, named)
+    return call(*arguments, **named)
+
+
+def _call_with_scratch(call: Callable, arguments: tuple, named: dict):
+    set_allocator(_allocate)
+    return call(*arguments, **named)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of the current device; torch hands it to others in the order of the stream, after the launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def count_tiles(length: int, size: int) -> int:

@@ -1,8 +1,8 @@
-"""Backward: the gradients of columns, in one launch.
+"""Backward: the gradients of columns.
 
 Some programs take a tile of keys through the queries that see them (dk, dv); some a tile of prefix columns through a
 share of all queries (partial sums of dPk, dPv and of a gate that a row's queries share); and where each query has a
-gate of its own, some take a tile of it through all heads.
+gate of its own, some take a tile of it through all heads. They share a launch.
 """
 
 from __future__ import annotations
@@ -16,258 +16,448 @@ from torch import Tensor
 
 from ..inputs import heads_last_empty
 from . import tiles
-from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
+from .arguments import Problem, Rows, count_tiles, launch, odd, rows
 from .primitives import (
     LOG2E,
     as_tile,
+    at,
+    at_head,
+    drop,
+    exponent,
     head,
+    kept_columns,
     layer_scale,
-    load_row_sums,
-    load_rows,
+    lengths,
+    load_head,
+    load_sums,
+    load_tile,
+    longest_first,
+    open_heads,
+    open_rows,
+    plain,
     position,
-    prefix_gradients,
     product,
     rescale,
     row_keys,
+    row_sums,
     sigmoids,
     similarity,
-    store_rows,
-    token_gradients,
+    store_tile,
+    token_weights,
+    uncap,
     weights,
 )
-from .ranges import query_range
+from .ranges import query_tiles
+
+
+class Roles(NamedTuple):
+    """Which programs a launch has: those of dk and of dv (``APART``: from programs of their own, since two sums of 256
+    columns do not fit the registers beside tiles of the size that Hopper's and Blackwell's matrix instructions need),
+    those of prefix columns, and those of a gate that each query has."""
+
+    KEY: bool
+    VALUE: bool
+    APART: bool
+    PREFIXES: bool
+    GATES: bool
+
+
+class Work(NamedTuple):
+    """How many programs do what, encoded by `arguments.odd`.
+
+    ``tokens`` for tiles of keys: each takes one of ``shares`` of a group's query heads, ``share`` heads, and ``band``
+    of them go side by side. Then ``prefixes`` for tiles of prefix columns: each takes ``chunk`` batch rows, or one of
+    ``splits`` of one.
+    """
+
+    tokens: int
+    shares: int
+    share: int
+    band: int
+    prefixes: int
+    chunk: int
+    splits: int
+
+
+class Gradients(NamedTuple):
+    """Where the gradients go, and the partial sums of those that `finish` completes.
+
+    ``dk``, ``dv`` ``[shares * B, Hkv, S, D or Dv]``; ``dpk``, ``dpv``: a tile from each program, that is ``[parts,
+    Hkv, tiles * PREFIX, WIDTH or WIDTH_V]``; ``d_gate``: of the logits of a gate for each query; ``dg``: of ``g``,
+    ``[B, splits, Hkv, M]``, or ``[B, T, M]`` for an indexed gate for each query; ``d_scale``: what each program adds
+    to that of the layer scale.
+    """
+
+    dk: Rows
+    dv: Rows
+    dpk: Tensor | None
+    dpv: Tensor | None
+    d_gate: Tensor | None
+    dg: Tensor | None
+    d_scale: Tensor | None
+
+
+@triton.jit
+def _queries(
+    b_dk, b_dv, columns, queries, seen, p_seed, place, n, scales, steps, C: tl.constexpr, ROWS: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Add what a range of queries of some heads gives to ``dk / scale`` and dv.
+
+    ``steps``: how many heads; where the range begins, from where it leaves out how many queries, and where it ends.
+    ``CHECK``: positions may hide keys, or queries may be past the last.
+    """
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    b_k, at_k, b_v, at_v = columns
+    q, do, row = queries
+    i_b, i_h, i_bh, o_n, i_base = place
+    i_heads, i_first, i_skip, i_skipped, i_end = steps
+    # Heads and their tiles in one loop, which counts both without a division: one loop in another costs registers.
+    i_head, i_tile, i_last = i_first * 0, i_first, i_end - i_skipped
+    for _ in tl.range(0, i_heads * ((i_last - i_first) // ROWS)):
+        i_t = i_tile
+        if CHECK:
+            i_t = tl.multiple_of(tl.where(i_tile < i_skip, i_tile, i_tile + i_skipped), ROWS)
+        o_t = i_t + tl.arange(0, ROWS)[None, :]
+        b_q = load_head(q, i_head, i_t, D, ROWS, WIDTH, CHECK, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH]
+        b_do = load_head(do, i_head, i_t, DV, ROWS, WIDTH_V, CHECK, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH_V]
+        # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
+        b_lse = load_sums(row, i_head, i_t, False, ROWS)
+        b_s = similarity(b_k, at_k, b_q, at_head(q, i_head, i_t), D, C)
+        # Keys past the end need no check: what they get is not stored.
+        b_p, b_x = token_weights(
+            b_s, b_lse[None, :], seen, (i_b, i_h + i_head, o_t, o_n, i_base), n, scales, C,
+            CHECK and (C.LEFT or C.RIGHT),
+        )  # fmt: skip
+        m_kept = kept_columns(row_keys(p_seed, i_bh + i_head, o_t), plain(n.M) + o_n, plain(n.threshold))
+        # dv before the second similarity: fewer tiles are held at a time.
+        if VALUE:
+            b_dv = product(drop(b_p, m_kept).to(b_q.dtype), b_do, b_dv, C)
+        if KEY:
+            b_delta = load_sums(row, i_head, i_t, True, ROWS)
+            b_r = similarity(b_v, at_v, b_do, at_head(do, i_head, i_t), DV, C)
+            b_dz = b_p * (rescale(drop(b_r, m_kept), scales[2], p_seed) - b_delta[None, :])
+            b_dk = product(uncap(b_dz, b_x, scales[1], C.CAPPED).to(b_q.dtype), b_q, b_dk, C)
+        i_tile += ROWS
+        m_head = i_tile >= i_last
+        i_head, i_tile = tl.where(m_head, i_head + 1, i_head), tl.where(m_head, i_first, i_tile)
+    return b_dk, b_dv
 
 
 @triton.jit
 def _tokens(
-    q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed, b_scale, b_cap, b_kept, i,
-    T, S, M, heads, group, offset, left, right, threshold,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+    x, d_out, p_sums, to, seen, p_seed, i, work, n, scales, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """dk (``KEY``) and dv (``VALUE``) of ``COLUMNS`` keys of one key head, over the queries that see them."""
-    i_tiles, i_kv_heads = tl.cdiv(S, COLUMNS), heads // group
-    # Under a causal mask the first keys have most to do, and they start first.
-    i_n = i % i_tiles * COLUMNS
-    i_b, i_kv = i // i_tiles // i_kv_heads, i // i_tiles % i_kv_heads
-    p_k, s_k = head(k, i_b, i_kv, ALIGNED)
-    p_v, s_v = head(v, i_b, i_kv, ALIGNED)
-    b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
-    b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, ALIGNED)  # [COLUMNS, WIDTH_V]
-    b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, S, _ = lengths(n)
+    batch, heads, group = plain(n.batch), plain(n.heads), plain(n.group)
+    shares, i_kv_heads = plain(work.shares), heads // group
+    # Under a causal mask the first keys have most to do.
+    i_tile, i_head = longest_first(i, tl.cdiv(S, COLUMNS), batch * i_kv_heads * shares, plain(work.band))
+    i_n, i_share = i_tile * COLUMNS, i_head % shares
+    i_b, i_kv = i_head // shares // i_kv_heads, i_head // shares % i_kv_heads
+    k = open_rows(x.k, i_b, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    v = open_rows(x.v, i_b, i_kv, S, DV, COLUMNS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+    b_k = load_tile(k, i_n, D, COLUMNS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS)  # [COLUMNS, WIDTH]
+    b_v = load_tile(v, i_n, DV, COLUMNS, WIDTH_V, True, C.ALIGNED, C.DESCRIPTORS)  # [COLUMNS, WIDTH_V]
+    columns = (b_k, at(k, i_n), b_v, at(v, i_n))
+    b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], C.W), tl.zeros([COLUMNS, WIDTH_V], C.W)
     o_n = i_n + tl.arange(0, COLUMNS)[:, None]
-    i_base = position(seen, i_b, offset)
-    i_first, i_end = query_range(seen, i_b, i_n, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS, SCAN)
-    for i_g in tl.range(0, group):
-        i_h = i_kv * group + i_g
-        i_bh = i_b * heads + i_h
-        p_q, s_q = head(q, i_b, i_h, ALIGNED)
-        p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-        for i_t in tl.range(i_first, i_end, ROWS):
-            o_t = i_t + tl.arange(0, ROWS)[None, :]
-            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
-            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
-            # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
-            b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
-            b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
-            b_s = similarity(b_k, (p_k, s_k, i_n, S), b_q, (p_q, s_q, i_t, T), D, PRECISION, W)
-            b_r = similarity(b_v, (p_v, s_v, i_n, S), b_do, (p_do, s_do, i_t, T), DV, PRECISION, W)
-            # Keys past the end need no check: what they get is not stored. Checking positions costs a comparison and
-            # a selection; a loop of its own for whole tiles costs the registers of a wider tile.
-            b_p, _, b_ds = token_gradients(
-                b_s, b_r, b_lse, b_delta, seen, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
-                i_b, i_h, o_t, o_n, i_base, T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, LEFT or RIGHT,
-            )  # fmt: skip
-            if VALUE:
-                b_dv = product(b_p.to(b_q.dtype), b_do, b_dv, PRECISION, W)
-            if KEY:
-                b_dk = product(b_ds.to(b_q.dtype), b_q, b_dk, PRECISION, W)
+    i_base = position(seen, i_b, n)
+    i_first, i_whole, i_whole_end, i_end = query_tiles(seen, i_b, i_n, i_base, n, C, ROWS, COLUMNS)
+    i_heads = plain(work.share)
+    i_h = i_kv * group + i_share * i_heads
+    i_bh = i_b * heads + i_h
+    queries = (
+        open_heads(x.q, i_b, i_h, i_heads, T, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS),
+        open_heads(d_out, i_b, i_h, i_heads, T, DV, ROWS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS),
+        row_sums(p_sums, i_bh, T, C.PAD),
+    )
+    place = (i_b, i_h, i_bh, o_n, i_base)
+    # One checked loop for both edges: it jumps over the whole tiles, which have a loop of their own.
+    steps = (i_heads, i_first, i_whole, i_whole_end - i_whole, i_end)
+    b_dk, b_dv = _queries(
+        b_dk, b_dv, columns, queries, seen, p_seed, place, n, scales, steps, C, ROWS, KEY, VALUE, True
+    )
+    steps = (i_heads, i_whole, i_whole, 0, i_whole_end)
+    b_dk, b_dv = _queries(
+        b_dk, b_dv, columns, queries, seen, p_seed, place, n, scales, steps, C, ROWS, KEY, VALUE, False
+    )
     if KEY:
-        p_dk, s_dk = head(dk, i_b, i_kv, ALIGNED)
-        store_rows(p_dk, s_dk, i_n, S, b_dk * b_scale, D, COLUMNS, WIDTH)
+        store_tile(to.dk, i_share * batch + i_b, i_kv, i_n, S, b_dk * scales[0], D, C)
     if VALUE:
-        p_dv, s_dv = head(dv, i_b, i_kv, ALIGNED)
-        store_rows(p_dv, s_dv, i_n, S, rescale(b_dv, b_kept, p_seed), DV, COLUMNS, WIDTH_V)
+        store_tile(to.dv, i_share * batch + i_b, i_kv, i_n, S, rescale(b_dv, scales[2], p_seed), DV, C)
+
+
+@triton.jit
+def _prefix_queries(
+    b_dk, b_dv, columns, queries, gate, b_g, p_seed, place, n, scales, steps, C: tl.constexpr, ROWS: tl.constexpr
+):
+    """Add what tiles of queries give to ``dPk / (scale g)`` and ``dPv / g``; without the division by ``g`` where each
+    query has its own. ``steps``: how many tiles, the head and the query of the first, and where each head ends."""
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, _, M = lengths(n)
+    b_k, at_k, b_v, at_v = columns
+    q, do, row = queries
+    i_b, i_bh, o_m = place
+    i_units, i_head, i_t, i_end = steps
+    for _ in tl.range(0, i_units):
+        o_t = i_t + tl.arange(0, ROWS)[None, :]
+        b_q = load_head(q, i_head, i_t, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH]
+        b_do = load_head(do, i_head, i_t, DV, ROWS, WIDTH_V, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH_V]
+        b_lse = load_sums(row, i_head, i_t, False, ROWS)
+        b_w = weights(gate, i_b, o_t, o_m, T, M, True, C.W) if C.PER_QUERY else b_g  # [COLUMNS, ROWS or 1]
+        b_s = similarity(b_k, at_k, b_q, at_head(q, i_head, i_t), D, C)
+        # Columns past the end need no check: what they get is not stored.
+        b_x = exponent(b_s, b_w * scales[0], scales[1], C.CAPPED)
+        b_p = tl.exp2(b_x - b_lse[None, :])
+        m_kept = kept_columns(row_keys(p_seed, i_bh + i_head, o_t), o_m, plain(n.threshold))
+        b_kept = drop(b_p, m_kept)
+        if C.PER_QUERY:
+            b_kept = b_kept * b_w
+        b_dv = product(b_kept.to(b_q.dtype), b_do, b_dv, C)
+        b_delta = load_sums(row, i_head, i_t, True, ROWS)
+        b_r = similarity(b_v, at_v, b_do, at_head(do, i_head, i_t), DV, C)
+        b_dz = b_p * (rescale(drop(b_r, m_kept), scales[2], p_seed) * b_w - b_delta[None, :])
+        b_dz = uncap(b_dz, b_x, scales[1], C.CAPPED)
+        if C.PER_QUERY:
+            b_dz = b_dz * b_w
+        b_dk = product(b_dz.to(b_q.dtype), b_q, b_dk, C)
+        i_t += ROWS
+        m_head = i_t >= i_end
+        i_head, i_t = tl.where(m_head, i_head + 1, i_head), tl.where(m_head, 0, i_t)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _add_part(p_parts, i_part, b_tile, more):
+    """Store a tile of partial sums, or (``more``) add it to what this program stored there before. Whole tiles one
+    after another: their addresses take no registers."""
+    if p_parts is not None:
+        ROWS: tl.constexpr = b_tile.shape[0]
+        WIDTH: tl.constexpr = b_tile.shape[1]
+        o_r, o_d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+        p_tile = p_parts + tl.cast(i_part, tl.int64) * (ROWS * WIDTH) + (o_r * WIDTH + o_d)
+        # Other threads may have stored what this one loads; and one tile after the other, to save registers.
+        tl.debug_barrier()
+        if more:
+            b_tile += tl.load(p_tile)
+        tl.store(p_tile, b_tile)
+
+
+@triton.jit
+def _load_prefix(x, i_kv, i_first, limit, element, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                 C: tl.constexpr):  # fmt: skip
+    """A tile of the prefix as it is multiplied."""
+    rows = open_rows(x, 0, i_kv, limit, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    return load_tile(rows, i_first, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS).to(element)
 
 
 @triton.jit
 def _prefix(
-    q, pk, pv, d_out, p_lse, p_delta, dpk, dpv, p_dg, p_d_scale, gate, p_seed, b_scale, b_cap, b_kept, i,
-    batch, chunk, splits, T, M, heads, group, threshold,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CAPPED: tl.constexpr,
-    PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x, d_out, p_sums, to, gate, p_seed, i, work, n, scales, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """dPk and dPv of ``COLUMNS`` prefix columns of one key head over ``chunk`` batch rows, or one split of one row.
 
-    A split is a share of the row's (head, query tile) pairs. ``p_dg`` ``[B, splits, Hkv, M]`` takes the gradient of a
-    gate that all the row's queries share, ``p_d_scale`` what this program adds to that of lambda.
+    A split is a share of the row's (head, query tile) pairs. Where a row's queries share a gate, the loop is that of
+    `_tokens` without a mask: the gate, a number for each column, multiplies the sums after it, and its own gradient
+    is ``scale <Pk, sum dz q> + <Pv, sum p dO>``.
     """
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, _, M = lengths(n)
+    heads, group, chunk, splits = plain(n.heads), plain(n.group), plain(work.chunk), plain(work.splits)
     i_tiles, i_kv_heads = tl.cdiv(M, COLUMNS), heads // group
     i_part = i // i_tiles // i_kv_heads
     i_kv = i // i_tiles % i_kv_heads
     i_m = i % i_tiles * COLUMNS
     i_split, i_first = i_part % splits, i_part // splits * chunk
     o_m = i_m + tl.arange(0, COLUMNS)[:, None]
-    p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
-    p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    element = q.ptr.dtype.element_ty
-    b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(element)  # [COLUMNS, WIDTH]
-    b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(element)  # [COLUMNS, WIDTH_V]
-    b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], W), tl.zeros([COLUMNS, WIDTH_V], W)
-    b_d_scale = tl.zeros([COLUMNS, 1], W)
+    p_pk, s_pk = head(x.pk, 0, i_kv, C.ALIGNED)
+    p_pv, s_pv = head(x.pv, 0, i_kv, C.ALIGNED)
+    element = x.q.ptr.dtype.element_ty
+    b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)  # [COLUMNS, WIDTH]
+    b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)  # [COLUMNS, WIDTH_V]
+    b_d_scale = tl.zeros([COLUMNS, 1], C.W)
     i_query_tiles = tl.cdiv(T, ROWS)
     i_share = tl.cdiv(group * i_query_tiles, splits)
-    for i_b in tl.range(i_first, tl.minimum(i_first + chunk, batch)):
-        b_dg = tl.zeros([COLUMNS, 1], W)
-        b_g = weights(gate, i_b, o_m, o_m, T, M, False, W) if not PER_QUERY else None  # [COLUMNS or 1, 1]
-        for i_unit in tl.range(i_split * i_share, tl.minimum((i_split + 1) * i_share, group * i_query_tiles)):
-            i_h, i_t = i_kv * group + i_unit // i_query_tiles, i_unit % i_query_tiles * ROWS
-            i_bh = i_b * heads + i_h
-            o_t = i_t + tl.arange(0, ROWS)[None, :]
-            p_q, s_q = head(q, i_b, i_h, ALIGNED)
-            p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-            b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
-            b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
-            b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [1, ROWS]
-            b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [1, ROWS]
-            b_w = weights(gate, i_b, o_t, o_m, T, M, True, W) if PER_QUERY else b_g  # [COLUMNS or 1, ROWS or 1]
-            b_s = similarity(b_k, (p_pk, s_pk, i_m, M), b_q, (p_q, s_q, i_t, T), D, PRECISION, W)
-            b_r = similarity(b_v, (p_pv, s_pv, i_m, M), b_do, (p_do, s_do, i_t, T), DV, PRECISION, W)
-            b_p, b_dz, b_dw = prefix_gradients(
-                b_s, b_r, b_w, b_lse, b_delta, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
-                o_m, M, threshold, CAPPED,
-            )  # fmt: skip
-            if p_dg is not None or p_d_scale is not None:
-                b_dg += tl.sum(b_dw, 1)[:, None]
-            if dpv.ptr is not None:
-                b_dv = product((b_p * b_w).to(b_q.dtype), b_do, b_dv, PRECISION, W)
-            if dpk.ptr is not None:
-                b_dk = product((b_dz * b_w).to(b_q.dtype), b_q, b_dk, PRECISION, W)
-        if p_dg is not None:
-            p_row = p_dg + ((tl.cast(i_b, tl.int64) * splits + i_split) * i_kv_heads + i_kv) * M
-            tl.store(p_row + o_m, b_dg, mask=o_m < M)
-        if p_d_scale is not None:
-            b_d_scale += b_dg * sigmoids(gate, i_b, o_m, o_m, T, M, False, W)
-    if p_d_scale is not None:
-        tl.store(p_d_scale + i, tl.sum(tl.sum(b_d_scale, 1), 0))
-    if dpk.ptr is not None:
-        p_dk, s_dk = head(dpk, i_part, i_kv, ALIGNED)
-        store_rows(p_dk, s_dk, i_m, M, b_dk * b_scale, D, COLUMNS, WIDTH)
-    if dpv.ptr is not None:
-        p_dv, s_dv = head(dpv, i_part, i_kv, ALIGNED)
-        store_rows(p_dv, s_dv, i_m, M, rescale(b_dv, b_kept, p_seed), DV, COLUMNS, WIDTH_V)
+    i_unit, i_unit_end = i_split * i_share, tl.minimum((i_split + 1) * i_share, group * i_query_tiles)
+    for i_b in tl.range(i_first, tl.minimum(i_first + chunk, plain(n.batch)), disable_licm=True):
+        columns = (b_k, (p_pk, s_pk, i_m, M), b_v, (p_pv, s_pv, i_m, M))
+        b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], C.W), tl.zeros([COLUMNS, WIDTH_V], C.W)
+        b_g = tl.full((1, 1), 1.0, C.W)
+        if not C.PER_QUERY:
+            b_g = weights(gate, i_b, o_m, o_m, T, M, False, C.W)  # [COLUMNS or 1, 1]
+        i_h = i_kv * group
+        i_bh = i_b * heads + i_h
+        queries = (
+            open_heads(x.q, i_b, i_h, group, T, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS),
+            open_heads(d_out, i_b, i_h, group, T, DV, ROWS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS),
+            row_sums(p_sums, i_bh, T, C.PAD),
+        )
+        steps = (i_unit_end - i_unit, i_unit // i_query_tiles, i_unit % i_query_tiles * ROWS, i_query_tiles * ROWS)
+        b_dk, b_dv = _prefix_queries(
+            b_dk, b_dv, columns, queries, gate, b_g, p_seed, (i_b, i_bh, o_m), n, scales, steps, C, ROWS
+        )
+        b_dk, b_dv = b_dk * scales[0], rescale(b_dv, scales[2], p_seed)
+        more = i_b > i_first
+        b_dg = tl.zeros([COLUMNS, 1], C.W)
+        if not C.PER_QUERY and (to.dg is not None or to.d_scale is not None):
+            # Loaded again: kept, it would take registers from the loop.
+            tl.debug_barrier()
+            b_rows = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C).to(C.W)
+            b_dg = tl.sum(b_rows * b_dk, 1)[:, None]  # [COLUMNS, 1]
+        _add_part(to.dpk, i, b_dk * b_g, more)
+        if not C.PER_QUERY and (to.dg is not None or to.d_scale is not None):
+            tl.debug_barrier()
+            b_rows = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C).to(C.W)
+            b_dg += tl.sum(b_rows * b_dv, 1)[:, None]
+            if to.dg is not None:
+                p_row = to.dg + ((tl.cast(i_b, tl.int64) * splits + i_split) * i_kv_heads + i_kv) * M
+                tl.store(p_row + o_m, b_dg, mask=o_m < M)
+            if to.d_scale is not None:
+                # Columns past the end have gathered anything.
+                b_dg = tl.where(o_m < M, b_dg, 0.0)
+                b_d_scale += b_dg * sigmoids(gate, i_b, o_m, o_m, T, M, False, C.W)
+        _add_part(to.dpv, i, b_dv * b_g, more)
+        # Carried by the loop, so that Triton keeps them in shared memory: what was cast, it keeps in registers.
+        b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)
+        b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)
+    if not C.PER_QUERY and to.d_scale is not None:
+        tl.store(to.d_scale + i, tl.sum(tl.sum(b_d_scale, 1), 0))
 
 
 @triton.jit
 def _query_gate(
-    q, pk, pv, d_out, p_lse, p_delta, p_d_gate, p_dg, p_d_scale, gate, p_seed, b_scale, b_cap, b_kept, i,
-    T, M, heads, group, threshold,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CAPPED: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of the gradient of a gate ``[B, T, M]``, where each query has its own: a sum over heads, in registers.
-
-    ``p_d_gate`` takes that of the logits, ``p_dg`` (for an indexed gate) that of ``g``.
-    """
+    x, d_out, p_sums, to, gate, p_seed, i, n, scales, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A tile of the gradient of a gate ``[B, T, M]``, where each query has its own: a sum over heads, in registers."""
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, _, M = lengths(n)
+    heads, group = plain(n.heads), plain(n.group)
     i_m_tiles, i_t_tiles = tl.cdiv(M, COLUMNS), tl.cdiv(T, ROWS)
     i_m = i % i_m_tiles * COLUMNS
     i_t = i // i_m_tiles % i_t_tiles * ROWS
     i_b = i // i_m_tiles // i_t_tiles
     o_t, o_m = i_t + tl.arange(0, ROWS)[:, None], i_m + tl.arange(0, COLUMNS)[None, :]
-    b_sigmoid = sigmoids(gate, i_b, o_t, o_m, T, M, True, W)  # [ROWS, COLUMNS]
-    b_lambda = layer_scale(gate, W)
-    b_g = b_sigmoid * b_lambda
-    b_dg = tl.zeros([ROWS, COLUMNS], W)
-    for i_h in tl.range(0, heads):
-        i_bh = i_b * heads + i_h
-        p_q, s_q = head(q, i_b, i_h, ALIGNED)
-        p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-        p_pk, s_pk = head(pk, 0, i_h // group, ALIGNED)
-        p_pv, s_pv = head(pv, 0, i_h // group, ALIGNED)
-        b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
-        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W, True)
-        b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
-        b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_pv, s_pv, i_m, M), DV, PRECISION, W, True)
-        b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
-        b_delta = load_row_sums(p_delta, i_bh, o_t, T, 0.0)  # [ROWS, 1]
-        _, _, b_dw = prefix_gradients(
-            b_s, b_r, b_g, b_lse, b_delta, row_keys(p_seed, i_bh, o_t), b_scale, b_cap, b_kept,
-            o_m, M, threshold, CAPPED,
-        )  # fmt: skip
-        b_dg += b_dw
+    b_g = weights(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
+    b_weight = b_g * (scales[0] * LOG2E)
+    b_dg = tl.zeros([ROWS, COLUMNS], C.W)
+    element = x.q.ptr.dtype.element_ty
+    q = open_heads(x.q, i_b, 0, heads, T, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    do = open_heads(d_out, i_b, 0, heads, T, DV, ROWS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+    p_row, i_padded = row_sums(p_sums, i_b * heads, T, C.PAD)
+    for i_kv in tl.range(0, heads // group):
+        p_pk, s_pk = head(x.pk, 0, i_kv, C.ALIGNED)
+        p_pv, s_pv = head(x.pv, 0, i_kv, C.ALIGNED)
+        b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)  # [COLUMNS, WIDTH]
+        b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)  # [COLUMNS, WIDTH_V]
+        for i_h in tl.range(i_kv * group, (i_kv + 1) * group):
+            b_q = load_head(q, i_h, i_t, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH]
+            b_do = load_head(do, i_h, i_t, DV, ROWS, WIDTH_V, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH_V]
+            b_s = similarity(b_q, at_head(q, i_h, i_t), b_k, (p_pk, s_pk, i_m, M), D, C, True)
+            b_r = similarity(b_do, at_head(do, i_h, i_t), b_v, (p_pv, s_pv, i_m, M), DV, C, True)
+            o_row = tl.cast(i_h, tl.int64) * 2 * i_padded + o_t
+            b_lse, b_delta = tl.load(p_row + o_row), tl.load(p_row + i_padded + o_row)  # [ROWS, 1]
+            b_x = b_s * b_weight
+            if C.CAPPED:
+                b_x = exponent(b_s, b_g * scales[0], scales[1], C.CAPPED)
+            b_p = tl.exp2(b_x - b_lse)
+            b_keys = row_keys(p_seed, i_b * heads + i_h, o_t)
+            b_r = rescale(drop(b_r, kept_columns(b_keys, o_m, plain(n.threshold))), scales[2], b_keys)
+            b_w = uncap(b_r * b_g - b_delta, b_x, scales[1], C.CAPPED)
+            b_dg += b_p * (b_w * (b_s * scales[0]) + b_r)
+    tl.debug_barrier()  # loaded again: kept, it would take registers from the loop
+    b_sigmoid = sigmoids(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
     o_row = (tl.cast(i_b, tl.int64) * T + o_t) * M + o_m
     m_row = (o_t < T) & (o_m < M)
-    if p_dg is not None:
-        tl.store(p_dg + o_row, b_dg, mask=m_row)
-    if p_d_gate is not None:
-        b_d_gate = b_dg * b_lambda * b_sigmoid * (1 - b_sigmoid)
-        tl.store(p_d_gate + o_row, b_d_gate.to(p_d_gate.dtype.element_ty), mask=m_row)
-    if p_d_scale is not None:
-        tl.store(p_d_scale + i, tl.sum(tl.sum(b_dg * b_sigmoid, 1), 0))
+    if to.dg is not None:
+        tl.store(to.dg + o_row, b_dg, mask=m_row)
+    if to.d_gate is not None:
+        b_d_gate = b_dg * layer_scale(gate, C.W) * b_sigmoid * (1 - b_sigmoid)
+        tl.store(to.d_gate + o_row, b_d_gate.to(to.d_gate.dtype.element_ty), mask=m_row)
+    if to.d_scale is not None:
+        # Columns past the last have gathered anything.
+        tl.store(to.d_scale + i, tl.sum(tl.sum(tl.where(m_row, b_dg * b_sigmoid, 0.0), 1), 0))
 
 
-@triton.jit(do_not_specialize=(*RUNTIME, "tokens", "prefixes", "batch", "chunk", "splits"))
-def column_gradients(
-    q, k, v, pk, pv, d_out, p_lse, p_delta, dk, dv, dpk, dpv, p_d_gate, p_dg, p_d_scale, gate, seen, p_seed,
-    tokens, prefixes, batch, chunk, splits,
-    T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
-    kept: tl.float64, scale: tl.float64, softcap: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, GATE_ROWS: tl.constexpr, GATE: tl.constexpr,
-    KEY: tl.constexpr, VALUE: tl.constexpr, APART: tl.constexpr, PREFIXES: tl.constexpr, GATES: tl.constexpr,
-    SCAN: tl.constexpr,
+@triton.jit
+def _prefix_or_gate(
+    x, d_out, p_sums, to, gate, p_seed, i, work, n, scales, C: tl.constexpr, ROLES: tl.constexpr,
+    PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys (the first ``tokens`` programs), of prefix columns (``prefixes`` more), or of a gate.
+    """Program ``i`` of those of prefix columns and, after them, of a gate."""
+    GATE_ROWS: tl.constexpr = GATES[0]
+    GATE: tl.constexpr = GATES[1]
+    prefixes = plain(work.prefixes)
+    if ROLES.PREFIXES:
+        if (i >= 0) & (i < prefixes):
+            _prefix(x, d_out, p_sums, to, gate, p_seed, i, work, n, scales, C, PREFIX_ROWS, PREFIX)
+    if ROLES.GATES:
+        if i >= prefixes:
+            _query_gate(x, d_out, p_sums, to, gate, p_seed, i - prefixes, n, scales, C, GATE_ROWS, GATE)
 
-    ``APART``: dk and dv come from programs of their own, ``tokens`` for each. Two sums of 256 columns do not fit the
-    registers beside tiles of the size that Hopper's and Blackwell's matrix instructions need.
-    """
-    i = tl.program_id(0)
-    b_scale, b_cap, b_kept = as_tile(scale, W), as_tile(softcap, W), as_tile(kept, W)
-    if KEY:
+
+@triton.jit
+def column_gradients(
+    x, d_out, p_sums, to, gate, seen, p_seed, work, n, scale: tl.float64, softcap: tl.float64, kept: tl.float64,
+    C: tl.constexpr, ROLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr,
+    PREFIX: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys (the first ``tokens`` programs; ``APART``: so many for dk, then for dv), of prefix columns, or
+    of a gate."""
+    i, tokens = tl.program_id(0), plain(work.tokens)
+    scales = (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W))
+    if ROLES.KEY:
         if i < tokens:
             _tokens(
-                q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed, b_scale, b_cap, b_kept, i,
-                T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
-                ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN, True, VALUE and not APART,
+                x, d_out, p_sums, to, seen, p_seed, i, work, n, scales, C, ROWS, COLUMNS, True,
+                ROLES.VALUE and not ROLES.APART,
             )  # fmt: skip
-    if KEY and (VALUE and APART):
+    if ROLES.KEY and (ROLES.VALUE and ROLES.APART):
         i -= tokens
-    if VALUE and (APART or not KEY):
+    if ROLES.VALUE and (ROLES.APART or not ROLES.KEY):
         if (i >= 0) & (i < tokens):
-            _tokens(
-                q, k, v, d_out, p_lse, p_delta, dk, dv, seen, p_seed, b_scale, b_cap, b_kept, i,
-                T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED,
-                ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN, False, True,
-            )  # fmt: skip
-    if PREFIXES:
-        if (i >= tokens) & (i < tokens + prefixes):
-            _prefix(
-                q, pk, pv, d_out, p_lse, p_delta, dpk, dpv, None if PER_QUERY else p_dg,
-                None if PER_QUERY else p_d_scale, gate, p_seed, b_scale, b_cap, b_kept, i - tokens,
-                batch, chunk, splits, T, M, heads, group, threshold,
-                D, DV, WIDTH, WIDTH_V, CAPPED, PER_QUERY, ALIGNED, PRECISION, W, PREFIX_ROWS, PREFIX,
-            )  # fmt: skip
-    if GATES:
-        if i >= tokens + prefixes:
-            _query_gate(
-                q, pk, pv, d_out, p_lse, p_delta, p_d_gate, p_dg, p_d_scale, gate, p_seed, b_scale, b_cap, b_kept,
-                i - tokens - prefixes, T, M, heads, group, threshold,
-                D, DV, WIDTH, WIDTH_V, CAPPED, ALIGNED, PRECISION, W, GATE_ROWS, GATE,
-            )  # fmt: skip
+            _tokens(x, d_out, p_sums, to, seen, p_seed, i, work, n, scales, C, ROWS, COLUMNS, False, True)
+    _prefix_or_gate(
+        x, d_out, p_sums, to, gate, p_seed, i - tokens, work, n, scales, C, ROLES, PREFIX_ROWS, PREFIX, GATES
+    )
+
+
+@triton.jit
+def prefix_column_gradients(
+    x, d_out, p_sums, to, gate, p_seed, work, n, scale: tl.float64, softcap: tl.float64, kept: tl.float64,
+    C: tl.constexpr, ROLES: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, GATES: tl.constexpr,
+):  # fmt: skip
+    """The prefix's and the gate's programs of `column_gradients`, where a launch of their own keeps the registers of
+    dk and dv free."""
+    scales = (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W))
+    _prefix_or_gate(
+        x, d_out, p_sums, to, gate, p_seed, tl.program_id(0), work, n, scales, C, ROLES, PREFIX_ROWS, PREFIX, GATES
+    )
 
 
 class Columns(NamedTuple):
-    """What the launch leaves: gradients, and partial sums for `finish`; None for what is not needed.
+    """What the launches leave: gradients, and partial sums for `finish`; None for what is not needed.
 
-    ``prefix_key`` and ``prefix_value``: ``[parts, Hkv, M, D or Dv]``. ``gate`` is done. ``weights`` ``[B, n, M]``:
-    gradients of ``g``, ``n`` rows for every batch row. ``layer_scale``: ``[programs]``.
+    ``prefix_key`` and ``prefix_value``: ``[parts, Hkv, M, D or Dv]``, the last two padded to tiles. ``gate`` is done.
+    ``weights`` ``[B, n, M]``: gradients of ``g``, ``n`` rows for every batch row. ``layer_scale``: ``[programs]``.
     """
 
     key: Tensor | None
@@ -291,35 +481,40 @@ def _parts(problem: Problem, tile: tiles.Tile) -> tuple[int, int, int]:
     return chunk, chunks, max(1, min(units, most // (base * chunks)))
 
 
-def column_gradients_of(
-    problem: Problem, d_out: Rows, logsumexp: Tensor, delta: Tensor, need: dict[str, bool]
-) -> Columns:
+def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[str, bool]) -> Columns:
     """Launch `column_gradients` for what is needed of key, value, prefix, gate and layer scale."""
     x = problem.x
-    batch, _, kv_heads, queries, keys, length, head_dim, value_dim = problem.sizes
-    tile, shared, gate = (problem.tile(name) for name in ("key_value", "prefix", "gate"))
-    chunk, chunks, splits = _parts(problem, shared)
+    batch, heads, kv_heads, queries, keys, length, head_dim, value_dim = problem.sizes
     by_query, scaled = x.gate_by_query, need["layer_scale"]
+    names = ("key_value", "prefix_by_query" if by_query else "prefix", "gate")
+    tile, shared, gate = (problem.tile(name) for name in names)
+    chunk, chunks, splits = _parts(problem, shared)
     weights = need["gate"] or scaled
 
-    tokens = count_tiles(keys, tile.columns) * batch * kv_heads if need["key"] or need["value"] else 0
-    apart = tiles.is_apart(problem.architecture, x.query.element_size(), problem.dim)
-    passes = need["key"] + need["value"] if apart else 1
-    any_prefix = need["prefix_key"] or need["prefix_value"] or (weights and not by_query)
-    prefixes = count_tiles(length, shared.columns) * kv_heads * chunks * splits if any_prefix else 0
-    gates = count_tiles(length, gate.columns) * count_tiles(queries, gate.rows) * batch if weights and by_query else 0
-    if not tokens + prefixes + gates:
-        return Columns(*[None] * 7)
+    any_token, any_prefix = need["key"] or need["value"], need["prefix_key"] or need["prefix_value"]
+    shares = 1
+    tokens = count_tiles(keys, tile.columns) * batch * kv_heads * shares if any_token else 0
+    roles = Roles(
+        KEY=need["key"],
+        VALUE=need["value"],
+        APART=tiles.is_apart(problem.architecture, x.query.element_size(), problem.dim),
+        PREFIXES=any_prefix or (weights and not by_query),
+        GATES=weights and by_query,
+    )
+    passes = need["key"] + need["value"] if roles.APART else 1
+    prefixes = count_tiles(length, shared.columns) * kv_heads * chunks * splits if roles.PREFIXES else 0
+    gates = count_tiles(length, gate.columns) * count_tiles(queries, gate.rows) * batch if roles.GATES else 0
 
     def empty(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=x.compute_dtype, device=x.query.device) if wanted else None
 
     indexed = x.gate_index is not None
+    part = (chunks * splits, kv_heads, count_tiles(length, shared.columns) * shared.columns)
     columns = Columns(
         key=heads_last_empty(x.key, batch, kv_heads, keys, head_dim) if need["key"] else None,
         value=heads_last_empty(x.value, batch, kv_heads, keys, value_dim) if need["value"] else None,
-        prefix_key=empty(need["prefix_key"], chunks * splits, kv_heads, length, head_dim),
-        prefix_value=empty(need["prefix_value"], chunks * splits, kv_heads, length, value_dim),
+        prefix_key=empty(need["prefix_key"], *part, tiles.padded(head_dim)),
+        prefix_value=empty(need["prefix_value"], *part, tiles.padded(value_dim)),
         gate=torch.empty_like(x.gate, memory_format=torch.contiguous_format)
         if need["gate"] and by_query and not indexed
         else None,
@@ -328,15 +523,24 @@ def column_gradients_of(
         ),
         layer_scale=empty(scaled, gates if by_query else prefixes),
     )
-    to = [rows(part) for part in columns[:4]]
-    launch(
-        column_gradients, tokens * passes + prefixes + gates, tile,
-        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, d_out, logsumexp, delta,
-        *to, columns.gate, columns.weights, columns.layer_scale, problem.gate, problem.seen, x.seed,
-        tokens, prefixes, batch, chunk, splits, **problem.numbers, **problem.constants(d_out, *to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
-        GATE_ROWS=gate.rows, GATE=gate.columns, KEY=need["key"], VALUE=need["value"], APART=apart,
-        PREFIXES=prefixes > 0, GATES=gates > 0,
-        SCAN=tiles.SCAN,
-    )  # fmt: skip
+    to = Gradients(rows(columns.key), rows(columns.value), *columns[2:])
+    share = heads // kv_heads // shares
+    work = Work(*map(odd, (tokens, shares, share, problem.column_band(shares), prefixes, chunk, splits)))
+    given = (problem.operands, d_out, sums, to, problem.gate)
+    rest = (x.seed, work, problem.numbers, *problem.scales)
+    sizes = {
+        "C": problem.constants(d_out, to.dk, to.dv),
+        "PREFIX_ROWS": shared.rows,
+        "PREFIX": shared.columns,
+        "GATES": (gate.rows, gate.columns),
+    }
+    more = prefixes + gates
+    if shared.warps and more:
+        launch(prefix_column_gradients, more, shared, *given, *rest, ROLES=roles, **sizes)
+        roles, more = roles._replace(PREFIXES=False, GATES=False), 0
+    if tokens + more:
+        launch(
+            column_gradients, tokens * passes + more, tile, *given, problem.seen, *rest, ROLES=roles, ROWS=tile.rows,
+            COLUMNS=tile.columns, **sizes,
+        )  # fmt: skip
     return columns

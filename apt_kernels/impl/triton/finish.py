@@ -2,34 +2,84 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import WIDE, Problem, count_tiles, launch
+from .arguments import Problem, count_tiles, launch, odd
 from .columns import Columns
 from .primitives import LOG2E, layer_scale, plain
 
 
+class Parts(NamedTuple):
+    """What is summed: see `columns.Columns`; the sinks and the row sums (see `primitives.row_sums`)."""
+
+    key: Tensor | None
+    value: Tensor | None
+    weights: Tensor | None
+    layer_scale: Tensor | None
+    sinks: Tensor | None
+    sums: Tensor
+
+
+class Done(NamedTuple):
+    """Where the gradients go."""
+
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+    gate: Tensor | None
+    layer_scale: Tensor | None
+    sinks: Tensor | None
+
+
+class Counts(NamedTuple):
+    """Run-time numbers, encoded by `arguments.odd`.
+
+    Programs of dPk, dPv, the gate and lambda; parts of the prefix's gradients and of lambda's; rows of the gate, and
+    of its partial sums for each batch row; ``length`` and ``padded_length``: prefix columns, and those of a part;
+    ``padded``: queries, as row sums are padded.
+    """
+
+    key_programs: int
+    value_programs: int
+    gate_programs: int
+    scale_programs: int
+    parts: int
+    scale_parts: int
+    gate_rows: int
+    share: int
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    padded_length: int
+    padded: int
+
+
 @triton.jit
-def _sum_parts(p_parts, p_sum, i, size, parts, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``COLUMNS`` of ``size`` elements, each summed over ``parts``."""
+def _sum_parts(p_parts, p_sum, i, c, D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
+               COLUMNS: tl.constexpr):  # fmt: skip
+    """``COLUMNS`` elements of ``[Hkv, M, D]``, each summed over the parts, which are padded."""
+    length, padded_length, heads, parts = plain(c.length), plain(c.padded_length), plain(c.kv_heads), plain(c.parts)
     o = i * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    m_o = o < heads * length * D
+    o_row = o // D
+    o_in_part = (o_row // length * padded_length + o_row % length) * WIDTH + o % D
     b_sum = tl.zeros([COLUMNS], W)
     for i_part in tl.range(0, parts, ROWS):
         o_part = i_part + tl.arange(0, ROWS)[:, None]
-        p_tile = p_parts + tl.cast(o_part, tl.int64) * size + o
-        b_sum += tl.sum(tl.load(p_tile, mask=(o_part < parts) & (o < size), other=0.0), 0)
-    tl.store(p_sum + o, b_sum[None, :].to(p_sum.dtype.element_ty), mask=o < size)
+        p_tile = p_parts + tl.cast(o_part, tl.int64) * (heads * padded_length * WIDTH) + o_in_part
+        b_sum += tl.sum(tl.load(p_tile, mask=(o_part < parts) & m_o, other=0.0), 0)
+    tl.store(p_sum + o, b_sum[None, :].to(p_sum.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
-def _sum_gate(
-    p_weights, p_d_gate, gate, i, batch, gate_rows, share, M, W: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _sum_gate(p_weights, p_d_gate, gate, i, c, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A part of one gate row's gradient: the sum over the rows ``[B * share, M]`` that it served."""
+    batch, gate_rows, share, M = plain(c.batch), plain(c.gate_rows), plain(c.share), plain(c.length)
     i_tiles = tl.cdiv(M, COLUMNS)
     i_g, o_m = i // i_tiles, i % i_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     i_first, i_end = 0, batch * share
@@ -52,84 +102,88 @@ def _sum_gate(
 
 
 @triton.jit
-def _sum_sink(p_sinks, p_d_sinks, p_lse, p_delta, i_h, batch, heads, T, W: tl.constexpr, BLOCK: tl.constexpr):
-    """One head's sink: minus its probability times delta, over batch rows and queries."""
-    b_sink, b_sum = tl.load(p_sinks + i_h).to(W), tl.zeros([BLOCK], W)
+def _sum_sink(p_sinks, p_d_sinks, p_sums, i_h, batch, heads, padded, W: tl.constexpr, BLOCK: tl.constexpr):
+    """One head's sink: minus its probability times delta, over batch rows and queries (see `primitives.row_sums`)."""
+    b_sink, b_sum = tl.load(p_sinks + i_h).to(W) * LOG2E, tl.zeros([BLOCK], W)
     for i_b in tl.range(0, batch):
-        o_bh = (tl.cast(i_b, tl.int64) * heads + i_h) * T
-        for i_t in tl.range(0, T, BLOCK):
+        p_row = p_sums + (tl.cast(i_b, tl.int64) * heads + i_h) * 2 * padded
+        for i_t in tl.range(0, padded, BLOCK):
             o_t = i_t + tl.arange(0, BLOCK)
-            b_lse = tl.load(p_lse + o_bh + o_t, mask=o_t < T, other=float("inf"))
-            b_sum -= tl.exp2((b_sink - b_lse) * LOG2E) * tl.load(p_delta + o_bh + o_t, mask=o_t < T, other=0.0)
+            b_lse = tl.load(p_row + o_t, mask=o_t < padded, other=float("inf"))
+            b_sum -= tl.exp2(b_sink - b_lse) * tl.load(p_row + padded + o_t, mask=o_t < padded, other=0.0)
     tl.store(p_d_sinks + i_h, tl.sum(b_sum, 0).to(p_d_sinks.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=(
-    "keys", "values", "gates", "scales", "key_size", "value_size", "parts", "scale_parts", "gate_rows", "share",
-    "batch", "heads", "T", "M",
-))  # fmt: skip
+@triton.jit
 def finish_gradients(
-    p_key_parts, p_key, p_value_parts, p_value, p_weights, p_d_gate, p_scale_parts, p_d_scale, p_sinks, p_d_sinks,
-    p_lse, p_delta, gate, keys, values, gates, scales, key_size, value_size, parts, scale_parts, gate_rows, share,
-    batch, heads, T, M, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    parts, to, gate, c, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The first ``keys`` programs sum dPk, then ``values`` dPv, ``gates`` the gate's, ``scales`` (one, or none)
     lambda's, and one a head the sinks'."""
-    i = tl.program_id(0)
-    if p_key is not None:
+    i, keys, values = tl.program_id(0), plain(c.key_programs), plain(c.value_programs)
+    gates, scales = plain(c.gate_programs), plain(c.scale_programs)
+    if to.prefix_key is not None:
         if i < keys:
-            _sum_parts(p_key_parts, p_key, i, key_size, parts, W, ROWS, COLUMNS)
+            _sum_parts(parts.key, to.prefix_key, i, c, D, WIDTH, W, ROWS, COLUMNS)
     i -= keys
-    if p_value is not None:
+    if to.prefix_value is not None:
         if (i >= 0) & (i < values):
-            _sum_parts(p_value_parts, p_value, i, value_size, parts, W, ROWS, COLUMNS)
+            _sum_parts(parts.value, to.prefix_value, i, c, DV, WIDTH_V, W, ROWS, COLUMNS)
     i -= values
-    if p_d_gate is not None:
+    if to.gate is not None:
         if (i >= 0) & (i < gates):
-            _sum_gate(p_weights, p_d_gate, gate, i, batch, gate_rows, share, M, W, ROWS, COLUMNS)
+            _sum_gate(parts.weights, to.gate, gate, i, c, W, ROWS, COLUMNS)
     i -= gates
-    if p_d_scale is not None:
+    if to.layer_scale is not None:
         if (i >= 0) & (i < scales):
+            scale_parts = plain(c.scale_parts)
             b_sum = tl.zeros([ROWS * COLUMNS], W)
             for i_part in tl.range(0, scale_parts, ROWS * COLUMNS):
                 o_part = i_part + tl.arange(0, ROWS * COLUMNS)
-                b_sum += tl.load(p_scale_parts + o_part, mask=o_part < scale_parts, other=0.0)
-            tl.store(p_d_scale, tl.sum(b_sum, 0).to(p_d_scale.dtype.element_ty))
+                b_sum += tl.load(parts.layer_scale + o_part, mask=o_part < scale_parts, other=0.0)
+            tl.store(to.layer_scale, tl.sum(b_sum, 0).to(to.layer_scale.dtype.element_ty))
     i -= scales
-    if p_d_sinks is not None:
+    if to.sinks is not None:
         if i >= 0:
-            _sum_sink(p_sinks, p_d_sinks, p_lse, p_delta, i, batch, heads, T, W, ROWS * COLUMNS)
+            _sum_sink(
+                parts.sinks, to.sinks, parts.sums, i, plain(c.batch), plain(c.heads), plain(c.padded), W, ROWS * COLUMNS
+            )
 
 
-def finish(
-    problem: Problem, columns: Columns, logsumexp: Tensor, delta: Tensor, need: dict[str, bool]
-) -> dict[str, Tensor | None]:
+def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, bool]) -> dict[str, Tensor | None]:
     """The gradients of prefix, gate, layer scale and sinks that are needed."""
-    x, tile = problem.x, problem.tile("finish")
-    batch, heads, _, queries, _, length, *_ = problem.sizes
+    x, tile, constants = problem.x, problem.tile("finish"), problem.constants()
+    batch, heads, kv_heads, _, _, length, *_ = problem.sizes
 
     def like(name: str) -> Tensor | None:
         wanted = need[name] and (name != "gate" or columns.gate is None)
         return torch.empty_like(getattr(x, name), memory_format=torch.contiguous_format) if wanted else None
 
-    done = {name: like(name) for name in ("prefix_key", "prefix_value", "gate", "layer_scale", "sinks")}
-    sizes = {name: 0 if made is None else made.numel() for name, made in done.items()}
-    keys, values = (count_tiles(sizes[name], tile.columns) for name in ("prefix_key", "prefix_value"))
-    gate_rows = sizes["gate"] // length
-    gates, scales = gate_rows * count_tiles(length, tile.columns), sizes["layer_scale"]
-    programs = keys + values + gates + scales + sizes["sinks"]
+    to = Done(*[like(name) for name in Done._fields])
+    sizes = [0 if made is None else made.numel() for made in to]
+    gate_rows = sizes[2] // length
+    keys, values = (count_tiles(size, tile.columns) for size in sizes[:2])
+    programs = (keys, values, gate_rows * count_tiles(length, tile.columns), sizes[3])
     partial = columns.prefix_key if columns.prefix_key is not None else columns.prefix_value
-    if programs:
+    counts = (
+        *programs,
+        0 if partial is None else partial.shape[0],
+        0 if columns.layer_scale is None else columns.layer_scale.numel(),
+        gate_rows,
+        0 if columns.weights is None else columns.weights.shape[1],
+        batch,
+        heads,
+        kv_heads,
+        length,
+        0 if partial is None else partial.shape[2],
+        sums.shape[3],
+    )
+    parts = Parts(*columns[2:4], columns.weights, columns.layer_scale, x.sinks, sums)
+    if sum(programs) + sizes[4]:
         launch(
-            finish_gradients, programs, tile,
-            columns.prefix_key, done["prefix_key"], columns.prefix_value, done["prefix_value"], columns.weights,
-            done["gate"], columns.layer_scale, done["layer_scale"], x.sinks, done["sinks"], logsumexp, delta,
-            problem.gate, keys, values, gates, scales, sizes["prefix_key"], sizes["prefix_value"],
-            0 if partial is None else partial.shape[0],
-            0 if columns.layer_scale is None else columns.layer_scale.numel(), gate_rows,
-            0 if columns.weights is None else columns.weights.shape[1], batch, heads, queries, length,
-            W=WIDE[x.compute_dtype], ROWS=tile.rows, COLUMNS=tile.columns,
+            finish_gradients, sum(programs) + sizes[4], tile, parts, to, problem.gate, Counts(*map(odd, counts)),
+            D=constants.D, DV=constants.DV, WIDTH=constants.WIDTH, WIDTH_V=constants.WIDTH_V, W=constants.W,
+            ROWS=tile.rows, COLUMNS=tile.columns,
         )  # fmt: skip
-    if columns.gate is not None:
-        done["gate"] = columns.gate
-    return done
+    return to._asdict() | ({} if columns.gate is None else {"gate": columns.gate})

@@ -11,23 +11,30 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
-from . import stock, tiles
-from .arguments import RUNTIME, Problem, Rows, count_tiles, launch, rows
+from . import stock
+from .arguments import Problem, Rows, count_tiles, launch, odd, rows
 from .bias import bias_gradient
 from .columns import column_gradients_of
 from .finish import finish
 from .primitives import (
     LOG2E,
     as_tile,
+    at,
     head,
+    lengths,
     load_row_sums,
     load_rows,
+    load_tile,
+    longest_first,
+    open_rows,
+    plain,
     position,
     prefix_gradients,
     product,
     row_keys,
+    row_sums,
     similarity,
-    store_rows,
+    store_tile,
     token_gradients,
     weights,
 )
@@ -36,125 +43,128 @@ from .ranges import key_tiles
 
 @triton.jit
 def _query_tokens(
-    b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap, b_kept,
-    i_b, i_h, i_t, i_base,
-    T, S, M, left, right, threshold, i_first, i_end,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr,
+    b_dq, query, k, v, seen, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, COLUMNS: tl.constexpr,
+    CHECK: tl.constexpr,
 ):  # fmt: skip
     """Add what the tokens ``i_first .. i_end - 1`` give to ``dq / scale``."""
-    o_t = i_t + tl.arange(0, ROWS)[:, None]
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    b_q, at_q, b_do, at_do, b_lse, b_delta = query
+    i_b, i_h, o_t, i_base = place
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[None, :]
-        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, CHECK, ALIGNED)  # [COLUMNS, WIDTH]
-        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, CHECK, ALIGNED)  # [COLUMNS, WIDTH_V]
-        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_k, s_k, i_n, S), D, PRECISION, W)
-        b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_v, s_v, i_n, S), DV, PRECISION, W)
-        _, _, b_ds = token_gradients(
-            b_s, b_r, b_lse, b_delta, seen, b_keys, b_scale, b_cap, b_kept, i_b, i_h, o_t, o_n, i_base,
-            T, S, M, left, right, threshold, LEFT, RIGHT, CAPPED, CHECK,
-        )  # fmt: skip
-        b_dq = product(b_ds.to(b_k.dtype), b_k, b_dq, PRECISION, W)
+        b_k = load_tile(k, i_n, D, COLUMNS, WIDTH, CHECK, C.ALIGNED, C.DESCRIPTORS)  # [COLUMNS, WIDTH]
+        b_v = load_tile(v, i_n, DV, COLUMNS, WIDTH_V, CHECK, C.ALIGNED, C.DESCRIPTORS)  # [COLUMNS, WIDTH_V]
+        b_s = similarity(b_q, at_q, b_k, at(k, i_n), D, C)
+        b_r = similarity(b_do, at_do, b_v, at(v, i_n), DV, C)
+        b_ds = token_gradients(
+            b_s, b_r, b_lse, b_delta, seen, b_keys, (i_b, i_h, o_t, o_n, i_base), n, scales, C, CHECK
+        )[1]
+        b_dq = product(b_ds.to(b_k.dtype), b_k, b_dq, C)
+    return b_dq
+
+
+@triton.jit
+def _query_prefix(
+    b_dq, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, PREFIX: tl.constexpr,
+    CHECK: tl.constexpr,
+):  # fmt: skip
+    """Add what the prefix columns ``i_first .. i_end - 1`` give to ``dq / scale``."""
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, _, M = lengths(n)
+    b_q, at_q, b_do, at_do, b_lse, b_delta = query
+    i_b, _, o_t, _ = place
+    for i_m in tl.range(i_first, i_end, PREFIX, num_stages=1):
+        o_m = i_m + tl.arange(0, PREFIX)[None, :]
+        b_g = weights(gate, i_b, o_t, o_m, T, M, C.PER_QUERY, C.W)  # [ROWS or 1, PREFIX or 1]
+        b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, False).to(b_q.dtype)  # [PREFIX, WIDTH]
+        b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, False).to(b_q.dtype)  # [PREFIX, WIDTH_V]
+        b_s = similarity(b_q, at_q, b_k, at(k, i_m), D, C)
+        b_r = similarity(b_do, at_do, b_v, at(v, i_m), DV, C)
+        b_dz = prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C, CHECK)[1]
+        b_dq = product((b_dz * b_g).to(b_q.dtype), b_k, b_dq, C)
     return b_dq
 
 
 @triton.jit
 def _query_gradient(
-    q, k, v, pk, pv, p_do, s_do, b_do, b_delta, p_lse, tokens, dq, gate, seen, p_seed, i_b, i_h, i_t, i_bh, i_kv,
-    T, S, M, offset, left, right, threshold, kept, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
-    SCAN: tl.constexpr,
+    x, tokens, to, gate, seen, p_seed, do, sums, place, n, scales, C: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     """dq of ``ROWS`` queries of one head. ``tokens``: what the tokens give to it, where that is known."""
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, S, M = lengths(n)
+    i_b, i_h, i_bh, i_t = place
+    i_kv = i_h // plain(n.group)
     o_t = i_t + tl.arange(0, ROWS)[:, None]
-    b_scale, b_cap, b_kept = as_tile(scale, W), as_tile(softcap, W), as_tile(kept, W)
     b_keys = row_keys(p_seed, i_bh, o_t)
-    p_q, s_q = head(q, i_b, i_h, ALIGNED)
-    b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, ALIGNED)  # [ROWS, WIDTH]
-    # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
-    b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
-    b_dq = tl.zeros([ROWS, WIDTH], W)
+    p_q, s_q = head(x.q, i_b, i_h, C.ALIGNED)
+    b_q = load_rows(p_q, s_q, i_t, T, D, ROWS, WIDTH, True, C.ALIGNED)  # [ROWS, WIDTH]
+    query = (b_q, (p_q, s_q, i_t, T), do[0], do[1], sums[0], sums[1])
+    i_base = position(seen, i_b, n)
+    here = (i_b, i_h, o_t, i_base)
+    b_dq = tl.zeros([ROWS, WIDTH], C.W)
 
-    p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
-    p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
-    for i_m in tl.range(0, M, PREFIX, num_stages=1):
-        o_m = i_m + tl.arange(0, PREFIX)[None, :]
-        b_g = weights(gate, i_b, o_t, o_m, T, M, PER_QUERY, W)  # [ROWS or 1, PREFIX or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, PREFIX, WIDTH, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH]
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, PREFIX, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [PREFIX, WIDTH_V]
-        b_s = similarity(b_q, (p_q, s_q, i_t, T), b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W)
-        b_r = similarity(b_do, (p_do, s_do, i_t, T), b_v, (p_pv, s_pv, i_m, M), DV, PRECISION, W)
-        _, b_dz, _ = prefix_gradients(
-            b_s, b_r, b_g, b_lse, b_delta, b_keys, b_scale, b_cap, b_kept, o_m, M, threshold, CAPPED
-        )
-        b_dq = product((b_dz * b_g).to(b_q.dtype), b_k, b_dq, PRECISION, W)
+    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, False)
+    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, False)
+    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, 0, M, C, PREFIX, True)
 
     if tokens.ptr is None:
-        p_k, s_k = head(k, i_b, i_kv, ALIGNED)
-        p_v, s_v = head(v, i_b, i_kv, ALIGNED)
-        i_base = position(seen, i_b, offset)
-        i_first, i_whole, i_whole_end, i_end = key_tiles(
-            seen, i_b, i_t, i_base, left, right, T, S, LEFT, RIGHT, ROWS, COLUMNS, SCAN
-        )
-        if LEFT:
-            b_dq = _query_tokens(
-                b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap,
-                b_kept, i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_first, i_whole,
-                D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
-            )  # fmt: skip
-        b_dq = _query_tokens(
-            b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap,
-            b_kept, i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole, i_whole_end,
-            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, False,
-        )  # fmt: skip
-        b_dq = _query_tokens(
-            b_dq, p_q, s_q, b_q, p_do, s_do, b_do, b_lse, b_delta, p_k, s_k, p_v, s_v, seen, b_keys, b_scale, b_cap,
-            b_kept, i_b, i_h, i_t, i_base, T, S, M, left, right, threshold, i_whole_end, i_end,
-            D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, ALIGNED, PRECISION, W, ROWS, COLUMNS, True,
-        )  # fmt: skip
-    b_dq = b_dq * b_scale
+        k = open_rows(x.k, i_b, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+        v = open_rows(x.v, i_b, i_kv, S, DV, COLUMNS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+        i_first, i_whole, i_whole_end, i_end = key_tiles(seen, i_b, i_t, i_base, n, C, ROWS, COLUMNS)
+        if C.LEFT:
+            b_dq = _query_tokens(b_dq, query, k, v, seen, b_keys, here, n, scales, i_first, i_whole, C, COLUMNS, True)
+        b_dq = _query_tokens(b_dq, query, k, v, seen, b_keys, here, n, scales, i_whole, i_whole_end, C, COLUMNS, False)
+        b_dq = _query_tokens(b_dq, query, k, v, seen, b_keys, here, n, scales, i_whole_end, i_end, C, COLUMNS, True)
+    b_dq = b_dq * scales[0]
     if tokens.ptr is not None:
-        p_tokens, s_tokens = head(tokens, i_b, i_h, ALIGNED)
-        b_dq += load_rows(p_tokens, s_tokens, i_t, T, D, ROWS, WIDTH, True, ALIGNED).to(W)
-    p_dq, s_dq = head(dq, i_b, i_h, ALIGNED)
-    store_rows(p_dq, s_dq, i_t, T, b_dq, D, ROWS, WIDTH)
+        p_tokens, s_tokens = head(tokens, i_b, i_h, C.ALIGNED)
+        b_dq += load_rows(p_tokens, s_tokens, i_t, T, D, ROWS, WIDTH, True, C.ALIGNED).to(C.W)
+    store_tile(to, i_b, i_h, i_t, T, b_dq, D, C)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit
 def query_gradient(
-    q, k, v, pk, pv, out, d_out, p_lse, p_d_lse, p_delta, tokens, dq, gate, seen, p_seed,
-    T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
-    kept: tl.float64, scale: tl.float64, softcap: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, PER_QUERY: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
-    SCAN: tl.constexpr,
+    x, out, d_out, p_lse, p_d_lse, p_sums, tokens, to, gate, seen, p_seed, band, n,
+    scale: tl.float64, softcap: tl.float64, kept: tl.float64,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """``delta = sum(dO * O) - dL`` of ``ROWS`` queries of one head and, where wanted, dq: through the prefix, then
-    through the tokens they see."""
-    i_tiles = tl.cdiv(T, ROWS)
-    i_bh = tl.program_id(0) // i_tiles
-    # Under a causal mask the last queries have most to do: they start first.
-    i_t = (i_tiles - 1 - tl.program_id(0) % i_tiles) * ROWS
+    """Row sums of ``ROWS`` queries of one head (see `primitives.row_sums`; delta is ``sum(dO * O) - dL``) and, where
+    wanted, dq: through the prefix, then through the tokens they see."""
+    DV: tl.constexpr = C.DV
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, _, _ = lengths(n)
+    heads, i_tiles = plain(n.heads), tl.cdiv(T, ROWS)
+    i_tile, i_bh = longest_first(tl.program_id(0), i_tiles, plain(n.batch) * heads, plain(band[0]))
+    # Under a causal mask the last queries have most to do.
+    i_t = (i_tiles - 1 - i_tile) * ROWS
     i_b, i_h = i_bh // heads, i_bh % heads
-    i_kv = i_h // group
     o_t = i_t + tl.arange(0, ROWS)[:, None]
-    p_o, s_o = head(out, i_b, i_h, ALIGNED)
-    p_do, s_do = head(d_out, i_b, i_h, ALIGNED)
-    b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
-    b_o = load_rows(p_o, s_o, i_t, T, DV, ROWS, WIDTH_V, True, ALIGNED)  # [ROWS, WIDTH_V]
-    b_delta = tl.sum(b_o.to(W) * b_do.to(W), 1)[:, None]  # [ROWS, 1]
+    p_o, s_o = head(out, i_b, i_h, C.ALIGNED)
+    p_do, s_do = head(d_out, i_b, i_h, C.ALIGNED)
+    b_do = load_rows(p_do, s_do, i_t, T, DV, ROWS, WIDTH_V, True, C.ALIGNED)  # [ROWS, WIDTH_V]
+    b_o = load_rows(p_o, s_o, i_t, T, DV, ROWS, WIDTH_V, True, C.ALIGNED)  # [ROWS, WIDTH_V]
+    b_delta = tl.sum(b_o.to(C.W) * b_do.to(C.W), 1)[:, None]  # [ROWS, 1]
     if p_d_lse is not None:
-        b_delta -= load_row_sums(p_d_lse, i_bh, o_t, T, 0.0).to(W)
-    tl.store(p_delta + tl.cast(i_bh, tl.int64) * T + o_t, b_delta, mask=o_t < T)
-    if dq.ptr is not None:
+        b_delta -= load_row_sums(p_d_lse, i_bh, o_t, T, 0.0).to(C.W)
+    # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
+    b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
+    p_row, i_padded = row_sums(p_sums, i_bh, T, C.PAD)
+    tl.store(p_row + o_t, b_lse)
+    tl.store(p_row + i_padded + o_t, b_delta)
+    if to.ptr is not None:
         _query_gradient(
-            q, k, v, pk, pv, p_do, s_do, b_do, b_delta, p_lse, tokens, dq, gate, seen, p_seed, i_b, i_h, i_t, i_bh,
-            i_kv, T, S, M, offset, left, right, threshold, kept, scale, softcap, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT,
-            CAPPED, PER_QUERY, ALIGNED, PRECISION, W, ROWS, COLUMNS, PREFIX, SCAN,
+            x, tokens, to, gate, seen, p_seed, (b_do, (p_do, s_do, i_t, T)), (b_lse, b_delta), (i_b, i_h, i_bh, i_t),
+            n, (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W)), C, ROWS, COLUMNS, PREFIX,
         )  # fmt: skip
 
 
@@ -167,21 +177,21 @@ def _query_gradient_of(
     of_tokens: Tensor | None,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``sum(dO * O) - dL``, ``[B, Hq, T]``, and dq where it is wanted; ``of_tokens``: the tokens' part, where known."""
+    """Row sums, ``[B, Hq, 2, padded T]``, and dq where it is wanted; ``of_tokens``: the tokens' part, where known."""
     x = problem.x
     batch, heads, _, queries, _, _, head_dim, _ = problem.sizes
-    dq = heads_last_empty(x.query, batch, heads, queries, head_dim) if wanted else None
-    delta = torch.empty(batch, heads, queries, dtype=x.compute_dtype, device=x.query.device)
-    tile, tokens, to = problem.tile("query"), rows(of_tokens), rows(dq)
+    tile, tokens = problem.tile("query"), rows(of_tokens)
+    n_tiles = count_tiles(queries, tile.rows)
+    to = rows(heads_last_empty(x.query, batch, heads, queries, head_dim) if wanted else None)
+    sums = torch.empty(batch, heads, 2, n_tiles * tile.rows, dtype=x.compute_dtype, device=x.query.device)
     d_logsumexp = None if d_logsumexp is None else d_logsumexp.contiguous()
     launch(
-        query_gradient, count_tiles(queries, tile.rows) * batch * heads, tile,
-        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, out, d_out, logsumexp,
-        d_logsumexp, delta, tokens, to, problem.gate, problem.seen, x.seed,
-        **problem.numbers, **problem.constants(out, d_out, tokens, to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile), SCAN=tiles.SCAN,
+        query_gradient, n_tiles * batch * heads, tile,
+        problem.operands, out, d_out, logsumexp, d_logsumexp, sums, tokens, to, problem.gate, problem.seen, x.seed,
+        (odd(problem.band()),), problem.numbers, *problem.scales, C=problem.constants(out, d_out, tokens, to),
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
     )  # fmt: skip
-    return delta, dq
+    return sums, to.ptr
 
 
 def backward(
@@ -202,12 +212,11 @@ def backward(
         still = need | {"key": False, "value": False}
     problem, d_out = Problem(x), rows(grad_out)
     rest = (logsumexp, grad_logsumexp, of_query if need["query"] else None, need["query"])
-    delta, grads["query"] = _query_gradient_of(problem, rows(out), d_out, *rest)
-    rest = (problem, d_out, logsumexp, delta)
-    columns = column_gradients_of(*rest, still)
+    sums, grads["query"] = _query_gradient_of(problem, rows(out), d_out, *rest)
+    columns = column_gradients_of(problem, d_out, sums, still)
     if still is need:
         grads["key"], grads["value"] = columns.key, columns.value
-    grads.update(finish(problem, columns, logsumexp, delta, need))
+    grads.update(finish(problem, columns, sums, need))
     if need["bias"]:
-        grads["bias"] = bias_gradient(*rest)
+        grads["bias"] = bias_gradient(problem, d_out, sums)
     return [grads[name] if need[name] else None for name in DIFFERENTIABLE]

@@ -8,17 +8,35 @@ serves a tile and its transpose. Logits are in base 2. ``W`` is the dtype of sum
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import arguments, tiles
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 PART = tl.constexpr(tiles.PART)
+FAR = tl.constexpr(arguments.FAR)
 
 
 @triton.jit
 def plain(n):
     """The number that `arguments.odd` encoded."""
     return (n - 3) >> 1
+
+
+@triton.jit
+def lengths(n):
+    """How many queries, keys and prefix columns there are, of `Numbers`."""
+    return plain(n.T), plain(n.S), plain(n.M)
+
+
+@triton.jit
+def longest_first(i, tiles, heads, band):
+    """Tile and head of program ``i``, of ``tiles`` for each of ``heads``: the first tiles of all heads come first.
+
+    ``band``: so many heads at a time, which share the second-level cache.
+    """
+    i_band = i // (tiles * band) * band
+    i_rest, i_heads = i - i_band * tiles, tl.minimum(band, heads - i_band)
+    return i_rest // i_heads, i_band + i_rest % i_heads
 
 
 @triton.jit
@@ -69,17 +87,105 @@ def store_rows(p, s_t, i_first, limit, b_tile, D: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def load_row_sums(p, i_bh, o_t, T, other):
-    """Log-sum-exps or deltas, in the shape of ``o_t``."""
+    """Log-sum-exps of ``[B, Hq, T]``, in the shape of ``o_t``."""
     return tl.load(p + tl.cast(i_bh, tl.int64) * T + o_t, mask=o_t < T, other=other)
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, W: tl.constexpr):
+def row_sums(p_sums, i_bh, T, PAD: tl.constexpr):
+    """Where the row sums of a head begin, ``[2, padded]``: base-2 log-sum-exps, infinite past ``T``, and deltas, zero
+    past ``T``; and the padded length, a multiple of ``PAD``."""
+    i_padded = tl.cdiv(T, PAD) * PAD
+    return p_sums + tl.cast(i_bh, tl.int64) * 2 * i_padded, i_padded
+
+
+@triton.jit
+def load_sums(row, i_head, i_t, DELTA: tl.constexpr, ROWS: tl.constexpr):
+    """``[ROWS]`` base-2 log-sum-exps, or deltas, from query ``i_t`` on of a head beyond that of `row_sums`."""
+    p_row, i_padded = row
+    # As a vector: of a [1, ROWS] tile, Triton 3.6 has every thread copy many elements.
+    return tl.load(p_row + ((i_head * 2 + DELTA) * i_padded + i_t) + tl.arange(0, ROWS))
+
+
+@triton.jit
+def open_rows(x, i_b, i_h, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+              DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """A head of `Rows` for `load_tile`: a tensor descriptor (or the pointer again), pointer, stride, number of rows."""
+    p, s_t = head(x, i_b, i_h, ALIGNED)
+    d = p
+    if DESCRIPTORS:
+        # The stride of a single row is given as zero, which a descriptor does not take.
+        d = tl.make_tensor_descriptor(p, [limit, D], [tl.maximum(s_t, 16), 1], [ROWS, WIDTH])
+    return d, p, s_t, limit
+
+
+@triton.jit
+def load_tile(x, i_first, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
+              ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """``[ROWS, WIDTH]`` from row ``i_first`` of what `open_rows` returned, zero past its ends."""
+    d, p, s_t, limit = x
+    b_tile = d.load([i_first, 0]) if DESCRIPTORS else load_rows(p, s_t, i_first, limit, D, ROWS, WIDTH, CHECK, ALIGNED)
+    return b_tile
+
+
+@triton.jit
+def open_heads(x, i_b, i_h, heads, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+               ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """`open_rows` of ``heads`` heads from ``i_h`` on, for `load_head`; and the stride between heads."""
+    p, s_t = head(x, i_b, i_h, ALIGNED)
+    s_h = stride(x.h, ALIGNED)
+    d = p
+    if DESCRIPTORS:
+        d = tl.make_tensor_descriptor(
+            p, [heads, limit, D], [tl.maximum(s_h, 16), tl.maximum(s_t, 16), 1], [1, ROWS, WIDTH]
+        )
+    return d, p, s_t, limit, s_h
+
+
+@triton.jit
+def load_head(x, i_head, i_first, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
+              ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """`load_tile` of a head of what `open_heads` returned."""
+    d, p, s_t, limit, s_h = x
+    if DESCRIPTORS:
+        b_tile = tl.reshape(d.load([i_head, i_first, 0]), [ROWS, WIDTH])
+    else:
+        p += tl.cast(i_head, tl.int64) * s_h
+        b_tile = load_rows(p, s_t, i_first, limit, D, ROWS, WIDTH, CHECK, ALIGNED)
+    return b_tile
+
+
+@triton.jit
+def at_head(x, i_head, i_first):
+    """`at` of a head of what `open_heads` returned."""
+    return x[1] + tl.cast(i_head, tl.int64) * x[4], x[2], i_first, x[3]
+
+
+@triton.jit
+def store_tile(x, i_b, i_h, i_first, limit, b_tile, D: tl.constexpr, C: tl.constexpr):
+    """Store a tile of a head of `Rows` from row ``i_first`` on, up to row ``limit`` and column ``D``."""
+    ROWS: tl.constexpr = b_tile.shape[0]
+    WIDTH: tl.constexpr = b_tile.shape[1]
+    rows = open_rows(x, i_b, i_h, limit, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    if C.DESCRIPTORS:
+        rows[0].store([i_first, 0], b_tile.to(x.ptr.dtype.element_ty))
+    else:
+        store_rows(rows[1], rows[2], i_first, limit, b_tile, D, ROWS, WIDTH)
+
+
+@triton.jit
+def at(x, i_first):
+    """What `similarity` takes of a tile of `open_rows`: pointer, stride, first row and number of rows."""
+    return x[1], x[2], i_first, x[3]
+
+
+@triton.jit
+def product(a, b, acc, C: tl.constexpr):
     """``a @ b + acc``. The interpreter keeps bfloat16 as bits and cannot multiply it: ``"upcast"``, exact in ``W``."""
-    if PRECISION == "upcast":
-        a, b = a.to(W), b.to(W)
-        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=W)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=W)
+    if C.PRECISION == "upcast":
+        a, b = a.to(C.W), b.to(C.W)
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=C.W)
+    return tl.dot(a, b, acc, input_precision=C.PRECISION, out_dtype=C.W)
 
 
 @triton.jit
@@ -92,26 +198,24 @@ def load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def similarity(
-    b_a, at_a, b_b, at_b, D: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr, ONCE: tl.constexpr = False
-):
+def similarity(b_a, at_a, b_b, at_b, D: tl.constexpr, C: tl.constexpr, ONCE: tl.constexpr = False):
     """``b_a @ b_b.T``; ``at``: pointer, stride, first row and number of rows of what each was loaded from, or None.
 
     float32 and float64 products hold both rows of a sum in registers at once, so wide ones are loaded anew in parts.
     ``ONCE``: neither tile is used again, so that half-precision ones are loaded in parts as well, for the same reason.
     """
     BITS: tl.constexpr = b_a.dtype.primitive_bitwidth
-    b_s = tl.zeros([b_a.shape[0], b_b.shape[0]], W)
+    b_s = tl.zeros([b_a.shape[0], b_b.shape[0]], C.W)
     if at_a is None:
-        b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
+        b_s = product(b_a, tl.trans(b_b), b_s, C)
     else:
         if b_a.shape[1] * BITS <= PART or (BITS < 32 and not ONCE):
-            b_s = product(b_a, tl.trans(b_b), b_s, PRECISION, W)
+            b_s = product(b_a, tl.trans(b_b), b_s, C)
         else:
             for i_d in tl.range(0, b_a.shape[1], PART // BITS, num_stages=1):
                 b_left = load_columns(at_a, i_d, D, b_a.shape[0], PART // BITS).to(b_a.dtype)
                 b_right = load_columns(at_b, i_d, D, b_b.shape[0], PART // BITS).to(b_a.dtype)
-                b_s = product(b_left, tl.trans(b_right), b_s, PRECISION, W)
+                b_s = product(b_left, tl.trans(b_right), b_s, C)
     return b_s
 
 
@@ -222,9 +326,9 @@ def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr)
 
 
 @triton.jit
-def position(seen, i_b, offset):
-    """Position of query 0 among the keys."""
-    i_base = offset
+def position(seen, i_b, n):
+    """Position of query 0 among the keys, in 64 bits."""
+    i_base = tl.cast(plain(n.offset) - FAR, tl.int64)
     if seen.offset is not None:
         i_base = tl.load(seen.offset + i_b * plain(seen.offset_b))
     return i_base
@@ -277,18 +381,23 @@ def hide(b, m_seen, value: tl.constexpr):
 
 
 @triton.jit
-def seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                CHECK: tl.constexpr):  # fmt: skip
-    """Which keys of a tile its queries see; None: all. ``CHECK``: positions, or the end of the keys, may hide some."""
+def seen_tokens(seen, place, n, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHECK: tl.constexpr):
+    """Which keys of a tile its queries see; None: all. ``CHECK``: positions, or the end of the keys, may hide some.
+
+    ``place``: batch row, head, queries, keys, and the position of query 0 among the keys.
+    """
+    i_b, i_h, o_t, o_n, i_base = place
+    T, S, _ = lengths(n)
     m_seen = None
     if CHECK:
         m_seen = o_n < S
+        i_right = near(i_base + plain(n.right) + 1)
         if LEFT:
             # One comparison, and one bound for each row in registers: below the first key, the difference wraps round.
-            i_left, i_right = near(i_base - left), near(i_base + right + 1)
+            i_left = near(i_base - plain(n.left))
             m_seen = m_seen & ((o_n - (o_t + i_left)).to(tl.uint32) < (i_right - i_left).to(tl.uint32))
         elif RIGHT:
-            m_seen = o_n < tl.minimum(o_t + near(i_base + right + 1), S)
+            m_seen = o_n < tl.minimum(o_t + i_right, S)
     i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
     if seen.padding is not None:
         m_key = tl.load(seen.padding + i_b * plain(seen.padding_b) + o_n * plain(seen.padding_s), mask=o_n < S, other=0)
@@ -306,8 +415,10 @@ def seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT: tl.co
 
 
 @triton.jit
-def add_bias(b_x, b_factor, seen, i_b, i_h, o_t, o_n, T, S):
-    """Base-2 logits plus the bias, and the factor that is left to multiply."""
+def add_bias(b_x, b_factor, seen, place, n):
+    """Base-2 logits plus the bias, and the factor that is left to multiply. ``place`` as in `seen_tokens`."""
+    i_b, i_h, o_t, o_n, _ = place
+    T, S, _ = lengths(n)
     if seen.bias is not None:
         i_b, i_h, o_t64 = tl.cast(i_b, tl.int64), tl.cast(i_h, tl.int64), tl.cast(o_t, tl.int64)
         p_bias = seen.bias + i_b * plain(seen.bias_b) + i_h * plain(seen.bias_h) + o_t64 * plain(seen.bias_t)
@@ -371,29 +482,35 @@ def rescale(b, b_kept, p_seed):
 
 
 @triton.jit
-def token_gradients(
-    b_s, b_r, b_lse, b_delta, seen, b_keys, b_scale, b_cap, b_kept, i_b, i_h, o_t, o_n, i_base,
-    T, S, M, left, right, threshold,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, CAPPED: tl.constexpr, CHECK: tl.constexpr,
-):  # fmt: skip
-    """Probabilities after dropout, and the gradients of the logits after and before bias and soft-cap."""
-    b_x = exponent(b_s, b_scale, b_cap, CAPPED)
-    b_y, _ = add_bias(b_x, 1.0, seen, i_b, i_h, o_t, o_n, T, S)
-    m_seen = seen_tokens(seen, i_b, i_h, o_t, o_n, i_base, left, right, T, S, LEFT, RIGHT, CHECK)
-    b_p = hide(tl.exp2(b_y - b_lse), m_seen, 0.0)
-    m_kept = kept_columns(b_keys, M + o_n, threshold)
-    b_dz = b_p * (rescale(drop(b_r, m_kept), b_kept, b_keys) - b_delta)
-    return drop(b_p, m_kept), b_dz, uncap(b_dz, b_x, b_cap, CAPPED)
+def token_weights(b_s, b_lse, seen, place, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
+    """Probabilities before dropout, and base-2 logits before the bias. ``place`` as in `seen_tokens`."""
+    b_x = exponent(b_s, scales[0], scales[1], C.CAPPED)
+    b_y, _ = add_bias(b_x, 1.0, seen, place, n)
+    m_seen = seen_tokens(seen, place, n, C.LEFT, C.RIGHT, CHECK)
+    return hide(tl.exp2(b_y - b_lse), m_seen, 0.0), b_x
 
 
 @triton.jit
-def prefix_gradients(
-    b_s, b_r, b_g, b_lse, b_delta, b_keys, b_scale, b_cap, b_kept, o_m, M, threshold, CAPPED: tl.constexpr
-):
-    """Probabilities after dropout, the gradient of ``g s`` and that of ``g``, summed over nothing yet."""
-    b_x = exponent(b_s, b_g * b_scale, b_cap, CAPPED)
-    b_p = tl.exp2(tl.where(o_m < M, b_x, float("-inf")) - b_lse)
-    m_kept = kept_columns(b_keys, o_m, threshold)
-    b_r = rescale(drop(b_r, m_kept), b_kept, b_keys)
-    b_dz = uncap(b_p * (b_r * b_g - b_delta), b_x, b_cap, CAPPED)
-    return drop(b_p, m_kept), b_dz, b_dz * b_s * b_scale + b_p * b_r
+def token_gradients(b_s, b_r, b_lse, b_delta, seen, b_keys, place, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
+    """The gradients of the logits after and before bias and soft-cap."""
+    b_p, b_x = token_weights(b_s, b_lse, seen, place, n, scales, C, CHECK)
+    m_kept = kept_columns(b_keys, plain(n.M) + place[3], plain(n.threshold))
+    b_dz = b_p * (rescale(drop(b_r, m_kept), scales[2], b_keys) - b_delta)
+    return b_dz, uncap(b_dz, b_x, scales[1], C.CAPPED)
+
+
+@triton.jit
+def prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
+    """Of prefix columns: probabilities after dropout, and the gradient of ``g s``.
+
+    ``CHECK``: columns past the last are hidden; without it, what they get must not be used. A gate of one number a
+    column costs nothing here: it enters multiply-adds that there are anyway.
+    """
+    b_x = exponent(b_s, b_g * scales[0], scales[1], C.CAPPED)
+    b_p = tl.exp2(b_x - b_lse)
+    if CHECK:
+        b_p = tl.where(o_m < plain(n.M), b_p, 0.0)
+    m_kept = kept_columns(b_keys, o_m, plain(n.threshold))
+    b_r = rescale(drop(b_r, m_kept), scales[2], b_keys)
+    b_dz = uncap(b_p * (b_r * b_g - b_delta), b_x, scales[1], C.CAPPED)
+    return drop(b_p, m_kept), b_dz

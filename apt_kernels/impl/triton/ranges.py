@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .primitives import end_key, first_key, plain, within
+from .primitives import end_key, first_key, lengths, plain, within
 
 
 @triton.jit
@@ -53,39 +53,52 @@ def _narrow(seen, i_b, i_own, i_first, i_end, T, S, QUERIES: tl.constexpr, SIZE:
 
 
 @triton.jit
-def key_tiles(seen, i_b, i_t, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-              ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+def key_tiles(seen, i_b, i_t, i_base, n, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Where the key tiles of queries ``i_t .. i_t + ROWS - 1`` begin, where those that need no check begin and end,
     and where all end."""
+    T, S, _ = lengths(n)
+    left, right = plain(n.left), plain(n.right)
     i_last = tl.minimum(i_t + ROWS, T) - 1
-    i_first, i_end = first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
-    i_first, i_end = _narrow(seen, i_b, i_t, i_first, i_end, T, S, True, ROWS, SCAN)
+    i_first, i_end = first_key(i_t, i_base, left, S, C.LEFT), end_key(i_last, i_base, right, S, C.RIGHT)
+    i_first, i_end = _narrow(seen, i_b, i_t, i_first, i_end, T, S, True, ROWS, C.SCAN)
     i_first = i_first // COLUMNS * COLUMNS
     i_end = tl.maximum(i_end, i_first)
-    i_whole = tl.cdiv(first_key(i_last, i_base, left, S, LEFT), COLUMNS) * COLUMNS
+    i_whole = tl.cdiv(first_key(i_last, i_base, left, S, C.LEFT), COLUMNS) * COLUMNS
     i_whole = tl.minimum(tl.maximum(i_whole, i_first), tl.cdiv(i_end, COLUMNS) * COLUMNS)
-    i_whole_end = tl.minimum(end_key(i_t, i_base, right, S, RIGHT), i_end) // COLUMNS * COLUMNS
+    i_whole_end = tl.minimum(end_key(i_t, i_base, right, S, C.RIGHT), i_end) // COLUMNS * COLUMNS
     return i_first, i_whole, tl.maximum(i_whole_end, i_whole), i_end
 
 
 @triton.jit
-def key_share(seen, i_b, i_t, i_last, i_base, left, right, T, S, i_split, splits, LEFT: tl.constexpr,
-              RIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
+def key_share(seen, i_b, i_t, i_last, i_base, n, i_split, splits, C: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr):  # fmt: skip
     """Share ``i_split`` of the keys that queries ``i_t .. i_last``, at most ``ROWS``, see: whole tiles."""
-    i_first, i_end = first_key(i_t, i_base, left, S, LEFT), end_key(i_last, i_base, right, S, RIGHT)
+    T, S, _ = lengths(n)
+    i_first = first_key(i_t, i_base, plain(n.left), S, C.LEFT)
+    i_end = end_key(i_last, i_base, plain(n.right), S, C.RIGHT)
     i_share = tl.cdiv(tl.cdiv(tl.maximum(i_end - i_first, 0), splits), COLUMNS) * COLUMNS
     i_first += i_split * i_share
-    return _narrow(seen, i_b, i_t, i_first, tl.minimum(i_first + i_share, i_end), T, S, True, ROWS, SCAN)
+    return _narrow(seen, i_b, i_t, i_first, tl.minimum(i_first + i_share, i_end), T, S, True, ROWS, C.SCAN)
 
 
 @triton.jit
-def query_range(seen, i_b, i_n, i_base, left, right, T, S, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr):  # fmt: skip
-    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin and end."""
+def query_tiles(seen, i_b, i_n, i_base, n, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin, where those that need no
+    check of positions begin and end, and where all end: multiples of ``ROWS``."""
+    T, S, _ = lengths(n)
+    left, right = plain(n.left), plain(n.right)
     i_first, i_end = i_n * 0, i_n * 0 + T
-    if RIGHT:
+    if C.RIGHT:
         i_first = within(i_n - right - i_base, T)
-    if LEFT:
+    if C.LEFT:
         i_end = within(tl.minimum(i_n + COLUMNS, S) + left - i_base, T)
-    i_first, i_end = _narrow(seen, i_b, i_n, i_first, i_end, T, S, False, COLUMNS, SCAN)
-    return i_first // ROWS * ROWS, i_end
+    i_first, i_end = _narrow(seen, i_b, i_n, i_first, i_end, T, S, False, COLUMNS, C.SCAN)
+    i_first = i_first // ROWS * ROWS
+    i_last = tl.maximum(tl.cdiv(i_end, ROWS) * ROWS, i_first)
+    i_whole, i_whole_end = i_first, i_end // ROWS * ROWS
+    if C.RIGHT:
+        i_whole = tl.cdiv(within(tl.minimum(i_n + COLUMNS, S) - 1 - right - i_base, T), ROWS) * ROWS
+    if C.LEFT:
+        i_whole_end = tl.minimum(i_whole_end, within(i_n + 1 + left - i_base, T) // ROWS * ROWS)
+    i_whole = tl.minimum(tl.maximum(i_whole, i_first), i_last)
+    return i_first, i_whole, tl.minimum(tl.maximum(i_whole_end, i_whole), i_last), i_last

@@ -4,13 +4,15 @@ The query heads of a group, and the few queries of each, are rows of one tile, s
 prefix is the same for all batch rows: its programs take rows of the whole batch.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .arguments import RUNTIME, Problem, Rows, count_tiles, launch
+from .arguments import Problem, Rows, count_tiles, launch, odd
 from .primitives import (
     LN2,
     LOG2E,
@@ -21,6 +23,7 @@ from .primitives import (
     head,
     hide,
     kept_columns,
+    lengths,
     load_columns,
     load_rows,
     logits,
@@ -49,21 +52,18 @@ def _load_queries(q, o_b, o_h, o_t, i_d, T, D: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _similarity(b_q, q, o_b, o_h, o_t, T, b_k, at_k, D: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr,
-                TRANSPOSED: tl.constexpr):  # fmt: skip
-    """`primitives.similarity` of queries that are no tile of rows, or (``TRANSPOSED``) of keys and queries."""
+def _similarity(b_q, q, rows, b_k, at_k, D: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
+    """`primitives.similarity` of queries that are no tile of rows, or (``TRANSPOSED``) of keys and queries; ``rows``:
+    batch rows, heads and positions, each ``[rows, 1]``, and the number of positions."""
     if b_q.dtype.primitive_bitwidth < 32 or b_q.shape[1] <= 128:
-        if TRANSPOSED:
-            b_s = similarity(b_k, None, b_q, None, D, PRECISION, W)
-        else:
-            b_s = similarity(b_q, None, b_k, None, D, PRECISION, W)
+        b_s = similarity(b_k, None, b_q, None, D, C) if TRANSPOSED else similarity(b_q, None, b_k, None, D, C)
     else:
         COLUMNS: tl.constexpr = PART // b_q.dtype.primitive_bitwidth
-        b_s = tl.zeros([b_q.shape[0], b_k.shape[0]], W)
+        b_s = tl.zeros([b_q.shape[0], b_k.shape[0]], C.W)
         for i_d in tl.range(0, b_q.shape[1], COLUMNS, num_stages=1):
-            b_left = _load_queries(q, o_b, o_h, o_t, i_d, T, D, COLUMNS, False)
+            b_left = _load_queries(q, rows[0], rows[1], rows[2], i_d, rows[3], D, COLUMNS, False)
             b_right = load_columns(at_k, i_d, D, b_k.shape[0], COLUMNS).to(b_q.dtype)
-            b_s = product(b_left, tl.trans(b_right), b_s, PRECISION, W)
+            b_s = product(b_left, tl.trans(b_right), b_s, C)
         if TRANSPOSED:
             b_s = tl.trans(b_s)
     return b_s
@@ -91,12 +91,15 @@ def _store_part(part, b_out, b_max, b_sum, o_row, m_row, i_slot, slots, DV: tl.c
 
 @triton.jit
 def _prefix_share(
-    q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, splits, slots, batch, T, M, heads, group, threshold,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, CAPPED: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x, part, gate, p_seed, i, splits, slots, n, scales, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """A share of the prefix for ``ROWS`` rows (batch row, query, head of a group)."""
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, _, M = lengths(n)
+    batch, heads, group = plain(n.batch), plain(n.heads), plain(n.group)
     i_row_tiles = tl.cdiv(batch * T * group, ROWS)
     i_split, i_row = i % splits, i // splits % i_row_tiles * ROWS
     i_kv = i // splits // i_row_tiles
@@ -104,41 +107,42 @@ def _prefix_share(
     m_r = o_r < batch * T * group
     o_b, o_h = tl.where(m_r, o_r // (T * group), 0), i_kv * group + o_r % group
     o_t = tl.where(m_r, o_r // group % T, T)
-    b_q = _load_queries(q, o_b[:, None], o_h[:, None], o_t[:, None], 0, T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
+    b_q = _load_queries(x.q, o_b[:, None], o_h[:, None], o_t[:, None], 0, T, D, WIDTH, C.ALIGNED)  # [ROWS, WIDTH]
     b_keys = row_keys(p_seed, (o_b * heads + o_h)[:, None], o_t[:, None])
-    b_out = tl.zeros([ROWS, WIDTH_V], W)
-    b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
-    p_pk, s_pk = head(pk, 0, i_kv, ALIGNED)
-    p_pv, s_pv = head(pv, 0, i_kv, ALIGNED)
+    b_out = tl.zeros([ROWS, WIDTH_V], C.W)
+    b_max, b_sum = tl.full([ROWS], float("-inf"), C.W), tl.zeros([ROWS], C.W)
+    p_pk, s_pk = head(x.pk, 0, i_kv, C.ALIGNED)
+    p_pv, s_pv = head(x.pv, 0, i_kv, C.ALIGNED)
     i_share = tl.cdiv(tl.cdiv(M, splits), COLUMNS) * COLUMNS
     for i_m in tl.range(i_split * i_share, tl.minimum((i_split + 1) * i_share, M), COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
-        b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, W)  # [ROWS or 1, COLUMNS or 1]
-        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
-        b_s = _similarity(
-            b_q, q, o_b[:, None], o_h[:, None], o_t[:, None], T, b_k, (p_pk, s_pk, i_m, M), D, PRECISION, W, False
-        )
-        b_x, b_factor = logits(b_s, b_g, b_scale, b_cap, CAPPED, POSITIVE)
+        b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, C.W)  # [ROWS or 1, COLUMNS or 1]
+        b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, C.ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
+        rows = (o_b[:, None], o_h[:, None], o_t[:, None], T)
+        b_s = _similarity(b_q, x.q, rows, b_k, (p_pk, s_pk, i_m, M), D, C, False)
+        b_x, b_factor = logits(b_s, b_g, scales[0], scales[1], C.CAPPED, C.POSITIVE)
         b_p, b_rescale, b_max, b_sum = _online(hide(b_x, o_m < M, float("-inf")), b_factor, b_max, b_sum, 1)
-        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
-        b_p = (drop(b_p, kept_columns(b_keys, o_m, threshold)) * b_g).to(b_q.dtype)
-        b_out = product(b_p, b_v, b_out * b_rescale[:, None], PRECISION, W)
+        b_v = load_rows(p_pv, s_pv, i_m, M, DV, COLUMNS, WIDTH_V, True, C.ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH_V]
+        b_p = (drop(b_p, kept_columns(b_keys, o_m, plain(n.threshold))) * b_g).to(b_q.dtype)
+        b_out = product(b_p, b_v, b_out * b_rescale[:, None], C)
     _store_part(part, b_out, b_max, b_sum, (o_b * heads + o_h) * T + o_t, m_r, i_split, slots, DV, WIDTH_V)
 
 
 @triton.jit
 def _token_share(
-    q, k, v, part, seen, p_seed, b_scale, b_cap, i, splits, first_slot, slots,
-    T, S, M, heads, group, offset, left, right, threshold,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
+    x, part, seen, p_seed, i, splits, first_slot, slots, n, scales, C: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A share of the keys of one batch row and key head for ``ROWS`` rows (query, head of the group).
 
     Rows are few and keys many, so tiles are transposed: keys, and columns of the values, are shared out to the warps.
     """
+    D: tl.constexpr = C.D
+    DV: tl.constexpr = C.DV
+    WIDTH: tl.constexpr = C.WIDTH
+    WIDTH_V: tl.constexpr = C.WIDTH_V
+    T, S, M = lengths(n)
+    heads, group = plain(n.heads), plain(n.group)
     i_row_tiles, i_kv_heads = tl.cdiv(T * group, ROWS), heads // group
     i_split, i_row = i % splits, i // splits % i_row_tiles * ROWS
     i_kv = i // splits // i_row_tiles % i_kv_heads
@@ -146,60 +150,56 @@ def _token_share(
     o_r = i_row + tl.arange(0, ROWS)
     m_r = o_r < T * group
     o_h, o_t = i_kv * group + o_r % group, tl.where(m_r, o_r // group, T)
-    b_q = _load_queries(q, i_b, o_h[:, None], o_t[:, None], 0, T, D, WIDTH, ALIGNED)  # [ROWS, WIDTH]
+    b_q = _load_queries(x.q, i_b, o_h[:, None], o_t[:, None], 0, T, D, WIDTH, C.ALIGNED)  # [ROWS, WIDTH]
     b_keys = row_keys(p_seed, (i_b * heads + o_h)[None, :], o_t[None, :])
-    b_out = tl.zeros([WIDTH_V, ROWS], W)
-    b_max, b_sum = tl.full([ROWS], float("-inf"), W), tl.zeros([ROWS], W)
-    p_k, s_k = head(k, i_b, i_kv, ALIGNED)
-    p_v, s_v = head(v, i_b, i_kv, ALIGNED)
-    i_base = position(seen, i_b, offset)
+    b_out = tl.zeros([WIDTH_V, ROWS], C.W)
+    b_max, b_sum = tl.full([ROWS], float("-inf"), C.W), tl.zeros([ROWS], C.W)
+    p_k, s_k = head(x.k, i_b, i_kv, C.ALIGNED)
+    p_v, s_v = head(x.v, i_b, i_kv, C.ALIGNED)
+    i_base = position(seen, i_b, n)
     i_last = tl.minimum(i_row + ROWS, T * group) - 1
-    i_first, i_end = key_share(
-        seen, i_b, i_row // group, i_last // group, i_base, left, right, T, S, i_split, splits, LEFT, RIGHT,
-        ROWS, COLUMNS, SCAN,
-    )  # fmt: skip
+    i_first, i_end = key_share(seen, i_b, i_row // group, i_last // group, i_base, n, i_split, splits, C, ROWS, COLUMNS)
     for i_n in tl.range(i_first, i_end, COLUMNS):
         o_n = i_n + tl.arange(0, COLUMNS)[:, None]
-        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, ALIGNED)  # [COLUMNS, WIDTH]
-        b_s = _similarity(b_q, q, i_b, o_h[:, None], o_t[:, None], T, b_k, (p_k, s_k, i_n, S), D, PRECISION, W, True)
-        b_x, b_factor = logits(b_s, None, b_scale, b_cap, CAPPED, POSITIVE)
-        b_x, b_factor = add_bias(b_x, b_factor, seen, i_b, o_h[None, :], o_t[None, :], o_n, T, S)
-        m_seen = (o_n < i_end) & seen_tokens(
-            seen, i_b, o_h[None, :], o_t[None, :], o_n, i_base, left, right, T, S, LEFT, RIGHT, True
-        )
+        b_k = load_rows(p_k, s_k, i_n, S, D, COLUMNS, WIDTH, True, C.ALIGNED)  # [COLUMNS, WIDTH]
+        rows = (i_b, o_h[:, None], o_t[:, None], T)
+        b_s = _similarity(b_q, x.q, rows, b_k, (p_k, s_k, i_n, S), D, C, True)
+        b_x, b_factor = logits(b_s, None, scales[0], scales[1], C.CAPPED, C.POSITIVE)
+        place = (i_b, o_h[None, :], o_t[None, :], o_n, i_base)
+        b_x, b_factor = add_bias(b_x, b_factor, seen, place, n)
+        m_seen = (o_n < i_end) & seen_tokens(seen, place, n, C.LEFT, C.RIGHT, True)
         b_p, b_rescale, b_max, b_sum = _online(hide(b_x, m_seen, float("-inf")), b_factor, b_max, b_sum, 0)
-        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, ALIGNED)  # [COLUMNS, WIDTH_V]
-        b_p = drop(b_p, kept_columns(b_keys, M + o_n, threshold)).to(b_v.dtype)
-        b_out = product(tl.trans(b_v), b_p, b_out * b_rescale[None, :], PRECISION, W)
+        b_v = load_rows(p_v, s_v, i_n, S, DV, COLUMNS, WIDTH_V, True, C.ALIGNED)  # [COLUMNS, WIDTH_V]
+        b_p = drop(b_p, kept_columns(b_keys, M + o_n, plain(n.threshold))).to(b_v.dtype)
+        b_out = product(tl.trans(b_v), b_p, b_out * b_rescale[None, :], C)
     o_row = (i_b * heads + o_h) * T + o_t
     _store_part(part, tl.trans(b_out), b_max, b_sum, o_row, m_r, first_slot + i_split, slots, DV, WIDTH_V)
 
 
-@triton.jit(do_not_specialize=(*RUNTIME, "batch", "prefix_programs", "prefix_splits", "token_splits"))
+class Shares(NamedTuple):
+    """How the work is dealt out, encoded by `arguments.odd`: the prefix's programs, into how many shares the prefix is
+    cut, and into how many the keys."""
+
+    prefix_programs: int
+    prefix_splits: int
+    token_splits: int
+
+
+@triton.jit
 def split_attention(
-    q, k, v, pk, pv, part, gate, seen, p_seed, batch, prefix_programs, prefix_splits, token_splits,
-    T, S, M, heads, group, offset: tl.int64, left: tl.int64, right: tl.int64, threshold,
-    kept: tl.float64, scale: tl.float64, softcap: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, CAPPED: tl.constexpr, POSITIVE: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, W: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, SCAN: tl.constexpr,
+    x, part, gate, seen, p_seed, shares, n, scale: tl.float64, softcap: tl.float64, kept: tl.float64,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     """What a share of the prefix, or of the keys, gives to the output: unnormalised sums, in a slot for each share."""
-    i, slots = tl.program_id(0), prefix_splits + token_splits
-    b_scale, b_cap = as_tile(scale, W), as_tile(softcap, W)
+    prefix_splits, token_splits = plain(shares.prefix_splits), plain(shares.token_splits)
+    i, prefix_programs, slots = tl.program_id(0), plain(shares.prefix_programs), prefix_splits + token_splits
+    scales = (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W))
     if i < prefix_programs:
-        _prefix_share(
-            q, pk, pv, part, gate, p_seed, b_scale, b_cap, i, prefix_splits, slots, batch, T, M, heads, group,
-            threshold,
-            D, DV, WIDTH, WIDTH_V, CAPPED, POSITIVE, ALIGNED, PRECISION, W, PREFIX_ROWS, PREFIX,
-        )  # fmt: skip
+        _prefix_share(x, part, gate, p_seed, i, prefix_splits, slots, n, scales, C, PREFIX_ROWS, PREFIX)
     else:
         _token_share(
-            q, k, v, part, seen, p_seed, b_scale, b_cap, i - prefix_programs, token_splits, prefix_splits, slots,
-            T, S, M, heads, group, offset, left, right, threshold, D, DV, WIDTH, WIDTH_V, LEFT, RIGHT, CAPPED, POSITIVE,
-            ALIGNED, PRECISION, W, ROWS, COLUMNS, SCAN,
-        )  # fmt: skip
+            x, part, seen, p_seed, i - prefix_programs, token_splits, prefix_splits, slots, n, scales, C, ROWS, COLUMNS
+        )
 
 
 @triton.jit(do_not_specialize=("slots", "heads", "T"))
@@ -250,17 +250,16 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
         torch.empty(batch * heads * queries, slots, value_dim, **like),
         *(torch.empty(batch * heads * queries, slots, **like) for _ in range(2)),
     )
-    numbers, constants = problem.numbers, problem.constants(out)
+    shares = Shares(*map(odd, (prefix_programs * prefix_splits, prefix_splits, token_splits)))
+    # Gates are all taken as those of queries, and rows are loaded by pointers: less to compile.
+    constants = problem.constants(out)._replace(PER_QUERY=False, DESCRIPTORS=False, PAD=0)
     launch(
         split_attention, prefix_programs * prefix_splits + token_programs * token_splits, tile,
-        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, part, problem.gate,
-        problem.seen, x.seed, batch, prefix_programs * prefix_splits, prefix_splits, token_splits,
-        **numbers, **{name: value for name, value in constants.items() if name != "PER_QUERY"},
-        POSITIVE=x.scale > 0, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
-        SCAN=tiles.SCAN,
+        problem.operands, part, problem.gate, problem.seen, x.seed, shares, problem.numbers, *problem.scales,
+        C=constants, ROWS=tile.rows, COLUMNS=tile.columns, PREFIX_ROWS=shared.rows, PREFIX=shared.columns,
     )  # fmt: skip
     merging = problem.tile("merge")
     launch(
         merge_shares, batch * heads * queries, merging, part, out, logsumexp, x.sinks, x.seed, slots, heads, queries,
-        numbers["kept"], **{name: constants[name] for name in ("DV", "WIDTH_V", "W")}, SLOTS=merging.rows,
+        problem.scales[2], DV=constants.DV, WIDTH_V=constants.WIDTH_V, W=constants.W, SLOTS=merging.rows,
     )  # fmt: skip

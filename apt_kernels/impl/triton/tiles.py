@@ -31,7 +31,9 @@ class Tile(NamedTuple):
     registers: int = 255
 
 
-# `prefix` and `gate` are further programs of `key_value`'s launch, `split_prefix` of `split`'s.
+# `prefix` and `gate` are further programs of `key_value`'s launch, or, where the tile of `prefix` has warps, share a
+# launch of their own; `split_prefix` is part of `split`'s. Where each query has a gate of its own, `prefix_by_query`
+# takes the place of `prefix`, if there is one.
 KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias", "split", "split_prefix")
 
 
@@ -54,7 +56,7 @@ LONG_PREFIX = 512
 # with at least so many keys.
 _SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_KEYS = 16, 512, 256
 # Small, so that small inputs have whole, partial and skipped tiles.
-_INTERPRETER = _entry("16x16/4/1 " * 8, registers=0)
+_INTERPRETER = _entry("16x16/4/1 16x16/4/1 16x16/4/1 16x16 16x16 16x16/4/1 16x16/4/1 16x16", registers=0)
 
 # Kernels:      forward     query      key_value   prefix  gate    bias       split      split_prefix
 _IEEE_FLOAT32 = {
@@ -78,8 +80,10 @@ _RTX_BLACKWELL = {
     256: _AMPERE[256],
 }
 _HOPPER = {
-    64: _entry("128x128/8/2 128x64/8/3 32x128/8/2  32x32   64x64   64x64/8/1  16x128/4/3 64x32"),
-    128: _entry("128x64/8/3  128x64/8/2 32x128/8/2  32x32   64x32   64x64/8/1  16x64/4/3  32x32"),
+    64: _entry("64x128/4/2  128x128/8/2 64x64/4/2  64x64   64x64   64x64/8/1  16x128/4/3 64x32")
+    | {"prefix_by_query": Tile(32, 64, 4, 2)},
+    128: _entry("128x128/8/2 128x64/8/2 64x64/4/2  64x64/4/2 64x64  64x64/8/1  16x64/4/3  32x32")
+    | {"prefix_by_query": Tile(32, 64, 4, 2)},
     256: _entry("128x32/8/2  128x16/8/3 16x128/8/2  16x32   16x16   64x32/8/1  16x32/4/3  16x32"),
 }
 _BLACKWELL = {
@@ -121,6 +125,13 @@ _TABLE = {
 }
 # Where heads of more than 128 columns have dk and dv apart, beside float64 everywhere.
 _APART = {("sm_90", 2), ("sm_100", 2), ("interpreter", 4)}
+# Chips that copy tiles of half precision by tensor descriptors; interpreted, every dtype does.
+_DESCRIPTORS = {("sm_90", 2), ("sm_100", 2), ("sm_120", 2), ("interpreter", 2), ("interpreter", 4), ("interpreter", 8)}
+# Bytes that neighbouring programs may share: half of the second-level cache.
+_CACHE = {
+    "sm_80": 20 << 20, "sm_86": 3 << 20, "sm_90": 25 << 20, "sm_100": 60 << 20, "sm_120": 24 << 20,
+    "gfx90a": 4 << 20, "gfx942": 4 << 20, "interpreter": 1 << 12,
+}  # fmt: skip
 # From how many tokens on a stock kernel takes them, by architecture and head size. Nothing was measured yet: no entry.
 _MERGED: dict[tuple[str, int], int] = {}
 ARCHITECTURES = tuple(sorted(_TABLE))
@@ -152,8 +163,9 @@ def tile(kernel: str, architecture: str, width: int, dim: int, crowded: bool = F
     if kernel in _EVERYWHERE:
         return _EVERYWHERE[kernel]
     if architecture == "interpreter":
-        return _INTERPRETER[kernel]
-    found = _TABLE[architecture][width][HEADS[bisect_left(HEADS, dim)]][kernel]
+        return _INTERPRETER[kernel.partition("_by_")[0]]
+    entry = _TABLE[architecture][width][HEADS[bisect_left(HEADS, dim)]]
+    found = entry.get(kernel) or entry[kernel.partition("_by_")[0]]
     if crowded and width == 2 and kernel in ("forward", "query"):
         return found._replace(columns=max(16, found.columns // 2))
     return found
@@ -177,6 +189,16 @@ def programs(architecture: str) -> int:
 def is_apart(architecture: str, width: int, dim: int) -> bool:
     """Whether dk and dv of a head size come from programs of their own (see `columns.column_gradients`)."""
     return (width == 8 or (architecture, width) in _APART) and dim > 128
+
+
+def has_descriptors(architecture: str, width: int) -> bool:
+    """Whether the kernels load tiles of rows through tensor descriptors, where these take the tensors."""
+    return (architecture, width) in _DESCRIPTORS
+
+
+def band(architecture: str, share: int) -> int:
+    """How many programs may run side by side if each needs ``share`` bytes of the cache for itself; at least one."""
+    return max(1, _CACHE[architecture] // max(1, share))
 
 
 def is_split(x: Inputs, architecture: str) -> bool:
