@@ -12,23 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import Backend, Plan, Result
 from .dropout import keep_mask
 from .inputs import DIFFERENTIABLE, Inputs, heads_last
-
-
-def available() -> str | None:
-    """Why this implementation cannot run on this machine; None: it can."""
-    return None
-
-
-def unsupported(x: Inputs) -> str | None:
-    """Why it cannot serve these inputs; None: it can."""
-    return None
-
-
-def strategy(x: Inputs) -> str:
-    """How it would compute these inputs."""
-    return "materialise"
 
 
 def attend(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -84,28 +70,44 @@ def _weigh_prefix(x: Inputs, probabilities: Tensor, value: Tensor) -> Tensor:
     return probabilities @ value
 
 
-def forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """The op's forward."""
-    with torch.no_grad():
-        out, logsumexp = attend(x)
-    return heads_last(out), logsumexp
+class Reference(Backend):
+    """The specification as an implementation of the op."""
+
+    name = "reference"
+
+    def strategy(self, x: Inputs) -> str:
+        return "materialise"
+
+    def forward(self, x: Inputs, plan: Plan) -> Result:
+        with torch.no_grad():
+            out, logsumexp = attend(x)
+        return Result(heads_last(out), logsumexp)
+
+    def backward(
+        self,
+        x: Inputs,
+        plan: Plan,
+        result: Result,
+        grad_out: Tensor,
+        grad_logsumexp: Tensor | None,
+        needs: list[bool],
+    ) -> list[Tensor | None]:
+        """By autograd over `attend`."""
+        wanted = [name for name, need in zip(DIFFERENTIABLE, needs) if need]
+        values = dict(x.__dict__)
+        for name in DIFFERENTIABLE:
+            if values[name] is not None:
+                values[name] = values[name].detach().requires_grad_(name in wanted)
+        with torch.enable_grad():
+            out, logsumexp = attend(Inputs(**values))
+            outputs, seeds = [out], [grad_out]
+            # It depends on neither value.
+            if grad_logsumexp is not None and logsumexp.requires_grad:
+                outputs.append(logsumexp)
+                seeds.append(grad_logsumexp)
+            grads = torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)
+        found = dict(zip(wanted, grads))
+        return [found.get(name) for name in DIFFERENTIABLE]
 
 
-def backward(
-    x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None, needs: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed, by autograd over `attend`."""
-    wanted = [name for name, need in zip(DIFFERENTIABLE, needs) if need]
-    values = dict(x.__dict__)
-    for name in DIFFERENTIABLE:
-        if values[name] is not None:
-            values[name] = values[name].detach().requires_grad_(name in wanted)
-    with torch.enable_grad():
-        out, logsumexp = attend(Inputs(**values))
-        outputs, seeds = [out], [grad_out]
-        if grad_logsumexp is not None:
-            outputs.append(logsumexp)
-            seeds.append(grad_logsumexp)
-        grads = torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)
-    found = dict(zip(wanted, grads))
-    return [found.get(name) for name in DIFFERENTIABLE]
+BACKEND = Reference()

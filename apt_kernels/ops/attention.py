@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..impl.backend import Backend, Plan, Result
 from ..impl.inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 from ..mask import Mask
 from . import choose
@@ -88,14 +89,14 @@ def attention(
         dropout_p=dropout_p,
         seed=seed,
     )
-    name, tensors = choose.choose(x, implementation).name, x.tensors()
+    plan, tensors = choose.choose(x, implementation), x.tensors()
     if _is_plain(tensors):
-        # What the registered operator comes to, without the 20 microseconds that it takes for itself.
+        # The same result as the registered operator's, without its 20 microseconds of dispatch.
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        out, logsumexp, *_ = _Attention.apply(*x.flat(), name) if recorded else choose.load(name).forward(x)
+        found = _Attention.apply(*x.flat(), plan.text) if recorded else choose.load(plan.name).forward(x, plan)
     else:
-        out, logsumexp, *_ = torch.ops.apt_kernels.attention.default(*x.flat(), name)
-    return (out, logsumexp) if return_logsumexp else out
+        found = torch.ops.apt_kernels.attention.default(*x.flat(), plan.text)
+    return (found[0], found[1]) if return_logsumexp else found[0]
 
 
 def _is_plain(tensors: list[Tensor]) -> bool:
@@ -109,8 +110,9 @@ def _is_plain(tensors: list[Tensor]) -> bool:
     return all(_is_real(tensor) for tensor in tensors)
 
 
-def selected(*arguments, implementation: str = "auto", **keywords) -> choose.Choice:
-    """Which implementation and strategy `attention` would use for these arguments, and why: a `dispatch.Choice`."""
+def selected(*arguments, implementation: str = "auto", **keywords) -> Plan:
+    """The plan of `attention` for these arguments: ``name`` and ``strategy`` of the implementation, and the ``reason``
+    for which those before it in the automatic choice do not serve."""
     return choose.choose(make_inputs(*arguments, **keywords), implementation)
 
 
@@ -345,9 +347,9 @@ def _finite(name: str, number) -> float:
     return float(number)
 
 
-# Registration. One forward and one backward operator; the last argument names the implementation that runs. Beside
-# the output and the log-sum-exp, the forward returns what an implementation keeps for its backward in place of key and
-# value (the two with the prefix behind), or two empty tensors.
+# Registration. One forward and one backward operator; the last argument is the text of the plan. Beside the output
+# and the log-sum-exp, the forward returns what an implementation keeps for its backward in place of key and value, or
+# two empty tensors.
 
 torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -359,56 +361,53 @@ torch.library.define(
 
 @torch.library.impl("apt_kernels::attention", "default")
 def _forward(*arguments):
-    *flat, implementation = arguments
-    x = Inputs(*flat)
-    found = choose.load(implementation).forward(x)
-    return found if len(found) == 4 else (*found, x.query.new_empty(0), x.query.new_empty(0))
-
-
-@torch.library.impl("apt_kernels::attention_backward", "default")
-def _backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
-    *flat, implementation = arguments
-    x, module = Inputs(*flat), choose.load(implementation)
-    kept = {} if kept_key is None else {"kept": (kept_key, kept_value)}
-    grads = module.backward(x, out, logsumexp, grad_out, grad_logsumexp, list(needs), **kept)
-    own_layout = hasattr(module, "empty_gradient")
-    return [_as_promised(x, i, grad, own_layout) for i, grad in enumerate(grads)]
-
-
-def _as_promised(x: Inputs, i: int, grad: Tensor | None, own_layout: bool) -> Tensor:
-    """The gradient in the shape, dtype and layout that `_fake_backward` promises; empty where there is none."""
-    if grad is None:
-        return x.query.new_empty(0)
-    grad = grad.to(getattr(x, DIFFERENTIABLE[i]).dtype)
-    if own_layout and DIFFERENTIABLE[i] in ("key", "value"):
-        return grad
-    return heads_last(grad) if i < 3 else grad.contiguous()
+    x = Inputs(*arguments[:-1])
+    backend, plan = choose.planned(arguments[-1], x)
+    return _four(x, *backend.forward(x, plan))
 
 
 @torch.library.register_fake("apt_kernels::attention")
 def _fake_forward(*arguments):
-    x, module = Inputs(*arguments[:-1]), choose.load(arguments[-1])
+    x = Inputs(*arguments[:-1])
+    backend, plan = choose.planned(arguments[-1], x)
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     out = heads_last_empty(x.query, batch, heads, queries, value_dim)
     logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
-    kept = module.empty_kept(x) if hasattr(module, "empty_kept") else None
-    return out, logsumexp, *(kept or (x.query.new_empty(0), x.query.new_empty(0)))
+    return _four(x, out, logsumexp, backend.empty_kept(x, plan))
+
+
+def _four(x: Inputs, out: Tensor, logsumexp: Tensor, kept: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+    return (out, logsumexp, *kept) if kept else (out, logsumexp, x.query.new_empty(0), x.query.new_empty(0))
+
+
+@torch.library.impl("apt_kernels::attention_backward", "default")
+def _backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
+    x = Inputs(*arguments[:-1])
+    backend, plan = choose.planned(arguments[-1], x)
+    result = Result(out, logsumexp, None if kept_key is None else (kept_key, kept_value))
+    grads = backend.backward(x, plan, result, grad_out, grad_logsumexp, list(needs))
+    return [_as_promised(x, name, grad, backend) for name, grad in zip(DIFFERENTIABLE, grads)]
+
+
+def _as_promised(x: Inputs, name: str, grad: Tensor | None, backend: Backend) -> Tensor:
+    """The gradient in the shape, dtype and layout that `_fake_backward` promises; empty where there is none."""
+    if grad is None:
+        return x.query.new_empty(0)
+    grad = grad.to(getattr(x, name).dtype)
+    if name in backend.own_layouts:
+        return grad
+    return heads_last(grad) if name in ("query", "key", "value") else grad.contiguous()
 
 
 @torch.library.register_fake("apt_kernels::attention_backward")
 def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
-    x, module, grads = Inputs(*arguments[:-1]), choose.load(arguments[-1]), []
-    for i, (name, need) in enumerate(zip(DIFFERENTIABLE, needs)):
-        like = getattr(x, name)
-        if not need:
-            grads.append(x.query.new_empty(0))
-        elif name in ("key", "value") and hasattr(module, "empty_gradient"):
-            grads.append(module.empty_gradient(x, name, grad_logsumexp is not None, needs))
-        elif i < 3:
-            grads.append(heads_last_empty(like, *like.shape))
-        else:
-            grads.append(like.new_empty(like.shape))
-    return grads
+    x = Inputs(*arguments[:-1])
+    backend, plan = choose.planned(arguments[-1], x)
+    given = grad_logsumexp is not None, list(needs)
+    return [
+        backend.empty_gradient(x, plan, name, *given) if need else x.query.new_empty(0)
+        for name, need in zip(DIFFERENTIABLE, needs)
+    ]
 
 
 class _Attention(torch.autograd.Function):
@@ -419,7 +418,7 @@ class _Attention(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = torch.ops.apt_kernels.attention.default(*inputs)
         ctx.set_materialize_grads(False)
-        *flat, ctx.implementation = inputs
+        *flat, ctx.plan = inputs
         out, logsumexp, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.keys = flat[1].shape[2] if kept[0].numel() else 0
@@ -447,7 +446,7 @@ class _Attention(torch.autograd.Function):
             flat[1], flat[2] = (part[:, :, : ctx.keys] for part in kept)
         grads = torch.ops.apt_kernels.attention_backward.default(
             torch.zeros_like(out) if grad_out is None else grad_out,
-            *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.implementation),
+            *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.plan),
         )
         return (*[grad if need else None for need, grad in zip(needs, grads)], *nothing)
 
@@ -455,6 +454,7 @@ class _Attention(torch.autograd.Function):
 @torch.library.impl("apt_kernels::attention", "Autograd")
 def _autograd(*arguments):
     if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in arguments):
-        return _Attention.apply(*arguments)
+        *flat, text = arguments
+        return _Attention.apply(*flat, choose.planned(text, Inputs(*flat))[1].text)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.apt_kernels.attention.default(*arguments)

@@ -5,71 +5,90 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import NamedTuple
 
 import torch
 
 from ..errors import ImplementationError
-from ..impl import cpu, cuda, reference, triton
+from ..impl.backend import Backend, Plan
 from ..impl.inputs import Inputs
 
 VARIABLE = "APT_KERNELS_IMPLEMENTATION"
 
-# Each module has ``available, unsupported, strategy, forward, backward``, and importing it needs torch alone.
-# The automatic choice takes the first that serves.
-_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
+# Modules of ``impl/``, in the order of the automatic choice, which takes the first that serves. Each defines
+# ``BACKEND``, whose name is the module's, and importing it needs torch alone.
+_PREFERENCE = ("cpu", "triton", "cuda", "reference")
+
+_BACKENDS: dict[str, Backend] = {}
 
 
-class Choice(NamedTuple):
-    """An implementation, how it will compute the call, and why the preferred ones do not serve it."""
+def register(backend: Backend) -> None:
+    """Add an implementation behind those that there are, in the order of the automatic choice.
 
-    name: str
-    strategy: str
-    reason: str
+    Raises:
+        ImplementationError: it is no `Backend`, or its name is taken.
+    """
+    if not isinstance(backend, Backend):
+        raise ImplementationError(f"the implementation is a {type(backend).__name__}; it needs a Backend")
+    if backend.name in _BACKENDS or not backend.name.isidentifier() or backend.name == "auto":
+        raise ImplementationError(
+            f"the implementation's name is {backend.name!r}; it needs an identifier that is not taken"
+        )
+    _BACKENDS[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Remove an implementation that `register` added."""
+    del _BACKENDS[name]
+
+
+for _name in _PREFERENCE:
+    register(importlib.import_module(f"..impl.{_name}", __package__).BACKEND)
 
 
 def names() -> list[str]:
     """Every implementation, in the order of the automatic choice."""
-    return list(_IMPLEMENTATIONS)
+    return list(_BACKENDS)
 
 
-def load(name: str):
-    """The module of an implementation."""
-    if name not in _IMPLEMENTATIONS:
-        raise ImplementationError(f"implementation is {name!r}; it needs 'auto' or one of {sorted(_IMPLEMENTATIONS)}")
-    return _IMPLEMENTATIONS[name]
+def load(name: str) -> Backend:
+    """The implementation of a name; `ImplementationError` if there is none."""
+    backend = _BACKENDS.get(name)
+    if backend is None:
+        raise ImplementationError(f"implementation is {name!r}; it needs 'auto' or one of {sorted(_BACKENDS)}")
+    return backend
 
 
-def _obstacle(name: str, x: Inputs) -> str | None:
-    return load(name).available() or load(name).unsupported(x)
-
-
-def _reserved(name: str, x: Inputs) -> str | None:
-    """Why an implementation that serves ``x`` is left to those who name it; None: it is not."""
-    only_by_name = getattr(load(name), "only_by_name", None)
-    return only_by_name(x) if only_by_name else None
-
-
-def choose(x: Inputs, implementation: str = "auto") -> Choice:
-    """The implementation that serves ``x``. A named one is obeyed or raises; only ``"auto"`` picks another."""
+def choose(x: Inputs, implementation: str = "auto") -> Plan:
+    """The plan of a call. A named implementation is obeyed or raises; only ``"auto"`` picks another."""
     asked = implementation if implementation != "auto" else os.environ.get(VARIABLE) or "auto"
     if asked != "auto":
-        obstacle = _obstacle(asked, x)
+        backend = load(asked)
+        obstacle = backend.obstacle() or backend.obstacle_for(x)
         if obstacle:
             raise ImplementationError(f"implementation {asked!r} cannot serve this call: {obstacle}")
-        return Choice(asked, load(asked).strategy(x), "asked for by name")
+        return backend.plan(x, "asked for by name")
     passed = []
-    for name in _IMPLEMENTATIONS:
-        obstacle = _obstacle(name, x) or _reserved(name, x)
+    for name, backend in _BACKENDS.items():
+        obstacle = backend.obstacle() or backend.obstacle_for(x) or backend.reserved(x)
         if obstacle is None:
-            return Choice(name, load(name).strategy(x), "; ".join(passed) or "first choice")
+            return backend.plan(x, "; ".join(passed) or "first choice")
         passed.append(f"{name}: {obstacle}")
     raise ImplementationError("no implementation can serve this call: " + "; ".join(passed))
 
 
-def _usable(name: str) -> str:
-    details = getattr(load(name), "details", None)
-    return f"usable ({details()})" if details else "usable"
+def planned(text: str, x: Inputs) -> tuple[Backend, Plan]:
+    """The implementation and the plan of the operator's last argument: a plan's text, or an implementation's name."""
+    plan = Plan.parse(text)
+    backend = load(plan.name)
+    return backend, plan if plan.strategy else backend.plan(x)
+
+
+def _usability(backend: Backend) -> str:
+    obstacle = backend.obstacle()
+    if obstacle:
+        return obstacle
+    details = backend.details()
+    return f"usable ({details})" if details else "usable"
 
 
 def info() -> dict:
@@ -84,5 +103,5 @@ def info() -> dict:
         "versions": versions,
         "threads": torch.get_num_threads(),
         "asked": os.environ.get(VARIABLE) or "auto",
-        "implementations": {name: load(name).available() or _usable(name) for name in _IMPLEMENTATIONS},
+        "implementations": {name: _usability(backend) for name, backend in _BACKENDS.items()},
     }

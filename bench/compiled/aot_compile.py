@@ -289,7 +289,7 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     ``wanted``: the inputs whose gradients are asked for; None: all.
     """
     from apt_kernels.impl.inputs import DIFFERENTIABLE
-    from apt_kernels.impl.triton import arguments, attend, gradients, strategy
+    from apt_kernels.impl.triton import BACKEND, arguments, attend, gradients
 
     def architecture(device) -> str:
         return job.architecture
@@ -303,7 +303,7 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     ):
         _hash_in_order()
         x = make_job_inputs(job, **sizes)
-        way = "merge" if VARIANTS[job.variant].merge else strategy(x)
+        way = "merge" if VARIANTS[job.variant].merge else BACKEND.strategy(x)
         out, logsumexp = attend.forward(x, way)
         needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
         gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, way)

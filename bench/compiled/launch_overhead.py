@@ -61,15 +61,15 @@ class _Utils:
 
 def passes(architecture: str) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
-    from apt_kernels.impl import triton
+    from apt_kernels.impl.triton import BACKEND
 
     x, single = (make_job_inputs(Job(architecture, 2, 128, variant)) for variant in ("causal", "decode"))
-    out, logsumexp = triton.forward(x)
+    result = BACKEND.forward(x, BACKEND.plan(x))
     needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
     return {
-        "forward": lambda: triton.forward(x),
-        "backward": lambda: triton.backward(x, out, logsumexp, out, None, needs),
-        "decoding": lambda: triton.forward(single),
+        "forward": lambda: BACKEND.forward(x, BACKEND.plan(x)),
+        "backward": lambda: BACKEND.backward(x, BACKEND.plan(x), result, result.out, None, needs),
+        "decoding": lambda: BACKEND.forward(single, BACKEND.plan(single)),
     }
 
 

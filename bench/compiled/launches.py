@@ -141,17 +141,17 @@ class Counted:
 
 def of(shape: Shape, architecture: str | None = None, dtype: torch.dtype = torch.bfloat16) -> dict[str, Counted]:
     """A layer's forward, and its backward where the shape has one, with every gradient wanted."""
-    from apt_kernels.impl import triton
+    from apt_kernels.impl.triton import BACKEND
 
     given = {name: t if t is None else t.detach() for name, t in operands(shape.leaves("cpu", dtype, 0)).items()}
     x, grad_out = make_inputs(**given, mask=shape.mask("cpu")), shape.grad_out("cpu", dtype, 0)
     with counted(architecture) as (launches, aten):
-        out, logsumexp, *_ = triton.forward(x)
+        result = BACKEND.forward(x, BACKEND.plan(x))
     found = {"forward": Counted(launches, aten.allocated)}
     if "both" in shape.passes:
         needs = [getattr(x, name) is not None for name in DIFFERENTIABLE]
         with counted(architecture) as (launches, aten):
-            triton.backward(x, out, logsumexp, grad_out, None, needs)
+            BACKEND.backward(x, BACKEND.plan(x), result, grad_out, None, needs)
         found["backward"] = Counted(launches, aten.allocated)
     return found
 

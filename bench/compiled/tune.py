@@ -131,22 +131,22 @@ class Trial:
         self.needs = PARTS[part].needs
         self.x, self.grad = problem(job, device)
         self.forward = not self.needs
-        self.out, self.logsumexp = self._attend()
+        self.result = self._attend()
         self.truth = self._truth()
 
     def _attend(self):
-        from apt_kernels.impl import triton
+        from apt_kernels.impl.triton import BACKEND
 
-        return triton.forward(self.x)
+        return BACKEND.forward(self.x, BACKEND.plan(self.x))
 
     def run(self) -> list[torch.Tensor]:
         """The part's results: the output, or the gradients that it is asked for."""
-        from apt_kernels.impl import triton
+        from apt_kernels.impl.triton import BACKEND
 
         if self.forward:
-            return [self._attend()[0]]
+            return [self._attend().out]
         needs = [name in self.needs for name in DIFFERENTIABLE]
-        grads = triton.backward(self.x, self.out, self.logsumexp, self.grad, None, needs)
+        grads = BACKEND.backward(self.x, BACKEND.plan(self.x), self.result, self.grad, None, needs)
         return [grad for grad in grads if grad is not None]
 
     def _truth(self) -> list[torch.Tensor]:

@@ -226,12 +226,12 @@ def _inputs(problem: Problem):
 
 
 def _obstacle(implementation: str, problem: Problem) -> str | None:
-    module, shape = choose.load(implementation), problem.shape
+    backend, shape = choose.load(implementation), problem.shape
     if implementation == "reference":
         scores = shape.batch * shape.heads * shape.tokens * (shape.keys + shape.length)
         if scores > REFERENCE_SCORES:
             return f"the specification materialises {scores:,} scores; it is measured up to {REFERENCE_SCORES:,}"
-    return module.available() or module.unsupported(_inputs(problem))
+    return backend.obstacle() or backend.obstacle_for(_inputs(problem))
 
 
 def _strategy(implementation: str, problem: Problem) -> str:

@@ -87,9 +87,9 @@ def _on_the_host(sanitizer: str) -> tuple[list, list]:
 
 
 def _on_a_device(tool: str) -> tuple[list, list]:
-    from apt_kernels.impl import cuda
+    from apt_kernels.impl.cuda import BACKEND
 
-    obstacle = cuda.available() or (None if shutil.which("compute-sanitizer") else "there is no compute-sanitizer")
+    obstacle = BACKEND.obstacle() or (None if shutil.which("compute-sanitizer") else "there is no compute-sanitizer")
     if obstacle:
         raise SystemExit(f"{tool} was NOT run: {obstacle}")
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
 from apt_kernels import Mask
-from apt_kernels.impl import cpu
+from apt_kernels.impl.cpu import BACKEND as CPU
 from helpers import accuracy
 from helpers.cases import CASES, Case, cases, examples
 
@@ -38,7 +38,7 @@ def test_rows_that_are_not_contiguous(name):
 @pytest.mark.parametrize(("queries", "keys", "way"), [(300, 512, "concat"), (513, 513, "merge"), (700, 900, "merge")])
 def test_causal_squares_of_both_ways(queries, keys, way):
     x = Case(batch=2, kv_heads=1, queries=queries, keys=keys, causal=True).inputs()
-    assert cpu.strategy(x) == way
+    assert CPU.strategy(x) == way
     accuracy.check(x, "cpu", generator=GENERATOR().manual_seed(0))
 
 
@@ -101,7 +101,7 @@ WAYS = {
 
 @pytest.mark.parametrize("name", sorted(WAYS))
 def test_which_inputs_go_where(name):
-    assert cpu.strategy(CASES[name].inputs()) == WAYS[name]
+    assert CPU.strategy(CASES[name].inputs()) == WAYS[name]
 
 
 class Largest(TorchDispatchMode):
@@ -128,8 +128,9 @@ def test_no_square_matrix(fields):
     size = 2048
     x = Case(batch=1, kv_heads=1, group=1, queries=size, keys=size, head_dim=16, value_dim=16, **fields).inputs()
     with Largest() as largest:
-        out, logsumexp = cpu.forward(x)[:2]
-        cpu.backward(x, out, logsumexp, torch.randn_like(out), None, [True] * 7 + [False, False])
+        plan = CPU.plan(x)
+        result = CPU.forward(x, plan)
+        CPU.backward(x, plan, result, torch.randn_like(result.out), None, [True] * 7 + [False, False])
     assert largest.elements < size * size // 4
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import Result
 from ..gate import gate_gradients
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 from . import stock
@@ -80,8 +81,8 @@ class _Prefix:
         return stock.Call(x.query, *self.kept, mask, x.scale)
 
 
-def forward(x: Inputs, way: str) -> tuple[Tensor, ...]:
-    """The op's output and log-sum-exp. ``way``: ``"merge"`` or ``"concat"``, which adds the two concatenations."""
+def forward(x: Inputs, way: str) -> Result:
+    """The op's forward. ``way``: ``"merge"`` or ``"concat"``, which keeps the two concatenations."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     prefix, chunks = _Prefix(x, way), _chunks(x, way)
     if len(chunks) > 1:
@@ -98,22 +99,21 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, ...]:
             for tokens in stock.parts(part, prefix.scratch):
                 tokens.merge_(out, logsumexp)
         if len(chunks) == 1:
-            return heads_last(out), logsumexp.contiguous(), *(prefix.kept or ())
+            return Result(heads_last(out), logsumexp.contiguous(), prefix.kept)
         whole_out[chunk.batch].copy_(out)
         whole_logsumexp[chunk.batch].copy_(logsumexp)
-    return whole_out, whole_logsumexp
+    return Result(whole_out, whole_logsumexp)
 
 
 def backward(
     x: Inputs,
     way: str,
-    out: Tensor,
-    logsumexp: Tensor,
+    result: Result,
     grad_out: Tensor,
     needs: list[bool],
-    kept: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
+    out, logsumexp, kept = result
     need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way, kept), _chunks(x, way)
     batch, _, kv_heads, _, _, length, dim, value_dim = x.sizes
     # By position, so that both sums over it are batched products: see _prefix_gradients.

@@ -97,9 +97,9 @@ def test_the_first_layers_unneeded_gradients_are_not_computed(monkeypatch):
     from apt_kernels.ops import choose
 
     asked = []
-    module = choose.load("cpu")
-    original = module.backward
-    monkeypatch.setattr(module, "backward", lambda *a: asked.append(list(a[-1])) or original(*a))
+    backend = choose.load("cpu")
+    original = backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *a: asked.append(list(a[-1])) or original(*a))
     model = apt_kernels.patch(models.build("llama")).train()
     model(**models.inputs("llama")).logits.sum().backward()
     assert asked[0][:3] == [True, True, True]

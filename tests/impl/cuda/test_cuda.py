@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import apt_kernels
-from apt_kernels.impl import cuda
+from apt_kernels.impl.cuda import BACKEND as CUDA
 from apt_kernels.ops import choose
 from helpers import accuracy, cases, models
 from helpers.generation import assert_same, generate, tuned
@@ -28,7 +28,7 @@ def test_the_op_on_every_case(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", cases.CASES)
 def test_the_library_on_every_case(name, dtype):
-    obstacle = cuda.available()
+    obstacle = CUDA.obstacle()
     if obstacle:
         pytest.skip(obstacle)
     x = replace(cases.CASES[name], dtype=dtype).inputs("cuda")

@@ -115,8 +115,8 @@ def _launch_twice(variant: str) -> tuple[list, list, int]:
     Runs without the interpreter; nothing is launched."""
     import triton
 
-    from apt_kernels.impl import triton as implementation
     from apt_kernels.impl.inputs import DIFFERENTIABLE
+    from apt_kernels.impl.triton import BACKEND
     from bench.compiled import aot_compile, launch_overhead
 
     class Handed(launch_overhead.Launches):
@@ -131,8 +131,8 @@ def _launch_twice(variant: str) -> tuple[list, list, int]:
         for _ in range(2):
             handed.clear()
             asked.clear()
-            out, logsumexp = implementation.forward(x)
-            implementation.backward(x, out, logsumexp, torch.empty_like(out), None, needs)
+            result = BACKEND.forward(x, BACKEND.plan(x))
+            BACKEND.backward(x, BACKEND.plan(x), result, torch.empty_like(result.out), None, needs)
             calls.append(list(handed))
     return *calls, len(asked)
 
