@@ -2,6 +2,6 @@
 
 from . import compat
 
-compat.require("patch", "hooks")  # before anything here imports from transformers
+compat.require("patch", "hooks", "interrupts")  # before anything here imports from transformers
 
 from . import integrations  # noqa: E402, F401 - each subscribes to changes of the prefixes

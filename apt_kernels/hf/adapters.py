@@ -11,6 +11,7 @@ from . import events
 from .patching import attach, build, detach, make_config
 from .state import Parked, State, state_of
 from .trainable import refuse_quantised, trainable_names
+from .transaction import atomic
 
 
 def adapters(model) -> dict[str, AptConfig]:
@@ -19,6 +20,7 @@ def adapters(model) -> dict[str, AptConfig]:
     return {state.adapter: state.config, **{name: parked.config for name, parked in state.parked.items()}}
 
 
+@atomic
 def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
     """Add a new adapter to a patched model and make it the active one; the others keep what they learned.
 
@@ -36,10 +38,11 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
 
     Raises:
         ConfigError: the name is taken, or a setting is out of range.
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or the prefix is disabled.
     """
     state = state_of(model)
     events.check("add", model)
+    _refuse_disabled(state)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
     if name in adapters(model):
@@ -47,6 +50,7 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
     config = make_config(config, settings)
     trained = trainable_names(state.model, config)
     refuse_quantised(state.model, trained)
+    _refuse_exchanged(state)
     parameters = state.parameters
     for each in trained:
         # Trained by no adapter so far, or its start is known already.
@@ -58,6 +62,7 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
     return model
 
 
+@atomic
 def set_adapter(model, name: str):
     """Make the adapter ``name`` the active one. Returns the same model.
 
@@ -65,13 +70,16 @@ def set_adapter(model, name: str):
     """
     state = state_of(model)
     events.check("set", model)
+    _refuse_disabled(state)
     if name != state.adapter:
         _known(state, name)
+        _refuse_exchanged(state)
         _switch(state, name)
         events.changed("set", state)
     return model
 
 
+@atomic
 def delete_adapter(model, name: str):
     """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown."""
     state = state_of(model)
@@ -84,6 +92,24 @@ def delete_adapter(model, name: str):
     return model
 
 
+def _refuse_disabled(state: State) -> None:
+    if not state.enabled:
+        raise PatchError("the adapter cannot be switched while the prefix is disabled")
+
+
+def _refuse_exchanged(state: State) -> None:
+    """Raise `PatchError` where a module that the adapters train was exchanged for another since the patch."""
+    parameters = state.parameters
+    for name, start in state.start.items():
+        now = parameters.get(name)
+        if now is None or now.shape != start.shape:
+            found = "is no longer there" if now is None else f"has the shape {list(now.shape)}"
+            raise PatchError(
+                f"{name} {found}; it had {list(start.shape)} when the adapters were made, which hold values of that "
+                "shape. Put the old module back, or call apt_kernels.unpatch(model) and patch the model as it is now"
+            )
+
+
 def _known(state: State, name: str) -> None:
     if name not in state.parked:
         names = ", ".join(map(repr, [state.adapter, *state.parked]))
@@ -92,8 +118,6 @@ def _known(state: State, name: str) -> None:
 
 def _switch(state: State, name: str) -> None:
     """Park the active adapter and make the parked ``name`` the active one."""
-    if not state.enabled:
-        raise PatchError("the adapter cannot be switched while the prefix is disabled")
     state.parked[state.adapter] = _park(state)
     _restore(state)
     incoming = state.parked.pop(name)

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
 from . import events, hub, weights
-from .patching import patch, unpatch
+from .patching import patch
 from .state import inner, is_patched, named_parameters, prefixes, state_of
+from .transaction import atomic
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "apt_config.json"
@@ -162,6 +163,7 @@ def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+@atomic
 def load(model, folder: str | os.PathLike, *, revision: str | None = None, example_inputs: dict | None = None):
     """Load what `save` wrote into ``model``, patching it first if it is not; the weights keep the model's dtypes.
 
@@ -192,17 +194,12 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
             patch(model, config, example_inputs=example_inputs)
         except ConfigError as error:
             raise AdapterError(f"{folder} does not fit the {type(inner(model)).__name__}: {error}") from error
-    try:
-        tensors = _read_weights(folder / WEIGHTS)
-        targets, trained = named_parameters(model), _trained(model)
-        with weights.gathered(model, trained.values(), changed=True), torch.no_grad():
-            _check(tensors, targets, trained, folder)
-            for name, tensor in tensors.items():
-                targets[name].copy_(placed_like(targets[name], tensor))
-    except BaseException:
-        if fresh:
-            unpatch(model)
-        raise
+    tensors = _read_weights(folder / WEIGHTS)
+    targets, trained = named_parameters(model), _trained(model)
+    with weights.gathered(model, trained.values(), changed=True), torch.no_grad():
+        _check(tensors, targets, trained, folder)
+        for name, tensor in tensors.items():
+            targets[name].copy_(placed_like(targets[name], tensor))
     events.changed("load", state_of(model))
     return model
 

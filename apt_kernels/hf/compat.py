@@ -97,6 +97,11 @@ FEATURES = {
             )
         },
     ),
+    "interrupts": Feature(
+        "apt_kernels.patch",
+        "torch",
+        {"torch": ("_C._len_torch_function_stack", "_C._pop_torch_function_stack")},
+    ),
     "masks": Feature(
         "masks without a [T, S] tensor",
         "transformers",
@@ -150,14 +155,10 @@ FEATURES = {
         "continuous batching of a patched model",
         "transformers",
         {
-            "transformers": (
-                "GenerationMixin.destroy_cached_continuous_batching_manager",
-                "GenerationMixin.init_continuous_batching",
-            )
+            "transformers": ("GenerationMixin.init_continuous_batching",),
+            "transformers.generation.continuous_batching.continuous_api": ("ContinuousBatchingManager.destroy",),
         },
-        {
-            "transformers.generation.continuous_batching.continuous_api": ("_cached_continuous_batching_manager",),
-        },
+        {"transformers.generation.continuous_batching.continuous_api": ("_cached_continuous_batching_manager",)},
     ),
     "peft": Feature(
         "a PEFT adapter beside prefixes",

@@ -14,6 +14,9 @@ Action = Literal["patch", "unpatch", "add", "set", "delete", "prune", "load"]
 class Integration:
     """What an integration may answer. Every method has a default that does nothing."""
 
+    # Attributes of a model that hold what can be made again: a call that fails may have dropped them.
+    caches: frozenset[str] = frozenset()
+
     def inside(self, model):
         """The module inside a wrapper of this library; None: ``model`` is no such wrapper."""
 
@@ -44,6 +47,11 @@ def inside(model):
 def added_parameters(model) -> set[int]:
     """The ids of the parameters that other libraries added to ``model``."""
     return set().union(*(each.parameters(model) for each in _subscribed))
+
+
+def caches() -> set[str]:
+    """The attributes of a model that a call which fails may have dropped."""
+    return set().union(*(each.caches for each in _subscribed))
 
 
 def check(action: Action, model) -> None:

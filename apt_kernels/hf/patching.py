@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,8 +26,10 @@ from .discovery.selection import lengths_of
 from .site import Site
 from .state import State, inner, is_patched, state_of
 from .trainable import refuse_quantised, trainable_names
+from .transaction import atomic
 
 
+@atomic
 def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None = None, **settings):
     """Hang an `AdaptivePrefix` on every attention module of a transformers model, in place, and freeze the rest.
 
@@ -59,9 +62,12 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     if config.implementation != "auto":
         choose.load(config.implementation)
     events.check("patch", wrapped)
+    before = implementations(model)
+    own_configs(model)  # before anything is set there
     sites, needed = _sites(model, example_inputs)
     sites = with_meshes(model, sites)
-    _commit(model, config, sites, build(config, sites), needed)
+    state = State(model, config, before, sites=sites)
+    _commit(state, build(config, sites), needed)
     return wrapped
 
 
@@ -135,20 +141,16 @@ def _gate(gate: str, site: Site) -> str:
     return gate
 
 
-def _commit(
-    model, config: AptConfig, sites: list[Site], built: dict[str, AdaptivePrefix], needed: dict[str, str]
-) -> None:
-    """Patch ``model``; ``needed``: the attention implementation of each part of the model, by its name."""
-    state = State(model, config, implementations(model), sites=sites)
-    parameters = state.parameters
+def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, str]) -> None:
+    """Patch the model; ``needed``: the attention implementation of each part of the model, by its name."""
+    model, parameters = state.model, state.parameters
     state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    trainable, added = trainable_names(model, config), events.added_parameters(model)
+    trainable, added = trainable_names(model, state.config), events.added_parameters(model)
     refuse_quantised(model, trainable)
     state.start = {name: parameters[name].detach().clone() for name in trainable}
-    own_configs(model)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
-    for module in (model.get_submodule(site.name) for site in sites):
+    for module in (model.get_submodule(site.name) for site in state.sites):
         module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", "sdpa")
     attach(state, built)
     for part, implementation in needed.items():
@@ -179,6 +181,7 @@ def detach(state: State) -> None:
         inline.restore(module)
 
 
+@atomic
 def unpatch(model):
     """Take every prefix off again: outputs and ``requires_grad`` are bit for bit those from before `patch`.
 
@@ -190,6 +193,7 @@ def unpatch(model):
     detach(state)
     for module in state.model.modules():
         module.__dict__.pop("apt_before", None)
+    _restore_values(state)
     parameters = dict(state.model.named_parameters())
     if parameters.keys() == state.requires_grad.keys():
         for name, parameter in parameters.items():
@@ -199,6 +203,16 @@ def unpatch(model):
     del state.model._apt_state
     events.changed("unpatch", state)
     return model
+
+
+def _restore_values(state: State) -> None:
+    """What trained beside the prefixes gets the values that it had before the first patch."""
+    parameters = state.parameters
+    with torch.no_grad():
+        for name, start in state.start.items():
+            # A module that was exchanged since is not ours to change.
+            if name in parameters and parameters[name].shape == start.shape:
+                parameters[name].copy_(start)
 
 
 def remove_prefix(state: State, name: str) -> None:

@@ -17,6 +17,7 @@ from ..errors import ArgumentError, ConfigError
 from . import events, pruning
 from .discovery.recording import evaluating
 from .state import state_of
+from .transaction import atomic
 
 BINS = 20
 
@@ -291,6 +292,7 @@ def _watched(watches: dict[str, _Watch], decoder_mask: Tensor | None):
             del watch.prefix.logits
 
 
+@atomic
 def prune(model, lengths: Sequence[int], probe: Probe | None = None):
     """Shorten a trained model's prefixes in place: each layer keeps its tokens with the largest weights, in order.
 

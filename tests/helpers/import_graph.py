@@ -25,7 +25,7 @@ HF_LAYERS = (
     ("compat", "site", "events"),
     ("state", "weights", "hub", "plot", "untrusted", "adapter_file"),
     ("attention",),
-    ("discovery", "trainable"),
+    ("discovery", "trainable", "transaction"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise"),

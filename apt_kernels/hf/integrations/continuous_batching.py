@@ -16,6 +16,8 @@ _MANAGER = "_cached_continuous_batching_manager"
 class ContinuousBatching(events.Integration):
     """Replaces ``model.init_continuous_batching`` while the model is patched."""
 
+    caches = frozenset((_MANAGER,))
+
     def changed(self, action: events.Action, state) -> None:
         if action == "patch":
             _install(state.model)
@@ -110,5 +112,6 @@ def _remove(model) -> None:
 
 def forget_manager(model) -> None:
     """Drop a manager that was kept for the next session: it serves the model as it was."""
-    if getattr(model, _MANAGER, None) is not None and not compat.missing("continuous batching"):
-        model.destroy_cached_continuous_batching_manager()
+    manager = model.__dict__.pop(_MANAGER, None)  # first: a manager that is half destroyed must not be used again
+    if manager is not None:
+        manager.destroy()
