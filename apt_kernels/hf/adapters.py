@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
-from . import events
+from . import events, offload
 from .patching import attach, build, detach, make_config
 from .state import Parked, State, state_of
 from .trainable import refuse_quantised, trainable_names
@@ -51,10 +52,9 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
     trained = trainable_names(state.model, config)
     refuse_quantised(state.model, trained)
     _refuse_exchanged(state)
-    parameters = state.parameters
-    for each in trained:
-        # Trained by no adapter so far, or its start is known already.
-        state.start.setdefault(each, parameters[each].detach().clone())
+    state.loaded += offload.load(state.model, trained - state.start.keys())
+    for each, value in _values(state, trained - state.start.keys()).items():
+        state.start[each] = value  # no adapter trained it so far
     values = {each: state.start[each].clone() for each in trained}
     state.parked[name] = Parked(config, build(config, state.sites, name), values)
     _switch(state, name)
@@ -92,6 +92,13 @@ def delete_adapter(model, name: str):
     return model
 
 
+def rename(state: State, name: str) -> None:
+    """Give the active adapter another name, which no adapter has."""
+    state.adapter = name
+    for prefix in state.prefixes.values():
+        prefix.adapter = name
+
+
 def _refuse_disabled(state: State) -> None:
     if not state.enabled:
         raise PatchError("the adapter cannot be switched while the prefix is disabled")
@@ -122,7 +129,7 @@ def _switch(state: State, name: str) -> None:
     _restore(state)
     incoming = state.parked.pop(name)
     for site, prefix in incoming.prefixes.items():
-        prefix.to(_device(state.model.get_submodule(site)))
+        _place(prefix, state.model.get_submodule(site))
     attach(state, incoming.prefixes)
     _write(state, incoming.values)
     parameters = state.parameters
@@ -132,9 +139,16 @@ def _switch(state: State, name: str) -> None:
 
 
 def _park(state: State) -> Parked:
+    return Parked(state.config, state.prefixes, _values(state, trainable_names(state.model, state.config)))
+
+
+def _values(state: State, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of these parameters, wherever they are."""
     parameters = state.parameters
-    values = {name: parameters[name].detach().clone() for name in trainable_names(state.model, state.config)}
-    return Parked(state.config, state.prefixes, values)
+    found = {name: parameters[name] for name in names}
+    if any(parameter.device.type == "meta" for parameter in found.values()) and _has_no_values(state.model):
+        return {name: parameter.detach().clone() for name, parameter in found.items()}
+    return {name: offload.read(state.model, name, p).detach().clone() for name, p in found.items()}
 
 
 def _restore(state: State) -> None:
@@ -149,10 +163,18 @@ def _restore(state: State) -> None:
 
 def _write(state: State, values: dict[str, Tensor]) -> None:
     parameters = state.parameters
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
+    for name, value in values.items():
+        if value.device.type != "meta":
+            offload.write(state.model, name, parameters[name], value)
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _has_no_values(model: nn.Module) -> bool:
+    """Whether the whole model is on the meta device, to be filled later."""
+    return all(p.device.type == "meta" for p in model.parameters()) and offload.device(model).type == "meta"
+
+
+def _place(prefix: nn.Module, module: nn.Module) -> None:
+    """Move a parked prefix to where its attention module computes, unless a hook holds its values."""
+    device = offload.device(module)
+    if device.type != "meta" and all(p.device.type != "meta" for p in prefix.parameters()):
+        prefix.to(device)

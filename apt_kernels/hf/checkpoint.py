@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
-from . import events, hub, weights
+from . import events, hub, offload, weights
 from .patching import patch
 from .state import inner, is_patched, named_parameters, prefixes, state_of
 from .transaction import atomic
@@ -87,7 +87,8 @@ def trained_weights(model) -> dict[str, Tensor]:
     trained = _trained(model)
     weights.meet(model, trained.values())
     with weights.gathered(model, trained.values()):
-        return {name: _whole(tensor) for name, tensor in trained.items()}
+        base = inner(model)
+        return {name: _whole(offload.read(base, name, tensor)) for name, tensor in trained.items()}
 
 
 def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -184,7 +185,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
         PatchError: the model cannot be patched, or is patched with other settings.
     """
     folder = hub.fetch(folder, [WEIGHTS, CONFIG], revision) if hub.is_repository(folder) else Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     events.check("load", model)
     fresh = not is_patched(model)
     if not fresh and _shape_of(state_of(model).config) != _shape_of(config):
@@ -199,7 +200,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
     with weights.gathered(model, trained.values(), changed=True), torch.no_grad():
         _check(tensors, targets, trained, folder)
         for name, tensor in tensors.items():
-            targets[name].copy_(placed_like(targets[name], tensor))
+            offload.write(inner(model), name, targets[name], placed_like(targets[name], tensor))
     events.changed("load", state_of(model))
     return model
 
@@ -218,7 +219,7 @@ def _shape_of(config: AptConfig) -> tuple:
     return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation, config.layers
 
 
-def _read_config(path: Path) -> AptConfig:
+def read_config(path: Path) -> AptConfig:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:

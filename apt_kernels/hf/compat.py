@@ -16,7 +16,12 @@ from importlib.metadata import version
 
 from ..errors import PatchError
 
-_MADE_FOR = {"transformers": "transformers 5.17 to 5.23", "peft": "peft 0.21", "torch": "torch 2.11 to 2.13"}
+_MADE_FOR = {
+    "accelerate": "accelerate 1.15",
+    "peft": "peft 0.21",
+    "torch": "torch 2.11 to 2.13",
+    "transformers": "transformers 5.17 to 5.23",
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,14 @@ FEATURES = {
     "interrupts": Feature(
         "apt_kernels.patch",
         "torch",
-        {"torch": ("_C._len_torch_function_stack", "_C._pop_torch_function_stack")},
+        {
+            "torch": (
+                "_C._get_torch_function_state",
+                "_C._len_torch_function_stack",
+                "_C._pop_torch_function_stack",
+                "_C._set_torch_function_state",
+            )
+        },
     ),
     "masks": Feature(
         "masks without a [T, S] tensor",
@@ -176,8 +188,31 @@ FEATURES = {
         {"peft.peft_model": ("PeftModel.load_adapter", "PeftModel.save_pretrained")},
         without="PEFT saves and loads its own adapter without the prefixes: call apt_kernels.save and load as well",
     ),
+    "peft, names": Feature(
+        "switching prefixes with PEFT's adapters",
+        "peft",
+        {"peft.peft_model": ("PeftModel.delete_adapter", "PeftModel.set_adapter")},
+        without="PEFT switches and deletes its own adapter alone: call apt_kernels.set_adapter, delete_adapter as well",
+    ),
     "compiled models": Feature(
         "models that torch.compile wraps", "torch", instances={"torch._dynamo.eval_frame": ("_orig_mod",)}
+    ),
+    "offloading": Feature(
+        "a model that accelerate offloads",
+        "accelerate",
+        {"accelerate.hooks": ("AlignDevicesHook", "SequentialHook")},
+        {
+            "accelerate.hooks": (
+                "_hf_hook",
+                "self.execution_device",
+                "self.hooks",
+                "self.offload",
+                "self.offload_buffers",
+                "self.place_submodules",
+                "self.weights_map",
+            ),
+            "accelerate.utils.offload": ("self.dataset", "self.prefix", "self.state_dict"),
+        },
     ),
     "fsdp": Feature(
         "FullyShardedDataParallel",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,7 +11,7 @@ from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..ops import choose
 from ..prefix.adaptive import AdaptivePrefix
-from . import compat, events
+from . import compat, events, offload
 from .attention import function, inline
 from .attention.implementations import (
     implementations,
@@ -143,10 +142,12 @@ def _gate(gate: str, site: Site) -> str:
 
 def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, str]) -> None:
     """Patch the model; ``needed``: the attention implementation of each part of the model, by its name."""
-    model, parameters = state.model, state.parameters
-    state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    model = state.model
+    state.requires_grad = {name: parameter.requires_grad for name, parameter in state.parameters.items()}
     trainable, added = trainable_names(model, state.config), events.added_parameters(model)
     refuse_quantised(model, trainable)
+    state.loaded = offload.load(model, trainable)
+    parameters = state.parameters
     state.start = {name: parameters[name].detach().clone() for name in trainable}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
@@ -194,6 +195,7 @@ def unpatch(model):
     for module in state.model.modules():
         module.__dict__.pop("apt_before", None)
     _restore_values(state)
+    offload.put_back(state.loaded)
     parameters = dict(state.model.named_parameters())
     if parameters.keys() == state.requires_grad.keys():
         for name, parameter in parameters.items():
@@ -208,11 +210,10 @@ def unpatch(model):
 def _restore_values(state: State) -> None:
     """What trained beside the prefixes gets the values that it had before the first patch."""
     parameters = state.parameters
-    with torch.no_grad():
-        for name, start in state.start.items():
-            # A module that was exchanged since is not ours to change.
-            if name in parameters and parameters[name].shape == start.shape:
-                parameters[name].copy_(start)
+    for name, start in state.start.items():
+        # A module that was exchanged since is not ours to change.
+        if name in parameters and parameters[name].shape == start.shape and start.device.type != "meta":
+            offload.write(state.model, name, parameters[name], start)
 
 
 def remove_prefix(state: State, name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ConfigError
-from . import events, pruning
+from . import events, offload, pruning
 from .discovery.recording import evaluating
 from .state import state_of
 from .transaction import atomic
@@ -225,7 +225,7 @@ class _Watch:
 
     def found(self, name: str) -> LayerProbe:
         scale = self.prefix.layer_scale
-        scale = 1.0 if scale is None else float(scale.detach().float())
+        scale = 1.0 if scale is None else float(offload.read(self.prefix, "layer_scale", scale).detach().float())
         mean = self.total / self.count
         spread = self.of_squares / self.examples - (self.of_means / self.examples).square()
         return LayerProbe(
@@ -257,7 +257,7 @@ def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
     """
     state = state_of(model)
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
-    examples, device = 0, next(model.parameters()).device
+    examples, device = 0, offload.device(state.model)
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             if not hasattr(batch, "items"):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..config import AptConfig
 from ..errors import PatchError
 from ..prefix.adaptive import AdaptivePrefix
-from . import compat, events
+from . import compat, events, offload
 from .site import Site
 
 
@@ -37,6 +37,7 @@ class State:
     parked: dict[str, Parked] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
     enabled: bool = True
+    loaded: list[offload.Loaded] = field(default_factory=list)  # what trains, taken out of accelerate's offloading
 
     @property
     def prefixes(self) -> dict[str, AdaptivePrefix]:

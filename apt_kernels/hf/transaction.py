@@ -10,8 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..prefix.adaptive import AdaptivePrefix
-from . import events
+from . import events, offload
 from .state import State, inner
 from .weights import fsdp1
 
@@ -48,7 +47,8 @@ class _Snapshot:
         for adapter in parked:
             modules += [module for prefix in adapter.prefixes.values() for module in prefix.modules()]
         self.classes = [(module, type(module)) for module in modules]
-        plain = [*modules, *_configs(modules), *([] if self.state is None else [self.state]), *parked]
+        hooks = [hook for module in modules for hook in offload.hooks(module)]
+        plain = [*modules, *_configs(modules), *hooks, *([] if self.state is None else [self.state]), *parked]
         self.attributes = [(owner, dict(owner.__dict__)) for owner in plain]
         self.containers = [
             (container, copy.copy(container))
@@ -56,21 +56,20 @@ class _Snapshot:
             for container in attributes.values()
             if isinstance(container, (dict, list, set))
         ]
+        offloaded = {id(held): held for hook in hooks if (held := offload.in_memory(hook)) is not None}
+        self.containers += [(held, copy.copy(held)) for held in offloaded.values()]
         parameters = dict.fromkeys(p for module in modules for p in module._parameters.values() if p is not None)
         self.parameters = [(p, p.requires_grad, p.grad) for p in parameters]
-        # An interrupt as a `with` statement ends skips its `__exit__`.
-        self.grad_enabled, self.modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack()
-        self.values = [] if self.state is None else [_Value(p) for p in _written(model, self.state, modules)]
+        self.modes = _modes()
+        self.values = [] if self.state is None else [_Value(*each) for each in _written(model, self.state)]
 
     def restore(self) -> None:
         """Undo what changed since. A second KeyboardInterrupt does not end it."""
         while True:
             try:
-                while torch._C._len_torch_function_stack() > self.modes:
-                    torch._C._pop_torch_function_stack()
+                _restore_modes(self.modes)
                 with torch.no_grad():
                     self._restore()
-                torch.set_grad_enabled(self.grad_enabled)
                 return
             except KeyboardInterrupt:
                 continue
@@ -98,12 +97,25 @@ class _Snapshot:
             value.restore()
 
 
+def _modes() -> tuple:
+    """The modes of torch in this thread: an interrupt as a `with` statement ends skips its `__exit__`."""
+    return torch.is_grad_enabled(), torch._C._len_torch_function_stack(), torch._C._get_torch_function_state()
+
+
+def _restore_modes(modes: tuple) -> None:
+    grad_enabled, depth, function_state = modes
+    torch.set_grad_enabled(grad_enabled)
+    torch._C._set_torch_function_state(function_state)
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
+
+
 class _Value:
     """The value of one parameter: where it is, and what is there."""
 
-    def __init__(self, parameter: nn.Parameter):
+    def __init__(self, root: nn.Module, name: str, parameter: nn.Parameter):
         self.parameter, self.place = parameter, parameter.data
-        self.held = [(tensor, tensor.clone()) for tensor in _held(parameter)]
+        self.held = [(tensor, tensor.clone()) for tensor in _held(root, name, parameter)]
 
     def restore(self) -> None:
         here = self.parameter.data
@@ -113,10 +125,15 @@ class _Value:
             _write(tensor, content)
 
 
-def _held(parameter: nn.Parameter) -> list[Tensor]:
-    """The tensors of this process that hold the value of ``parameter``."""
-    held = [parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else [parameter.data]
-    return [tensor for tensor in held if tensor.device.type != "meta"]
+def _held(root: nn.Module, name: str, parameter: nn.Parameter) -> list[Tensor]:
+    """The tensors of this process that hold the value of ``parameter``, which has this name in ``root``."""
+    if hasattr(parameter, "ds_tensor"):
+        return [parameter.ds_tensor]
+    if parameter.device.type != "meta":
+        return [parameter.data]
+    holder = offload.holder(root, name)
+    place, key = ({}, "") if holder is None else holder.place()
+    return [place[key]] if key in place else []
 
 
 def _write(tensor: Tensor, content: Tensor) -> None:
@@ -124,15 +141,17 @@ def _write(tensor: Tensor, content: Tensor) -> None:
         tensor.detach().copy_(content)
 
 
-def _written(model, state: State, modules: list[nn.Module]) -> Iterator[nn.Parameter]:
+def _written(model, state: State) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """The parameters whose values a call may change: the prefixes of all adapters, and what trains beside them."""
-    prefixes = [module for module in modules if isinstance(module, AdaptivePrefix)]
-    found = {parameter: None for prefix in prefixes for parameter in prefix.parameters()}
-    named = state.parameters
-    found.update((named[name], None) for name in state.start if name in named)
+    for adapter in state.parked.values():
+        for prefix in adapter.prefixes.values():
+            yield from ((prefix, name, parameter) for name, parameter in prefix.named_parameters())
+    ours = {id(parameter) for prefix in state.prefixes.values() for parameter in prefix.parameters()}
+    for name, parameter in state.parameters.items():
+        if name in state.start or id(parameter) in ours:
+            yield state.model, name, parameter
     if isinstance(model, fsdp1()):
-        found.update((parameter, None) for parameter in model.parameters() if parameter.requires_grad)
-    return iter(found)
+        yield from ((model, name, each) for name, each in model.named_parameters() if each.requires_grad)
 
 
 def _state(model) -> State | None:

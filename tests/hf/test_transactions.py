@@ -158,6 +158,9 @@ def test_interrupted_at_every_line_the_model_is_as_it_was(call, build, tmp_path)
         with pytest.raises(Stop), AtLine(stop):
             CALLS[call](model, tmp_path)
         assert equal(everything(model), before), stop
+        assert torch.is_grad_enabled()
+        assert torch._C._is_torch_function_enabled()
+        assert not torch._C._len_torch_function_stack()
         tried += 1
     assert tried > 25
     assert torch.equal(model(input_ids=ids).logits, expected)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .. import offload
+
 # The two sides differ in length, so that cross-attention differs from self-attention; neither equals the batch.
 QUERIES, ENCODER_TOKENS, BATCH = 7, 8, 2
 _SAMPLES, _FRAMES = 4000, 64
@@ -189,7 +191,9 @@ def device(model) -> torch.device:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
         weight = None
-    return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
+    if isinstance(weight, Tensor):
+        return offload.device(model.get_input_embeddings(), weight.device)
+    return offload.device(model)
 
 
 def _patches(config, accepted) -> Iterator[dict]:

@@ -4,8 +4,17 @@ from .. import events
 from .continuous_batching import ContinuousBatching
 from .distributed import Distributed
 from .gradient_checkpointing import GradientCheckpointing
+from .offloading import Offloading
 from .packing import Packing
 from .peft import Peft
 from .trainer import Trainer
 
-events.subscribe(Distributed(), Peft(), GradientCheckpointing(), Trainer(), Packing(), ContinuousBatching())
+events.subscribe(
+    Distributed(),
+    Peft(),
+    GradientCheckpointing(),
+    Offloading(),
+    Trainer(),
+    Packing(),
+    ContinuousBatching(),
+)
