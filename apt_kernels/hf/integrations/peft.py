@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub
-from ..checkpoint import CONFIG, WEIGHTS, load, save, weights_to_write
+from ..adapters import adapters, add_adapter, delete_adapter, rename, set_adapter
+from ..checkpoint import CONFIG, WEIGHTS, load, read_config, save, weights_to_write
+from ..patching import unpatch
+from ..state import is_patched, state_of
+from ..transaction import atomic
 
 
 class Peft(events.Integration):
@@ -81,6 +88,9 @@ def join_peft() -> None:
     if compat.available("peft, saving"):
         _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
         _wrap(models.PeftModel, "load_adapter", _load_adapter)
+    if compat.available("peft, names"):
+        _wrap(models.PeftModel, "set_adapter", _set_adapter)
+        _wrap(models.PeftModel, "delete_adapter", _delete_adapter)
 
 
 class _WhenImported:
@@ -139,24 +149,122 @@ def _setup_prompt_encoder(original, self, *args, **kwargs):
 
 def _save_pretrained(original, self, save_directory, *args, **kwargs):
     result = original(self, save_directory, *args, **kwargs)
-    if _has_prefix(self):
-        given = kwargs.get("state_dict")
-        # Those gathered from shards have PEFT's names.
-        given = given and {name.removeprefix("base_model.model."): tensor for name, tensor in given.items()}
-        given = weights_to_write(self, kwargs.get("is_main_process", True), given)
-        if given is not None:
-            save(self, save_directory, state_dict=given)
+    if not _has_prefix(self):
+        return result
+    given = inspect.signature(original).bind(self, save_directory, *args, **kwargs)
+    given = {**given.arguments, **given.arguments.get("kwargs", {})}
+    names = {name: _prefix_beside(self, name) for name in self.peft_config}
+    unsaved = sorted(set(adapters(self)) - set(names.values()))
+    if unsaved:
+        warnings.warn(
+            f"PEFT has no adapter of the name {unsaved[0]!r}: its prefix is not saved. Call apt_kernels.save",
+            stacklevel=3,
+        )
+    for name in given.get("selected_adapters") or list(names):
+        if names[name] is not None:
+            folder = save_directory if name == "default" else os.path.join(save_directory, name)
+            _save_prefix(self, names[name], folder, given.get("state_dict"), given.get("is_main_process", True))
     return result
 
 
-def _load_adapter(original, self, model_id, *args, **kwargs):
-    result = original(self, model_id, *args, **kwargs)
+def _save_prefix(model, name: str, folder, state_dict: dict | None, is_main_process: bool) -> None:
+    """Save the prefix adapter ``name``, active or not."""
+    active = state_of(model).adapter
+    if name != active:
+        set_adapter(model, name)
+        state_dict = None  # it holds the active adapter's
+    # Weights gathered from shards have PEFT's names.
+    state_dict = state_dict and {n.removeprefix("base_model.model."): tensor for n, tensor in state_dict.items()}
+    try:
+        state_dict = weights_to_write(model, is_main_process, state_dict)
+        if state_dict is not None:
+            save(model, folder, state_dict=state_dict)
+    finally:
+        set_adapter(model, active)
+
+
+def _load_adapter(original, self, model_id, adapter_name, *args, **kwargs):
+    result = original(self, model_id, adapter_name, *args, **kwargs)
     folder = model_id
     if hub.is_repository(model_id):
         folder = hub.fetch(model_id, [WEIGHTS, CONFIG], kwargs.get("revision"))
     if os.path.isfile(os.path.join(folder, CONFIG)):
-        load(self, folder)
+        _load_prefix(self, Path(folder), adapter_name)
     return result
+
+
+@atomic
+def _load_prefix(model, folder: Path, name: str) -> None:
+    """Load the prefix of ``folder`` beside PEFT's adapter ``name``; the active one is that beside PEFT's active one."""
+    if not is_patched(model):
+        load(model, folder)
+        rename(state_of(model), name)
+        return
+    state = state_of(model)
+    active, beside = state.adapter, _prefix_beside(model, name)
+    if beside is None:
+        config = read_config(folder / CONFIG)
+        add_adapter(model, name, replace(config, implementation=state.config.implementation))
+    else:
+        set_adapter(model, beside)
+    load(model, folder)
+    set_adapter(model, _prefix_beside(model, model.active_adapter) or active)
+
+
+def _set_adapter(original, self, adapter_name, *args, **kwargs):
+    if not _has_prefix(self):
+        return original(self, adapter_name, *args, **kwargs)
+    before = self.active_adapter
+    result = original(self, adapter_name, *args, **kwargs)
+    try:
+        _follow(self)
+    except BaseException:
+        original(self, before)
+        raise
+    return result
+
+
+def _delete_adapter(original, self, adapter_name, *args, **kwargs):
+    beside = _prefix_beside(self, adapter_name) if _has_prefix(self) else None
+    if beside is None:
+        return original(self, adapter_name, *args, **kwargs)
+    state = state_of(self)
+    result = original(self, adapter_name, *args, **kwargs)
+    base = state.model  # without its last adapter a PeftModel does not say which model it holds
+    others = [name for name in adapters(base) if name != beside]
+    if not others:
+        unpatch(base)
+        return result
+    if beside == state.adapter:
+        set_adapter(base, self.active_adapter if self.active_adapter in others else others[0])
+    delete_adapter(base, beside)
+    return result
+
+
+def _follow(model) -> None:
+    """Make the prefix beside PEFT's active adapter the active one; a warning where there is none."""
+    state, name = state_of(model), model.active_adapter
+    beside = _prefix_beside(model, name)
+    if beside is not None:
+        set_adapter(model, beside)
+    else:
+        warnings.warn(
+            f"there is no prefix of the name {name!r}: that of {state.adapter!r} stays active. apt_kernels.add_adapter "
+            "makes one, and apt_kernels.disabled is for running without",
+            stacklevel=4,
+        )
+
+
+def _prefix_beside(model, name: str) -> str | None:
+    """The prefix adapter that belongs to PEFT's adapter ``name``: that of the same name.
+
+    Where no adapter of PEFT has the active prefix's name (`patch` calls it "default"), it belongs to PEFT's active one.
+    """
+    names = adapters(model)
+    if name in names:
+        return name
+    active = next(iter(names))
+    return active if active not in model.peft_config and name == model.active_adapter else None
 
 
 def _has_prefix(model) -> bool:
