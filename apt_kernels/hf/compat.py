@@ -93,12 +93,14 @@ FEATURES = {
         "torch",
         instances={
             "torch.nn.modules.module": (
+                "_buffers",
                 "_forward_hooks",
                 "_forward_hooks_always_called",
                 "_forward_hooks_with_kwargs",
                 "_forward_pre_hooks",
                 "_forward_pre_hooks_with_kwargs",
                 "_modules",
+                "_parameters",
             )
         },
     ),

@@ -148,7 +148,7 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     refuse_quantised(model, trainable)
     state.loaded = offload.load(model, trainable)
     parameters = state.parameters
-    state.start = {name: parameters[name].detach().clone() for name in trainable}
+    state.start = {name: parameters[name].detach().clone() for name in sorted(trainable)}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
     for module in (model.get_submodule(site.name) for site in state.sites):

@@ -125,6 +125,8 @@ NEW = ("patch", "load into a model that is not patched")
 # The recording pass changes nothing that outlives it: of its lines, some are enough.
 RECORDING = ("hf/discovery", "hf/attention/lazy_scores", "hf/attention/masks", "mask.py", "config.py", "hf/compat.py")
 
+LOADING = ("hf/checkpoint", "hf/adapter_file", "hf/hub", "hf/offload", "hf/weights", "hf/transaction")
+
 
 def made(call, build, folder):
     """What the call gets: a model, and a folder with other weights."""
@@ -135,14 +137,17 @@ def made(call, build, folder):
     return model
 
 
-def stops(seen):
+def stops(call, seen):
     """The first and the last time of every line."""
     for i, (place, count) in enumerate(seen.items()):
         if place[0].startswith(RECORDING) and i % 30:
             continue
+        if call.startswith("load into") and not place[0].startswith(LOADING):
+            continue  # as in "patch"
         yield from ((place, each) for each in sorted({1, count}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [bert, gptj])
 @pytest.mark.parametrize("call", CALLS)
 def test_interrupted_at_every_line_the_model_is_as_it_was(call, build, tmp_path):
@@ -154,7 +159,7 @@ def test_interrupted_at_every_line_the_model_is_as_it_was(call, build, tmp_path)
     with AtLine() as counted:
         CALLS[call](twin, tmp_path)
     before, tried = everything(model), 0
-    for stop in stops(counted.seen):
+    for stop in stops(call, counted.seen):
         with pytest.raises(Stop), AtLine(stop):
             CALLS[call](model, tmp_path)
         assert equal(everything(model), before), stop
@@ -176,7 +181,7 @@ def test_a_module_that_was_exchanged_is_refused_by_name():
     ids = torch.tensor([[3, 4, 5, 6]])
     expected = model(input_ids=ids).logits
     for call in (lambda: apt_kernels.set_adapter(model, "b"), lambda: apt_kernels.add_adapter(model, "c")):
-        with pytest.raises(apt_kernels.PatchError, match=r"classifier\.weight has the shape \[5, 8\]; it had \[3, 8\]"):
+        with pytest.raises(apt_kernels.PatchError, match=r"classifier\.bias has the shape \[5\]; it had \[3\]"):
             call()
         assert equal(everything(model), before)
     assert torch.equal(model(input_ids=ids).logits, expected)
