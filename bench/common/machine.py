@@ -74,6 +74,11 @@ def line(found: dict) -> str:
     return f"{found['device']}, {found['threads']} threads; {named(found['versions'])}"
 
 
+def described(device: torch.device) -> str:
+    """This machine and the versions in one line, this package's included."""
+    return f"{line(machine(device))}, apt-kernels {apt_kernels.__version__}"
+
+
 def named(found: dict[str, str | None]) -> str:
     """Versions in one line."""
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)

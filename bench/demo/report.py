@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from pathlib import Path
 
 import torch
 
-import apt_kernels
-
-from .training import Run
+from bench.common.machine import described
+from bench.common.markdown import markdown
+from bench.quality.side_by_side import Run
 
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 _COLUMNS = (
@@ -22,14 +21,14 @@ _COLUMNS = (
 
 
 def table(results: dict[str, dict[str, Run]]) -> str:
-    """Markdown: one row for each training, and the naive way's cost as a multiple of ours under each pair."""
-    rows = [_COLUMNS]
+    """Markdown: one row for each training, and under each pair the cost of the naive attention by that of ours."""
+    rows = []
     for method, runs in results.items():
-        for way, run in runs.items():
+        for attention, run in runs.items():
             rows.append(
                 (
                     method,
-                    way,
+                    attention,
                     f"{run.metrics['accuracy']:.3f}",
                     f"{run.metrics['macro_f1']:.3f}",
                     f"{run.trained:,}",
@@ -39,32 +38,13 @@ def table(results: dict[str, dict[str, Run]]) -> str:
             )
         time, memory = ratios(runs)
         rows.append((method, "naive / ours", "", "", "", f"{time:.2f}", f"{memory:.2f}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown(_COLUMNS, rows)
 
 
 def ratios(runs: dict[str, Run]) -> tuple[float, float]:
-    """Time and memory of the naive way as multiples of ours."""
+    """Time and memory of the naive attention, each divided by ours."""
     ours, naive = runs["ours"], runs["naive"]
     return naive.step_seconds / ours.step_seconds, naive.peak_bytes / ours.peak_bytes
-
-
-def machine(device: torch.device) -> str:
-    """One line: the processor or GPU, and the versions."""
-    versions = ", ".join(f"{name} {version}" for name, version in apt_kernels.info()["versions"].items() if version)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return f"{where}; apt-kernels {apt_kernels.__version__}, {versions}"
-
-
-def _processor() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux: the platform's own word stands
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def notes(settings: dict, device: torch.device) -> str:
@@ -74,18 +54,20 @@ def notes(settings: dict, device: torch.device) -> str:
         (
             f"Model {settings['model']}, data {settings['data']}: {settings['train']} training and {settings['test']}",
             f"test texts of at most {settings['max_length']} tokens, {settings['epochs']} epochs, batch",
-            f"{settings['batch_size']}, prefix {settings['prefix_length']}. Both ways train in turn on the same",
-            "batches. Time: median over the steps. Memory: most bytes alive at once in a forward and backward,",
-            f"beyond what was there before ({memory}). Machine: {machine(device)}.",
+            f"{settings['batch_size']}, prefix {settings['prefix_length']}. Both copies train in turn on the",
+            "same batches. Time: median over the steps. Memory: peak bytes of tensors in a forward and backward, above",
+            f"those allocated before ({memory}). Machine: {described(device)}.",
         )
     )
 
 
 def as_json(settings: dict, device: torch.device, results: dict[str, dict[str, Run]], more: dict) -> str:
     found = {
-        "machine": machine(device),
+        "machine": described(device),
         "settings": settings,
-        "trainings": {method: {way: _run(run) for way, run in runs.items()} for method, runs in results.items()},
+        "trainings": {
+            method: {attention: _run(run) for attention, run in runs.items()} for method, runs in results.items()
+        },
         "naive_by_ours": {method: dict(zip(("time", "memory"), ratios(runs))) for method, runs in results.items()},
         **more,
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.quality import pretrained
+from bench.quality import models, pretrained, summary
 
 from .experiments import EXPERIMENTS, Plan, write
 from .methods import METHODS, RECIPES, Settings, recipe
@@ -105,7 +105,7 @@ def _number(value: str) -> float | str:
 
 def main(argv: list[str] | None = None) -> int:
     given = arguments(argv)
-    _quiet(given.model)
+    models.quiet(given.model)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     tasks = _tasks(given)
     plan = Plan(
@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     page = EXPERIMENTS[given.experiment](plan)
     path = write(given.experiment, page, given.output)
-    print(f"\n{page}\n\nWritten to {path}; the records of all trainings: {plan.workshop.store.path}")
+    summary.write(plan.workshop.store.records, given.output / "summary.json")
+    print(f"\n{page}\n\nWritten to {path}; all trainings in {plan.workshop.store.path} and summary.json")
     return 0
 
 
@@ -147,13 +148,3 @@ def _sources(given: argparse.Namespace) -> list[str]:
         f"--data has {len(data)} entries for {len(names)} tasks; it needs one for each, or one folder that holds "
         f"{', '.join(names)}"
     )
-
-
-def _quiet(model: str) -> None:
-    """No look-ups for a model that is here, and no notices between the progress bars."""
-    if Path(pretrained.source(model)).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from bench.demo import training
-from bench.quality import methods, running, tables
+from bench.quality import methods, models, running, side_by_side, tables
+from bench.speed.timing import peak_bytes
 
 from .methods import Settings
-from .tasks import Collator, Task, encode, score, subset
+from .tasks import IGNORED, Collator, Task, encode, score, subset
 
-_BATCH = 32
 # Float32 rounding grows along the steps of AdamW; a wrong gradient shows within the first.
 _APART = 2e-2
 _CLOSED = -1e4
@@ -36,40 +35,19 @@ PARITY_NOTES = (
 
 def batches(trained: running.Trained) -> Iterator[dict[str, Tensor]]:
     """The development set as the model's inputs, without labels."""
-    device = next(trained.model.parameters()).device
-    features = trained.dev.features
-    for i in range(0, len(features), _BATCH):
-        batch = trained.collator(features[i : i + _BATCH])
-        batch.pop("labels")
-        if trained.task.kind == "choice":
-            batch = {name: part.flatten(0, 1) for name, part in batch.items()}
-        yield {name: part.to(device) for name, part in batch.items()}
+    return models.inputs(trained.dev.features, trained.collator, next(trained.model.parameters()).device)
 
 
 def probe(trained: running.Trained) -> apt_kernels.Probe:
     return apt_kernels.probe(trained.model, batches(trained))
 
 
-@torch.no_grad()
 def predictions(trained: running.Trained, model: nn.Module) -> tuple[float, Tensor]:
     """The score on the development set, and all logits in one row."""
-    import numpy as np
-
-    model.eval()
-    task, features = trained.task, trained.dev.features
-    parts, targets = [], []
-    for i, batch in enumerate(batches(trained)):
-        labels = trained.collator(features[i * _BATCH : (i + 1) * _BATCH])["labels"]
-        logits = model(**batch).logits.float().cpu()
-        parts.append(logits.view(len(labels), -1) if task.kind == "choice" else logits)
-        targets.append(labels)
-    if task.kind == "tags":
-        width = max(part.shape[1] for part in parts)
-        parts = [nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
-        targets = [nn.functional.pad(part, (0, width - part.shape[1]), value=-100) for part in targets]
-    logits, labels = torch.cat(parts), torch.cat(targets)
-    found = score(task, logits.numpy(), np.asarray(labels), trained.dev.rows, features)
-    return found, logits[labels != -100] if task.kind == "tags" else logits
+    task, dev = trained.task, trained.dev
+    logits, labels = models.predict(model, task, dev.features, trained.collator)
+    found = score(task, logits.numpy(), labels.numpy(), dev.rows, dev.features)
+    return found, logits[labels != IGNORED] if task.kind == "tags" else logits
 
 
 def pruned(trained: running.Trained) -> dict:
@@ -107,32 +85,22 @@ def close_gates(model: nn.Module, keep: dict[str, tuple[int, ...]]) -> None:
         prefix.value[:, gone] = 0
 
 
-def cost(models: dict[str, nn.Module], batch: dict[str, Tensor]) -> dict[str, tuple[float, int]]:
+def cost(compared: dict[str, nn.Module], batch: dict[str, Tensor]) -> dict[str, tuple[float, int]]:
     """Median seconds and peak bytes of a forward and backward of each model, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in compared}
     for i in range(_REPEATS + 2):
-        for name in list(models) if i % 2 else list(models)[::-1]:
+        for name in list(compared) if i % 2 else list(compared)[::-1]:
             began = time.perf_counter()
-            models[name](**batch).logits.float().square().mean().backward()
+            compared[name](**batch).logits.float().square().mean().backward()
             if i > 1:
                 seconds[name].append(time.perf_counter() - began)
-            models[name].zero_grad(set_to_none=True)
-    return {name: (statistics.median(seconds[name]), _peak(model, batch)) for name, model in models.items()}
-
-
-class _WithLoss(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, labels, **inputs):
-        self.loss = self.model(**inputs).logits.float().square().mean()
-        return self
+            compared[name].zero_grad(set_to_none=True)
+    return {name: (statistics.median(seconds[name]), _peak(model, batch)) for name, model in compared.items()}
 
 
 def _peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    run = training.Run(_WithLoss(model), None)
-    return training.peak_of_step(run, {**batch, "labels": next(iter(batch.values()))})
+    device = next(iter(batch.values())).device
+    return peak_bytes(device, lambda: model(**batch).logits.float().square().mean().backward())
 
 
 def table(rows: list[dict]) -> str:
@@ -156,32 +124,15 @@ def table(rows: list[dict]) -> str:
 
 def both_ways(task: Task, method: str, settings: Settings, seed: int) -> dict[str, list[float]]:
     """Training losses, step by step, of two copies of one model: with this package's attention, and the naive way."""
-    tokenizer = running.load_tokenizer(settings.model, task)
+    tokenizer = models.load_tokenizer(settings.model, task)
     rows = subset(task, task.splits.train, settings.train_examples, seed)
-    features, collator = encode(task, rows, tokenizer, settings.max_length), Collator(tokenizer)
-    curves = {}
-    for way, within in training.WAYS.items():
-        model = methods.prepare(running.fresh_model(task, settings, tokenizer, seed), method, settings, seed).train()
-        optimizer = methods.optimizer(model, method, settings)
-        order = torch.Generator().manual_seed(seed)
-        curves[way] = []
-        with within():
-            for epoch in range(settings.epochs):
-                torch.manual_seed(seed + epoch)
-                for chosen in torch.randperm(len(features), generator=order).split(settings.batch_size):
-                    batch = collator([features[i] for i in chosen])
-                    curves[way].append(_step(model, optimizer, batch, task))
-    return curves
-
-
-def _step(model: nn.Module, optimizer, batch: dict[str, Tensor], task: Task) -> float:
-    labels = batch.pop("labels")
-    optimizer.zero_grad()
-    logits = running.logits_of(model, batch, task).float()
-    loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+    features, runs = encode(task, rows, tokenizer, settings.max_length), {}
+    for name in side_by_side.ATTENTION:
+        model = methods.prepare(models.fresh_model(task, settings, tokenizer, seed), method, settings, seed)
+        runs[name] = side_by_side.Run(model, methods.optimizer(model, method, settings))
+    data = side_by_side.Batches(task, features, Collator(tokenizer), settings.batch_size, torch.device("cpu"))
+    side_by_side.train(runs, data, settings.epochs, seed, f"{task.name}, {method}", decay=False)
+    return {name: run.losses for name, run in runs.items()}
 
 
 def check_apart(apart: float, task: Task, method: str) -> None:

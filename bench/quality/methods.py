@@ -212,5 +212,6 @@ def set_dropout(config, everywhere: float | None, attention: float | None) -> No
             setattr(config, name, value if chosen is None else chosen)
 
 
-def optimizer(model: nn.Module, method: str, settings: Settings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups(model, method, settings), weight_decay=0.0)
+def optimizer(model: nn.Module, method: str, settings: Settings, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, in the groups of `groups`."""
+    return torch.optim.AdamW(groups(model, method, settings), weight_decay=weight_decay)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench.demo import report
+from bench.common.machine import described
 from bench.quality import running
 
 from .methods import Settings
@@ -76,7 +76,7 @@ class Workshop:
         trained = running.run(job.task, job.method, job.settings, job.seed, folder if self.resume else None, notify)
         shutil.rmtree(folder, ignore_errors=True)
         if self.store.find(job.key) is None:
-            machine = report.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            machine = described(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             self.store.add({**job.key, "machine": machine, **trained.record})
         return trained
 

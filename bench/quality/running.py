@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench.quality import methods, pretrained
+from bench.quality import methods
 
 from .methods import Settings
+from .models import fresh_model, load_tokenizer, logits_of, loss_of
 from .sources import Row
-from .tasks import IGNORED, Collator, Task, encode, score, subset
+from .tasks import Collator, Task, encode, score, subset
 
 _WEIGHTS = "trained.safetensors"
 
@@ -69,7 +69,7 @@ class TaskTrainer(transformers.Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         logits = logits_of(model, inputs, self.task)
-        loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+        loss = loss_of(logits, labels)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _save(self, output_dir=None, state_dict=None):
@@ -82,14 +82,6 @@ class TaskTrainer(transformers.Trainer):
 
     def _load_best_model(self):
         _restore(self.model, Path(self.state.best_model_checkpoint))
-
-
-def logits_of(model: nn.Module, inputs: dict[str, Tensor], task: Task) -> Tensor:
-    """``[B, labels]``, ``[B, choices]`` or ``[B, T, tags]``."""
-    if task.kind != "choice":
-        return model(**inputs).logits
-    batch, choices = inputs["input_ids"].shape[:2]
-    return model(**{name: part.flatten(0, 1) for name, part in inputs.items()}).logits.view(batch, choices)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
@@ -110,27 +102,6 @@ class _Report(transformers.TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.epoch:
             self.notify(round(state.epoch), metrics["eval_score"])
-
-
-def load_tokenizer(model: str, task: Task):
-    """The model's tokeniser; byte-level ones need ``add_prefix_space`` to read single words."""
-    options = {"add_prefix_space": True} if task.kind == "tags" else {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained.source(model), **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def fresh_model(task: Task, settings: Settings, tokenizer, seed: int) -> nn.Module:
-    """The pretrained model with a head drawn from the seed."""
-    kind = "TokenClassification" if task.kind == "tags" else "SequenceClassification"
-    source = pretrained.source(settings.model)
-    config = transformers.AutoConfig.from_pretrained(source, num_labels=task.outputs)
-    methods.set_dropout(config, settings.dropout, settings.attention_dropout)
-    config.pad_token_id = tokenizer.pad_token_id
-    torch.manual_seed(seed)
-    auto = getattr(transformers, f"AutoModelFor{kind}")
-    return auto.from_pretrained(source, config=config, dtype=torch.float32)
 
 
 def run(

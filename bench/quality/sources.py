@@ -1,10 +1,12 @@
-"""Reading labelled data: a folder of JSONL or column files, or a data set of the Hugging Face hub, as splits of rows.
+"""Read labelled data as splits of rows: a folder of JSONL, CSV or column files, or a data set of the hub.
 
-A row of a column file is ``{"tokens": [...], "tags": [...]}``; a row of a JSONL file is what stands there.
+A row of a JSONL file is its JSON object, a row of a CSV file has the names of the header, and a row of a column file is
+``{"tokens": [...], "tags": [...]}``.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import re
@@ -38,12 +40,17 @@ def load(source: str) -> Splits:
     Raises:
         DataError: a split is missing, or a file cannot be read.
     """
-    folder = Path(source).expanduser()
-    found = _from_folder(folder) if folder.is_dir() else _from_hub(source)
+    found = read(source)
     for part in ("train", "dev"):
         if not found.get(part):
             raise DataError(f"{source} has {sorted(found) or 'no split'}; it needs rows to train on and a dev split")
-    return Splits(folder.name, found["train"], found["dev"], found.get("test", []))
+    return Splits(Path(source).name, found["train"], found["dev"], found.get("test", []))
+
+
+def read(source: str) -> dict[str, list[Row]]:
+    """The rows of every split that a folder or a hub data set has: ``train``, ``dev``, ``test``."""
+    folder = Path(source).expanduser()
+    return _from_folder(folder) if folder.is_dir() else _from_hub(source)
 
 
 def _from_folder(folder: Path) -> dict[str, list[Row]]:
@@ -55,7 +62,7 @@ def _from_folder(folder: Path) -> dict[str, list[Row]]:
         part = _SPLITS[names[-1]]
         if part in found:
             raise DataError(f"{folder} has two files for {part}: {found[part][0].name} and {path.name}")
-        found[part] = path, _jsonl(path) if path.suffix in (".jsonl", ".json") else _columns(path)
+        found[part] = path, _READERS.get(path.suffix, _columns)(path)
     rows = {part: rows for part, (_, rows) in found.items()}
     test = rows.get("test")
     if test and not {"label", "tags"} & set(test[0]):
@@ -98,6 +105,14 @@ def _columns(path: Path) -> list[Row]:
             tokens.append(cells[0])
             tags.append(cells[-1])
     return rows
+
+
+def _csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+_READERS = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv}
 
 
 def _from_hub(name: str) -> dict[str, list[Row]]:

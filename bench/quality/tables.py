@@ -39,13 +39,18 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half of its 95% interval (Student's t), of two values or more."""
+    reach = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(reach)
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Mean paired difference with its 95% interval (Student's t), in points; bold: zero is outside."""
     apart = [100 * (a - b) for a, b in zip(ours, theirs)]
-    mean = statistics.mean(apart)
     if len(apart) < 2:
-        return f"{mean:+.1f}"
-    reach = stats.t.ppf(0.975, len(apart) - 1) * statistics.stdev(apart) / len(apart) ** 0.5
+        return f"{statistics.mean(apart):+.1f}"
+    mean, reach = interval(apart)
     text = f"{mean:+.1f} ± {reach:.1f}"
     return f"**{text}**" if abs(mean) > reach else text
 

@@ -13,8 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 import apt_kernels
 from bench.common.naive import naive
-from bench.demo import data, docstrings, gates, report, training
+from bench.demo import data, docstrings, report
 from bench.demo import run as demo
+from bench.quality import sources
+from bench.speed.timing import peak_bytes
 
 WORDS = {"animal": "cat dog horse bird".split(), "plant": "oak fern moss tulip".split()}
 FILLER = "the a some green old over under beside".split()
@@ -85,7 +87,7 @@ def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch
     output = tmp_path / "out"
     found = json.loads((output / "results.json").read_text())
     assert found["reloaded_equal"]
-    assert found["complaints"] == []
+    assert found["failures"] == []
     assert set(found["trainings"]) == set(demo.METHODS)
     for runs in found["trainings"].values():
         assert set(runs) == {"ours", "naive"}
@@ -149,9 +151,12 @@ def test_docstrings_say_when_there_are_too_few(monkeypatch):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no train.jsonl or train.csv"),
-        ({"train.jsonl": '{"text": "a"}', "test.jsonl": ""}, "without 'label'"),
-        ({"train.csv": "text,label\na,x\nb,x", "test.csv": "text,label\na,x"}, "two labels or more"),
+        ({}, "it needs a train split"),
+        (
+            {"train.jsonl": '{"text": "a"}', "test.jsonl": '{"text": "a", "label": 1}'},
+            "the rows have the columns text; they need",
+        ),
+        ({"train.csv": "text,label\na,x\nb,x", "test.csv": "text,label\na,x"}, "two or more"),
         ({"train.csv": "text,label\na,x\nb,y", "test.csv": "text,label\na,z"}, r"\['z'\]"),
     ],
 )
@@ -168,8 +173,8 @@ def test_fewer_texts_than_a_batch(model_folder, data_folder, tmp_path):
 
 
 def test_hub_data_without_its_package(monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(data.DataError, match="pip install datasets"):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(data.DataError, match="install the package `datasets` first"):
         data.load("owner/name", 10, 10)
 
 
@@ -186,20 +191,17 @@ def test_naive_is_taken_back_on_an_error():
 
 
 def test_peak_counts_what_is_alive_at_once():
-    class Doubles(torch.nn.Module):
-        def forward(self, labels):
-            for _ in range(3):  # one megabyte each, none kept
-                torch.zeros(1 << 18)
-            self.loss = (torch.zeros(1 << 19, requires_grad=True) * 2).sum()
-            return self
+    def step():
+        for _ in range(3):  # one megabyte each, none kept
+            torch.zeros(1 << 18)
+        (torch.zeros(1 << 19, requires_grad=True) * 2).sum().backward()
 
-    run = training.Run(Doubles(), None)
-    peak = training.peak_of_step(run, {"labels": torch.zeros(1)})
+    peak = peak_bytes(torch.device("cpu"), step)
     assert 4 << 20 <= peak < 7 << 20
 
 
 @pytest.mark.parametrize("gate", ["first", "token", "static", "none"])
-def test_recorded_gates(gate, model_folder):
+def test_the_probe_gives_the_mean_weights_of_the_figure(gate, model_folder):
     model = BertForSequenceClassification.from_pretrained(model_folder).eval()
     apt_kernels.patch(model, prefix_length=3, gate=gate)
     prefixes = list(apt_kernels.prefixes(model).values())
@@ -209,12 +211,13 @@ def test_recorded_gates(gate, model_folder):
             torch.nn.init.normal_(prefix.gate_weight)
     ids = torch.tensor([[4, 5, 6, 7], [8, 9, 0, 0]])
     real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    with torch.no_grad(), gates.recorded(2) as found:
+    with torch.no_grad():
         states = model(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states
-    for mean, prefix, hidden in zip(found.means(), prefixes, states):
+    found = apt_kernels.probe(model, [{"input_ids": ids, "attention_mask": real}])
+    for layer, prefix, hidden in zip(found.layers, prefixes, states):
         if gate in ("none", "static"):
             expected = torch.full((3,), 1.5 if gate == "none" else 0.75)
         else:
             alpha = torch.sigmoid(hidden @ prefix.gate_weight.T)
             expected = 1.5 * (alpha[:, 0] if gate == "first" else alpha[real.bool()]).mean(dim=0)
-        torch.testing.assert_close(torch.tensor(mean), expected.detach())
+        torch.testing.assert_close(torch.tensor(layer.effective), expected.detach())

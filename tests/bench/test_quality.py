@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import apt_kernels
-from bench.quality import cli, examine, methods, run_cache, running, sources, tables, tasks
+from bench.quality import cli, examine, methods, models, run_cache, running, sources, summary, tables, tasks
 from bench.quality.methods import METHODS, Settings
 from bench.quality.sources import DataError
 
@@ -29,7 +30,7 @@ def _environment(monkeypatch):
 
 def _tokenizer(folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *ANIMALS, *PLANTS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -163,7 +164,7 @@ def test_inputs_are_written_as_p_tuning_v2_does():
 def test_cut_off_words_count_as_missed(model_folder, data_folder):
     task = _task(data_folder, "tags")
     rows = [{"tokens": ["the", "cat", "old", "oak"], "tags": ["O", "B-animal", "O", "B-plant"]}]
-    tokenizer = running.load_tokenizer(model_folder, task)
+    tokenizer = models.load_tokenizer(model_folder, task)
     for length, expected in ((32, 1.0), (5, 2 / 3)):  # [CLS] the cat old [SEP]: one of two spans is found
         features = tasks.encode(task, rows, tokenizer, length)
         targets = torch.tensor([features[0]["labels"]]).numpy()
@@ -238,7 +239,7 @@ def test_a_hold_out_makes_the_development_set_a_test(model_folder, data_folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_each_method_trains(method, model_folder, data_folder):
     task, settings = _task(data_folder, "text"), _settings(model_folder)
-    fresh = running.fresh_model(task, settings, running.load_tokenizer(model_folder, task), 0)
+    fresh = models.fresh_model(task, settings, models.load_tokenizer(model_folder, task), 0)
     model = methods.prepare(fresh, method, settings, 0)
     found, whole = methods.counts(model), sum(p.numel() for p in model.parameters())
     head, token = 2 * 16 + 2, 2 * 16  # the classifier; key and value of one token in one layer
@@ -370,6 +371,26 @@ def test_tables_say_mean_spread_and_noise(data_folder):
     assert tables.value({**record, "test": 0.25}) == 0.25
 
 
+def test_a_summary_holds_what_the_tables_say():
+    def record(method, seed, test):
+        parts = {"dev": 0.5, "test": test, "last": 0.4, "seconds": 2.0 + seed, "parameters": {"trained": 3}}
+        same = {"task": "t", "settings": {"epochs": 1}, "examples": {"train": 4}, "machine": "m"}
+        return {**same, "method": method, "seed": seed, **parts}
+
+    scores = {"apt": (0.5, 0.6, 0.7), "prefix": (0.61, 0.7, 0.79)}
+    records = [record(name, seed, score) for name, found in scores.items() for seed, score in enumerate(found)]
+    (entry,) = summary.summarise(records)
+    assert entry["settings"] == {"epochs": 1}
+    assert entry["methods"]["apt"]["test"] == pytest.approx(
+        {"median": 0.6, "q1": 0.55, "q3": 0.65, "mean": 0.6, "standard_deviation": 0.1}
+    )
+    over = entry["methods"]["prefix"]["over_apt"]
+    assert f"**{100 * over['mean']:+.1f} ± {100 * over['half_interval']:.1f}**" == tables.difference(
+        scores["prefix"], scores["apt"]
+    )
+    assert "over_apt" not in entry["methods"]["apt"]
+
+
 def test_recipes_hold_the_published_settings():
     assert methods.recipe("bert-large", "rte") == {
         "batch_size": 32,
@@ -388,7 +409,7 @@ def test_recipes_hold_the_published_settings():
 
 def test_a_method_that_patches_leaves_no_trace_of_the_budget(model_folder, data_folder):
     task, settings = _task(data_folder, "text"), _settings(model_folder)
-    model = running.fresh_model(task, settings, running.load_tokenizer(model_folder, task), 0)
+    model = models.fresh_model(task, settings, models.load_tokenizer(model_folder, task), 0)
     assert methods.same_budget(model, settings) == (4, 4)
     assert methods.same_budget(model, replace(settings, prefix_length=(0, 6))) == (0, 9)
     with pytest.raises(apt_kernels.PatchError):
