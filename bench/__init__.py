@@ -1,1 +1,1 @@
-"""The demo and the measurements: this package against the usual way of prefix tuning."""
+"""The demo and the measurements of this package: ``python -m bench --help``."""

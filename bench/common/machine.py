@@ -1,4 +1,4 @@
-"""What the figures were taken on: processor or GPU, threads, versions, the commit."""
+"""The machine of a measurement: processor or GPU, threads, versions, the commit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def processor() -> str:
     """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux: the platform's own word stands
+    except OSError:  # not Linux
         lines = []
     found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(found, platform.processor() or platform.machine())
@@ -40,7 +40,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: torch.device) -> dict:
-    """Everything about the machine that a figure may depend on; nothing that names the machine itself."""
+    """Everything about the machine that a figure may depend on; never the host's name."""
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),

@@ -1,7 +1,7 @@
-"""Prefix tuning the usual way, with the signature of `apt_kernels.attention`: expand, scale, concatenate, dense mask.
+"""Naive prefix tuning with the signature of `apt_kernels.attention`: expand, scale, concatenate, dense mask.
 
-This is what P-tuning v2 and PEFT make of a prefix through ``past_key_values``, with the gate and the scale of APT
-applied on the way. It is a yardstick: plain PyTorch, differentiable by autograd.
+P-tuning v2 and PEFT compute this through ``past_key_values``; the gate and the layer scale of APT are added. It is the
+baseline of all comparisons: plain PyTorch, differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apt_kernels.impl.inputs import Inputs
 from apt_kernels.mask import Mask
 from apt_kernels.ops.attention import make_inputs
 
-# transformers builds the 4-D mask once a forward pass, as it does `Mask`: all layers share it.
+# transformers builds the 4-D mask once for all layers of a forward pass, as it does `Mask`.
 _dense_masks: WeakKeyDictionary[Mask, Tensor] = WeakKeyDictionary()
 
 
@@ -36,7 +36,7 @@ def attention(
     implementation: str = "auto",
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`apt_kernels.attention`, computed the usual way; ``implementation`` is ignored, and ``seed`` fixes nothing."""
+    """`apt_kernels.attention`, computed naively; ``implementation`` and ``seed`` are ignored."""
     x = make_inputs(query, key, value, prefix_key, prefix_value, gate, layer_scale, mask=mask, **options)
     weights = x.weights()
     per_query = weights is not None and weights.shape[1] != 1
@@ -89,13 +89,13 @@ def _sdpa_mask(x: Inputs, visible: Tensor | None) -> Tensor | None:
 
 
 def _eager(x: Inputs, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two blocks of columns, then one softmax: what SDPA has no argument for."""
+    """Two blocks of columns, then one softmax: features for which SDPA has no argument."""
     group, wide = x.query.shape[1] // x.key.shape[1], x.compute_dtype
     length, keys, weights = x.prefix_key.shape[1], x.key.shape[2], x.weights()
     prefix_key, prefix_value, key, value = (
         part.repeat_interleave(group, dim=1) for part in (*_materialise(x, None), x.key, x.value)
     )
-    # A gate for each query cannot be put on the prefix; it weighs the columns of the logits and of the probabilities.
+    # A gate per query cannot scale the prefix; it scales the prefix columns of the logits and of the probabilities.
     columns = 1.0 if weights is None else weights[:, None]
     prefix_logits = (x.query @ prefix_key.mT).to(wide) * columns
     logits = torch.cat([prefix_logits, (x.query @ key.mT).to(wide)], dim=-1) * x.scale
@@ -116,7 +116,7 @@ def _eager(x: Inputs, visible: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def naive() -> Iterator[None]:
-    """Within it, patched models attend the usual way; all else of them stays as it is."""
+    """Within it, patched models compute attention naively; nothing else of them changes."""
     from apt_kernels.hf.attention import function
 
     ours, function.attention = function.attention, attention

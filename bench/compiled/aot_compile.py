@@ -1,9 +1,9 @@
-"""The Triton kernels compiled ahead of time, with no GPU: for which chips, in which variants, and what comes out.
+"""The Triton kernels compiled ahead of time, with no GPU, for every chip and variant; and what they compile to.
 
 A `Unit` is a piece of distinct code: a kernel with its tile and its compile-time arguments. Many variants share one
-(the gradients of keys know nothing of sinks), so units are found first, by running the launchers with nothing behind
-them, and each is compiled once. What came out is kept under ``$APT_COMPILE_CACHE`` (default ``~/.cache/apt_kernels``),
-by the source of the kernel and of all it calls.
+(the gradients of keys do not depend on sinks), so units are found first, by running the launchers without launching,
+and each is compiled once. The results are cached under ``$APT_COMPILE_CACHE`` (default ``~/.cache/apt_kernels``),
+keyed by the source of the kernel and of all functions that it calls.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to call the op. ``default``: common enough that no kernel of it may spill (see `Job.default`).
+    """A variant of a call of the op. ``default``: common enough that no kernel of it may spill (see `Job.default`).
 
     ``merge``: the tokens go to a stock kernel, which takes half precision and heads of up to 128 columns (256 on 9.0),
     and is ahead of Triton's on the chips of data centres since Hopper.
@@ -130,7 +130,7 @@ class Job:
 
     @property
     def default(self) -> bool:
-        """Whether it is so common that no kernel of it may spill. float64 checks derivatives; nobody waits for it."""
+        """Whether it is so common that no kernel of it may spill; float64 only checks derivatives."""
         return VARIANTS[self.variant].default and self.width < 8
 
 
@@ -303,10 +303,10 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
     ):
         _hash_in_order()
         x = make_job_inputs(job, **sizes)
-        way = "merge" if VARIANTS[job.variant].merge else BACKEND.strategy(x)
-        out, logsumexp = attend.forward(x, way)
+        strategy = "merge" if VARIANTS[job.variant].merge else BACKEND.strategy(x)
+        out, logsumexp = attend.forward(x, strategy)
         needs = [getattr(x, name) is not None and (wanted is None or name in wanted) for name in DIFFERENTIABLE]
-        gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, way)
+        gradients.backward(x, out, logsumexp, torch.empty_like(out), None, needs, strategy)
 
 
 def _form(argument) -> str:
@@ -322,8 +322,8 @@ def _key(kernel, lowered: int | str, args: tuple, named: dict) -> str:
     """What the compiled code depends on, but for Triton's version."""
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     options = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
-    told = {name: str(it) if name in constants | options else _form(it) for name, it in sorted(named.items())}
-    return repr((kernel.cache_key, lowered, [_form(argument) for argument in args], told))
+    settings = {name: str(it) if name in constants | options else _form(it) for name, it in sorted(named.items())}
+    return repr((kernel.cache_key, lowered, [_form(argument) for argument in args], settings))
 
 
 def _tile(named: dict) -> str:

@@ -52,7 +52,7 @@ class Result:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with it."""
+        """Its faults; empty: none."""
         found = []
         if self.stack:
             found.append("spills")

@@ -60,7 +60,7 @@ class _Utils:
 
 
 def passes(architecture: str) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """The timed calls, by name."""
     from apt_kernels.impl.triton import BACKEND
 
     x, single = (make_job_inputs(Job(architecture, 2, 128, variant)) for variant in ("causal", "decode"))

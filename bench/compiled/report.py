@@ -40,7 +40,7 @@ _KINDS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx90a": "v_mfma
 
 @dataclass(frozen=True)
 class Result:
-    """A unit on one chip, for one head size of the table, and what is wrong with it."""
+    """A unit on one chip, for one head size of the table, and its faults."""
 
     unit: Unit
     chip: Chip
@@ -142,8 +142,8 @@ def write(found: list[Unit], facts: dict[str, dict], folder: Path) -> Path:
 Generated: `python -m bench compiled --write`. Triton {triton.__version__}, commit {taken["id"]}\
 {" and changes" if taken["dirty"] else ""}. {compiled} of {len(found)} distinct pieces of code compiled, {faults} \
 results at fault. Registers, stack (bytes) and shared memory are the largest over the variants, blocks (a \
-multiprocessor's) the fewest; what is not listed was not compiled yet. 8.9 is assembled from the PTX of 8.6: Triton \
-writes the same for both.
+multiprocessor's) the fewest; code that is not listed has not been compiled yet. 8.9 is assembled from the PTX of \
+8.6: Triton writes the same for both.
 
 {summary(found, facts)}
 """
@@ -174,7 +174,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         ("architecture", tiles.ARCHITECTURES, "chips", str),
         ("width", tiles.WIDTHS, "bytes of an element", int),
         ("head", tiles.HEADS, "head sizes", int),
-        ("variant", tuple(VARIANTS), "ways to call the op", str),
+        ("variant", tuple(VARIANTS), "variants of a call", str),
     ):
         parser.add_argument(
             f"--{name}", nargs="+", type=kind, choices=choices, default=choices, metavar=name.upper(),

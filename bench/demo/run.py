@@ -54,7 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Workbench:
+class Comparison:
     """The tokeniser, the features, and models that start from the same weights."""
 
     def __init__(self, options: argparse.Namespace, task: Task):
@@ -99,29 +99,29 @@ def main(argv: list[str] | None = None) -> int:
     began, options = time.perf_counter(), arguments(argv)
     models.quiet(options.model)
     options.output.mkdir(parents=True, exist_ok=True)
-    bench = Workbench(options, data.load(options.data, options.train, options.test, options.seed))
+    comparison = Comparison(options, data.load(options.data, options.train, options.test, options.seed))
     failures: list[str] = []
-    results = {method: _train(bench, method, failures) for method in METHODS}
-    probe = _probe(bench, results["APT"]["ours"])
-    failures += _reload(bench, results["APT"]["ours"])
-    _write(bench, results, probe, failures, time.perf_counter() - began)
+    results = {method: _train(comparison, method, failures) for method in METHODS}
+    probe = _probe(comparison, results["APT"]["ours"])
+    failures += _reload(comparison, results["APT"]["ours"])
+    _write(comparison, results, probe, failures, time.perf_counter() - began)
     if options.update_readme and not failures:
         report.update_readme(Path("README.md"), options.output)
     return 1 if failures else 0
 
 
-def _train(bench: Workbench, method: str, failures: list[str]) -> dict[str, Run]:
-    options = bench.options
-    checked = bench.runs(method)
-    side_by_side.first_steps(checked, bench.batches, _CHECK_STEPS, options.seed)
+def _train(comparison: Comparison, method: str, failures: list[str]) -> dict[str, Run]:
+    options = comparison.options
+    checked = comparison.runs(method)
+    side_by_side.first_steps(checked, comparison.batches, _CHECK_STEPS, options.seed)
     apart = max(abs(a - b) for a, b in zip(*(run.losses for run in checked.values())))
     if not apart <= _CURVE_TOLERANCE:
         failures.append(f"{method}: without dropout the curves differ by {apart:.2g} (at most {_CURVE_TOLERANCE})")
-    runs = bench.runs(method)
-    side_by_side.train(runs, bench.batches, options.epochs, options.seed, method)
+    runs = comparison.runs(method)
+    side_by_side.train(runs, comparison.batches, options.epochs, options.seed, method)
     for name, run in runs.items():
         with ATTENTION[name]():
-            bench.evaluate(run)
+            comparison.evaluate(run)
     apart, noise = side_by_side.epochs_apart(runs, options.epochs)
     if not apart <= _EPOCH_TOLERANCE + noise:
         limit = f"{_EPOCH_TOLERANCE} + {noise:.2g} of noise"
@@ -129,27 +129,27 @@ def _train(bench: Workbench, method: str, failures: list[str]) -> dict[str, Run]
     return runs
 
 
-def _probe(bench: Workbench, run: Run) -> apt_kernels.Probe:
+def _probe(comparison: Comparison, run: Run) -> apt_kernels.Probe:
     """The weights of the prefix tokens on the test texts, and their figure."""
-    probe = apt_kernels.probe(run.model, models.inputs(bench.test, bench.collator, bench.device))
-    probe.picture(bench.options.output / "gates.png", f"What APT learned: {bench.task.name}")
+    probe = apt_kernels.probe(run.model, models.inputs(comparison.test, comparison.collator, comparison.device))
+    probe.picture(comparison.options.output / "gates.png", f"What APT learned: {comparison.task.name}")
     return probe
 
 
-def _reload(bench: Workbench, run: Run) -> list[str]:
+def _reload(comparison: Comparison, run: Run) -> list[str]:
     """Save the adapter, load it into a model with another head, and compare the predictions bit for bit."""
-    folder = bench.options.output / "adapter"
+    folder = comparison.options.output / "adapter"
     apt_kernels.save(run.model, folder)
-    model = apt_kernels.load(bench.fresh(bench.options.seed + 1), folder)
-    logits, _ = models.predict(model, bench.task, bench.test, bench.collator)
+    model = apt_kernels.load(comparison.fresh(comparison.options.seed + 1), folder)
+    logits, _ = models.predict(model, comparison.task, comparison.test, comparison.collator)
     return [] if torch.equal(logits, run.logits) else ["the reloaded adapter predicts differently"]
 
 
-def _write(bench: Workbench, results, probe: apt_kernels.Probe, failures: list[str], seconds: float) -> None:
-    options, device, output = bench.options, bench.device, bench.options.output
+def _write(comparison: Comparison, results, probe: apt_kernels.Probe, failures: list[str], seconds: float) -> None:
+    options, device, output = comparison.options, comparison.device, comparison.options.output
     public = {name: value for name, value in vars(options).items() if name not in ("output", "update_readme")}
     public["model"] = pretrained.title(options.model)
-    public.update(data=bench.task.name, train=len(bench.train), test=len(bench.test))
+    public.update(data=comparison.task.name, train=len(comparison.train), test=len(comparison.test))
     text = f"{report.table(results)}\n\n{report.notes(public, device)}\n"
     (output / "table.md").write_text(text, encoding="utf-8")
     weights = [layer.effective for layer in probe.layers]

@@ -17,7 +17,7 @@ from bench.quality import models, pretrained, summary
 
 from .experiments import EXPERIMENTS, Plan, write
 from .methods import METHODS, RECIPES, Settings, recipe
-from .run_cache import Workshop
+from .run_cache import RunCache
 from .sources import DataError, load
 from .tasks import Task, build
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     tasks = _tasks(given)
     plan = Plan(
-        Workshop(given.output, not given.no_resume),
+        RunCache(given.output, not given.no_resume),
         tasks,
         {task.name: settings(given, task.name) for task in tasks},
         list(range(given.first_seed, given.first_seed + given.seeds)),
@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     page = EXPERIMENTS[given.experiment](plan)
     path = write(given.experiment, page, given.output)
-    summary.write(plan.workshop.store.records, given.output / "summary.json")
-    print(f"\n{page}\n\nWritten to {path}; all trainings in {plan.workshop.store.path} and summary.json")
+    summary.write(plan.cache.store.records, given.output / "summary.json")
+    print(f"\n{page}\n\nWritten to {path}; all trainings in {plan.cache.store.path} and summary.json")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What is done with a trained model: probing, pruning against closed gates, and the two ways side by side."""
+"""Experiments on a trained model: probing, pruning against closed gates, and ours against naive attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.speed.timing import peak_bytes
 from .methods import Settings
 from .tasks import IGNORED, Collator, Task, encode, score, subset
 
-# Float32 rounding grows along the steps of AdamW; a wrong gradient shows within the first.
+# Float32 rounding grows with the steps of AdamW; a wrong gradient shows within the first steps.
 _APART = 2e-2
 _CLOSED = -1e4
 _REPEATS = 15
@@ -29,7 +29,7 @@ NOTES = (
     f"{_REPEATS} that alternate; memory: most bytes alive at once. No pruned model was trained further."
 )
 PARITY_NOTES = (
-    "One seed, float32, no attention dropout (the ways draw different masks); all other dropout is on and drawn alike."
+    "One seed, float32, no attention dropout (the two draw different masks); all other dropout uses the same seeds."
 )
 
 
@@ -118,12 +118,12 @@ def table(rows: list[dict]) -> str:
         ["prefix", "development score", "logits moved", "time of a step", "peak memory"], cells, False
     )
     between = 100 * statistics.mean(row["between"] for row in rows)
-    text += f"\n\nClosing the gates gives logits that lie {between:.2f} % from those of pruning."
+    text += f"\n\nClosing the gates gives logits that differ from those of pruning by {between:.2f} %."
     return f"{text}\n\nLengths, by seed: {', '.join(str(row['lengths']) for row in rows)}."
 
 
-def both_ways(task: Task, method: str, settings: Settings, seed: int) -> dict[str, list[float]]:
-    """Training losses, step by step, of two copies of one model: with this package's attention, and the naive way."""
+def compare_attention(task: Task, method: str, settings: Settings, seed: int) -> dict[str, list[float]]:
+    """Training losses by step of two copies of one model, with this package's attention and with naive attention."""
     tokenizer = models.load_tokenizer(settings.model, task)
     rows = subset(task, task.splits.train, settings.train_examples, seed)
     features, runs = encode(task, rows, tokenizer, settings.max_length), {}
@@ -136,6 +136,6 @@ def both_ways(task: Task, method: str, settings: Settings, seed: int) -> dict[st
 
 
 def check_apart(apart: float, task: Task, method: str) -> None:
-    """Curves that part are an error, not a remark in a table."""
+    """Raise SystemExit where the curves differ by more than rounding."""
     if not apart <= _APART:
         raise SystemExit(f"{task.name}, {method}: the curves differ by {apart:.2g} (at most {_APART})")

@@ -12,7 +12,7 @@ import apt_kernels
 from bench.quality import examine, figures, tables
 
 from .methods import ABLATION, METHODS, Settings
-from .run_cache import Job, Workshop
+from .run_cache import Job, RunCache
 from .tasks import Task
 
 SHOTS = (16, 32)
@@ -20,32 +20,32 @@ SHOTS = (16, 32)
 
 @dataclass(frozen=True)
 class Plan:
-    """What an experiment is given."""
+    """The arguments of an experiment."""
 
-    workshop: Workshop
+    cache: RunCache
     tasks: list[Task]
     settings: dict[str, Settings]  # by the task's name
     seeds: list[int]
     methods: Sequence[str] = ()
 
     def jobs(self, methods: Sequence[str]) -> list[Job]:
-        """Seed by seed, so that an interruption leaves every method with as many."""
+        """Seed by seed, so that after an interruption all methods have the same number."""
         return [Job(t, m, seed, self.settings[t.name]) for seed in self.seeds for t in self.tasks for m in methods]
 
 
 def train(plan: Plan) -> str:
     """The methods that were named, on the tasks that were named."""
-    return _page("Scores", plan.workshop.grid(plan.jobs(plan.methods or ["apt"])), plan.tasks, None)
+    return _page("Scores", plan.cache.grid(plan.jobs(plan.methods or ["apt"])), plan.tasks, None)
 
 
 def main(plan: Plan) -> str:
     """Every method on every task."""
-    return _page("Main comparison", plan.workshop.grid(plan.jobs(plan.methods or list(METHODS))), plan.tasks, "apt")
+    return _page("Main comparison", plan.cache.grid(plan.jobs(plan.methods or list(METHODS))), plan.tasks, "apt")
 
 
 def ablation(plan: Plan) -> str:
     """APT, without each of its parts, and without all of them."""
-    return _page("Ablation", plan.workshop.grid(plan.jobs(ABLATION)), plan.tasks, "apt")
+    return _page("Ablation", plan.cache.grid(plan.jobs(ABLATION)), plan.tasks, "apt")
 
 
 def low_resource(plan: Plan) -> str:
@@ -54,7 +54,7 @@ def low_resource(plan: Plan) -> str:
     for shots in SHOTS:
         settings = {name: replace(s, train_examples=shots, batch_size=8) for name, s in plan.settings.items()}
         few = replace(plan, settings=settings)
-        grid = few.workshop.grid(few.jobs(plan.methods or ["full", "prefix", "apt"]))
+        grid = few.cache.grid(few.jobs(plan.methods or ["full", "prefix", "apt"]))
         parts.append(_page(f"{shots} training examples", grid, plan.tasks, "apt"))
     return "\n\n".join(parts)
 
@@ -73,10 +73,10 @@ def weights(plan: Plan) -> str:
     for task in plan.tasks:
         probes = [_probe(plan, task, seed) for seed in plan.seeds]
         profiles[task.name] = [[layer.weight for layer in probe.layers] for probe in probes]
-        picture = plan.workshop.output / f"weights-{task.name}.png"
+        picture = plan.cache.output / f"weights-{task.name}.png"
         probes[0].picture(picture, f"{task.name}, seed {plan.seeds[0]}: mean of λα")
         parts += [f"### {task.name}", f"Seed {plan.seeds[0]}:", probes[0].table(), f"![{task.name}]({picture.name})"]
-    profile = plan.workshop.output / "weights-profile.png"
+    profile = plan.cache.output / "weights-profile.png"
     figures.profiles(profiles, profile)
     header = ["layer", *profiles]
     count = max(len(runs[0]) for runs in profiles.values())
@@ -107,24 +107,24 @@ def _probe(plan: Plan, task: Task, seed: int) -> apt_kernels.Probe:
     """The probe of APT trained on the task with this seed, from its file where there is one."""
     settings = plan.settings[task.name]
     name = "-".join(("probe", task.name, str(settings.prefix_length), str(seed)))
-    path = plan.workshop.output / f"{name}.json"
+    path = plan.cache.output / f"{name}.json"
     job = Job(task, "apt", seed, settings)
     if path.exists():
         found = json.loads(path.read_text())
         if found["key"] == job.key:
             return apt_kernels.Probe.from_json(found["probe"])
-    probe = examine.probe(plan.workshop.train(job))
+    probe = examine.probe(plan.cache.train(job))
     path.write_text(json.dumps({"key": job.key, "probe": probe.to_json()}) + "\n", encoding="utf-8")
     return probe
 
 
 def lengths(plan: Plan) -> str:
-    """Fixed lengths against lengths that follow APT's weights, of the same total, and against the reverse of them."""
+    """Fixed lengths, lengths in proportion to APT's weights, and those in reverse order, all of the same total."""
     grid: tables.Grid = {}
     lines = []
     for task in plan.tasks:
         settings = plan.settings[task.name]
-        # The weights come from a seed of their own, so that no compared training chose its own lengths.
+        # The weights come from another seed, so that no compared training chose its own lengths.
         probe = _probe(plan, task, max(plan.seeds) + 1)
         if not isinstance(settings.prefix_length, int):
             raise ValueError("prefix_length has one length for each layer; the fixed length needs an int")
@@ -141,7 +141,7 @@ def lengths(plan: Plan) -> str:
             for seed in plan.seeds
             for row, length in kinds.items()
         ]
-        grid |= plan.workshop.grid(jobs)
+        grid |= plan.cache.grid(jobs)
     names = {"fixed": "fixed", "variable": "follows the weights", "reversed": "the same in reverse order"}
     page = _page("Variable against fixed lengths of the same total", grid, plan.tasks, "fixed", names)
     return "\n".join([page, *lines])
@@ -151,20 +151,20 @@ def prune(plan: Plan) -> str:
     """Prune trained prefixes by half, close the gates of the same tokens instead, and time both."""
     parts = ["## Pruning a trained prefix by half"]
     for task in plan.tasks:
-        rows = [examine.pruned(plan.workshop.train(Job(task, "apt", s, plan.settings[task.name]))) for s in plan.seeds]
+        rows = [examine.pruned(plan.cache.train(Job(task, "apt", s, plan.settings[task.name]))) for s in plan.seeds]
         parts += [f"### {task.name}", examine.table(rows)]
     parts.append(examine.NOTES)
     return "\n\n".join(parts)
 
 
 def parity(plan: Plan) -> str:
-    """The same training with this package's attention and with the naive one: both curves."""
-    parts = ["## The same learning curve as the naive way", examine.PARITY_NOTES]
+    """The same training with this package's attention and with the naive one."""
+    parts = ["## The same learning curve as naive attention", examine.PARITY_NOTES]
     for task in plan.tasks:
         settings = replace(plan.settings[task.name], precision="fp32", attention_dropout=0.0)
         for method in plan.methods or ("apt", "prefix"):
-            curves = examine.both_ways(task, method, settings, plan.seeds[0])
-            picture = plan.workshop.output / f"parity-{task.name}-{method}.png"
+            curves = examine.compare_attention(task, method, settings, plan.seeds[0])
+            picture = plan.cache.output / f"parity-{task.name}-{method}.png"
             figures.curves(curves, picture, f"{task.name}, {tables.NAMES[method]}")
             apart = max(abs(a - b) for a, b in zip(curves["ours"], curves["naive"]))
             examine.check_apart(apart, task, method)

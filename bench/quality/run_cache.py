@@ -1,4 +1,4 @@
-"""Running many trainings: those that are on record are not run again, and progress is shown."""
+"""Run many trainings with a progress bar; completed runs are cached."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class Job:
-    """One training to be done."""
+    """One training."""
 
     task: Task
     method: str
     seed: int
     settings: Settings
-    row: str = ""  # the row of the table that it belongs to
+    row: str = ""  # the row of the table in which it is shown
 
     @property
     def key(self) -> dict:
@@ -34,18 +34,18 @@ class Job:
 
 
 @dataclass
-class Workshop:
-    """The folder in which records and checkpoints lie."""
+class RunCache:
+    """A folder with the records of completed trainings and the checkpoint of an unfinished one."""
 
     output: Path
-    resume: bool = True  # keep checkpoints from which an interrupted training goes on
+    resume: bool = True  # keep a checkpoint from which an interrupted training continues
     store: Store = field(init=False)
 
     def __post_init__(self):
         self.store = Store(self.output / "runs.jsonl")
 
     def records(self, jobs: list[Job]) -> list[dict]:
-        """The record of each job, training those that have none yet."""
+        """The record of each job; jobs without one are trained."""
         pending = [job for job in jobs if self.store.find(job.key) is None]
         with self._bar(pending) as bar:
             for job in pending:
@@ -53,11 +53,11 @@ class Workshop:
         return [self.store.find(job.key) for job in jobs]
 
     def _bar(self, pending: list[Job]):
-        interval = 0.5 if sys.stderr.isatty() else 30  # a log file is no terminal
+        interval = 0.5 if sys.stderr.isatty() else 30  # fewer lines in a log file
         return tqdm(total=sum(job.settings.epochs for job in pending), unit="epoch", mininterval=interval)
 
     def train(self, job: Job, bar=None) -> running.Trained:
-        """Train, record, and hand over the model; an interrupted training goes on from its last epoch."""
+        """Train and record; returns the model. An interrupted training continues from its last epoch."""
         title = f"{job.task.name}, {job.row or job.method}, seed {job.seed}"
         done = 0
 

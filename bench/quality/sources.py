@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Row = dict
-# The last of these words in a file's name says what is in it: wnut17train.conll, emerging.dev.conll, eng.testb.
+# The last of these words in a file's name determines its split: wnut17train.conll, emerging.dev.conll, eng.testb.
 _SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "testa": "dev"}
 _SPLITS |= {"test": "test", "testb": "test"}
 _SPLIT_NAME = re.compile("|".join(sorted(_SPLITS, key=len, reverse=True)))
@@ -78,7 +78,7 @@ def _jsonl(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path.name}, line {number}, is no JSON: {error}") from error
+            raise DataError(f"{path.name}, line {number}, is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path.name}, line {number}, is a {type(row).__name__}; it needs a JSON object")
         rows.append(row)
@@ -86,7 +86,7 @@ def _jsonl(path: Path) -> list[Row]:
 
 
 def _columns(path: Path) -> list[Row]:
-    """CoNLL's way: one token a line with its tag in the last column, sentences apart by an empty line."""
+    """CoNLL format: one token a line with its tag in the last column, an empty line between sentences."""
     rows, tokens, tags = [], [], []
     for number, line in enumerate([*path.read_text(encoding="utf-8").splitlines(), ""], 1):
         cells = line.split("\t") if "\t" in line else line.split()
@@ -117,7 +117,7 @@ _READERS = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv}
 
 def _from_hub(name: str) -> dict[str, list[Row]]:
     if importlib.util.find_spec("datasets") is None:
-        raise DataError(f"{name!r} is no folder; to read it from the hub, install the package `datasets` first")
+        raise DataError(f"{name!r} is not a folder; to read it from the hub, install the package `datasets` first")
     import datasets
 
     path, _, configuration = name.partition(":")

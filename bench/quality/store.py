@@ -1,4 +1,4 @@
-"""Records of trainings in one JSON-lines file: written as each ends, found again by what they trained."""
+"""Records of trainings in one JSON-lines file, each appended when its training ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .methods import Settings
 
 
 def key_of(task: str, method: str, seed: int, settings: Settings) -> dict:
-    """What makes two trainings the same one."""
+    """The fields that identify a training."""
     named = {**settings.to_json(), "model": pretrained.title(settings.model)}
     return json.loads(json.dumps({"task": task, "method": method, "seed": seed, "settings": named}))
 

@@ -1,4 +1,4 @@
-"""Tables of scores: mean and spread over seeds, what lies within noise, and which number is which."""
+"""Tables of scores: mean and spread over seeds, differences with their intervals, and notes on each number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def meaning(task: Task, record: dict) -> str:
     if record["test"] is None:
         return (
             f"{task.name}: development {task.metric} ({examples['dev']} rows) of the best of {epochs} epochs, "
-            "chosen on the same rows, so too high by what that choice gains"
+            "chosen on the same rows, which makes the score too high"
         )
     return (
         f"{task.name}: test {task.metric} ({examples['test']} rows) of the epoch that is the best of {epochs} on "
@@ -56,7 +56,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 def majority(task: Task) -> float | None:
-    """Accuracy of always giving the training rows' commonest label."""
+    """Accuracy of always predicting the most frequent label of the training rows."""
     if task.kind == "tags":
         return None
     rows = task.splits.test or task.splits.dev
@@ -75,9 +75,9 @@ def scores(grid: Grid, tasks: Sequence[Task], names: dict[str, str] = NAMES) -> 
         cells = [mean_and_spread([value(r) for r in grid[row, t.name]]) if (row, t.name) in grid else "" for t in tasks]
         prefix = {r["parameters"]["prefix"] for t in tasks for r in grid.get((row, t.name), [])}
         table.append([names.get(row, row), *cells, " / ".join(f"{n:,}" for n in sorted(prefix))])
-    floor = [majority(task) for task in tasks]
-    if any(part is not None for part in floor):
-        table.append(["commonest label", *("" if part is None else f"{100 * part:.1f}" for part in floor), ""])
+    baseline = [majority(task) for task in tasks]
+    if any(part is not None for part in baseline):
+        table.append(["commonest label", *("" if part is None else f"{100 * part:.1f}" for part in baseline), ""])
     return markdown(["method", *(t.name for t in tasks), "prefix parameters"], table, aligned=False)
 
 
@@ -101,7 +101,7 @@ def _rows(grid: Grid) -> list[str]:
 
 
 def notes(grid: Grid, tasks: Sequence[Task]) -> str:
-    """What the numbers are, how many seeds, what noise is expected, and where it ran."""
+    """Notes under a table: the meaning of the scores, seeds, expected noise, machines."""
     lines = []
     for task in tasks:
         records = next(records for (_, name), records in grid.items() if name == task.name)

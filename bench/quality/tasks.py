@@ -69,7 +69,7 @@ def _single(name: str) -> Format:
     return Format(name, (name, "label"), lambda row: [(row[name],)])
 
 
-# The first whose columns are all there serves.
+# The first format whose columns are all present is used.
 FORMATS = (
     Format("tokens", ("tokens", "tags"), None, "tags"),
     Format("choices", ("premise", "choice1", "choice2", "label"), _choices, "choice"),
@@ -194,7 +194,7 @@ def encode(task: Task, rows: list[Row], tokenizer, max_length: int) -> list[dict
 
 
 def _encode_tags(row: Row, labels: list[str], tokenizer, max_length: int) -> dict:
-    """The tag stands on a word's first piece; all other positions are ignored."""
+    """The label of a word is at its first piece; all other positions are ignored."""
     encoded = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
     targets, read, last = [], [], None
     for word in encoded.word_ids():

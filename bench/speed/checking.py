@@ -1,6 +1,6 @@
-"""Hold what is about to be timed to the tests' error rule, block by block, so that long sequences fit in memory.
+"""Check results by the tests' error rule before they are timed, block by block, so that long sequences fit in memory.
 
-The truth is the reference in float64; the yardstick of rounding is the reference in the inputs' dtype. Both are
+The truth is the reference in float64; the reference in the inputs' dtype gives the scale of rounding errors. Both are
 computed for some batch rows, one key head and some queries at a time: rows of a softmax do not depend on one another,
 and what several blocks contribute to is summed in float64 and rounded once.
 """
@@ -21,10 +21,10 @@ from bench.common.machine import ROOT
 
 from .shapes import Shape
 
-sys.path.append(str(ROOT / "tests"))  # the error rule is in tests/helpers/accuracy.py, and nowhere else
+sys.path.append(str(ROOT / "tests"))  # the error rule is in tests/helpers/accuracy.py only
 from helpers.accuracy import absolute_terms, allowance, evaluate, upcast
 
-# Scores of one block; some thirty float64 tensors of that many elements live at once.
+# Scores of one block; about thirty float64 tensors of that many elements exist at once.
 _BLOCK = {"cpu": 1 << 21, "cuda": 1 << 27}
 _PREFIX = ("prefix_key", "prefix_value", "gate", "layer_scale")
 
@@ -35,13 +35,13 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What is right for one shape and one set of inputs, and how far a result may be from it."""
+    """The truth for one shape and one set of inputs, and the allowed errors."""
 
     truth: dict[str, Tensor]
     allowed: dict[str, Tensor]
 
     def check(self, found: dict[str, Tensor]) -> float:
-        """The worst error as a share of what is allowed; raises `Wrong` above 1. All results must be there."""
+        """The largest error divided by the allowed one; raises `Wrong` above 1, or if a result is missing."""
         if set(found) != set(self.truth):
             raise Wrong(f"results are {sorted(found)}; expected {sorted(self.truth)}")
         worst = 0.0
@@ -110,7 +110,7 @@ class _Block:
     queries: slice
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """What belongs to the block, as a view; what all blocks share is whole."""
+        """The block's part of a tensor, as a view; all of it where every block uses all."""
         if name in ("query", "out"):
             return tensor[self.rows, self.heads, self.queries]
         if name in ("key", "value"):

@@ -1,8 +1,7 @@
-"""Time to the first call, and compilations as lengths vary: each contender in a fresh process with empty caches.
+"""Time to the first call, and number of compilations over many lengths: each contender in a new process, empty caches.
 
 Run by itself (``python -m bench.speed.compilation PEER JSON``) it prints JSON: seconds of the call at every length, how
-many kernels Triton compiled and how many graphs torch.compile. The results are held to the error rule after the clock
-has stopped.
+many kernels Triton compiled and how many graphs torch.compile. Results are checked by the error rule afterwards.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def flops_without(shape: Shape, which: str = "both") -> float:
     return attention_flops(shape, visible(shape), which)
 
 
-def share(shape: Shape, which: str = "both") -> float:
+def flop_overhead(shape: Shape, which: str = "both") -> float:
     """What the prefix adds, gate product included, as a fraction of the attention without it."""
     without = flops_without(shape, which)
     return (flops(shape, which) - without) / without

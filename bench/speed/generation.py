@@ -41,12 +41,12 @@ class Decoding:
         return ModelShape(self.size, self.batch, self.tokens, self.length, self.gate, layers=self.layers)
 
     def small(self) -> Decoding:
-        """What is checked in float64."""
+        """The smaller problem that is checked in float64."""
         return replace(self, batch=min(self.batch, 2), layers=min(2, SIZES[self.size][1]))
 
 
 def passes(device: torch.device) -> tuple[str, ...]:
-    """What is timed: a token launched from Python, and on a GPU as a CUDA graph."""
+    """The timed passes: a token launched from Python, and on a GPU also as a CUDA graph."""
     return ("token", "graph") if device.type == "cuda" else ("token",)
 
 
@@ -76,7 +76,7 @@ class Decoder:
         self.rewind()
 
     def rewind(self) -> None:
-        """Forget the tokens that were decoded."""
+        """Reset the cache to the tokens before decoding."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.filled)
 
@@ -94,7 +94,7 @@ def _no_prefix(base: nn.Module, shape: Decoding) -> Decoder:
 
 
 def _in_cache(base: nn.Module, shape: Decoding) -> Decoder:
-    """What PEFT's generation comes to: the prefix in the cache, a copy for every row, and the unpatched model."""
+    """As PEFT generates: the prefix in the cache, a copy for every row, and the unpatched model."""
     decoder = Decoder(with_same_weights(base), shape, before=shape.length)
     turn = rotation(base, shape.length)
     prefixes = apt_kernels.prefixes(patched(base, shape.model)).values()
@@ -120,7 +120,7 @@ GENERATION_PEERS: dict[str, Callable[[nn.Module, Decoding], Decoder]] = {
 
 
 def obstacle(peer: str, shape: Decoding) -> str | None:
-    """Why a peer cannot decode this, before it is tried."""
+    """The reason why a peer cannot decode this, or None."""
     if peer == "in_cache" and shape.gate != "none":
         return "does not apply: the gate changes with every token"
     return None
@@ -155,7 +155,7 @@ def measure(shape: Decoding, device: torch.device, dtype: torch.dtype, seconds: 
 
 
 def _error(peer: str, base: nn.Module, shape: Decoding) -> float:
-    """The worst error of a decoder's logits against the reference in float64, as a share of what is allowed."""
+    """The largest error of a decoder's logits against the reference in float64, divided by the allowed one."""
     wide = with_own_weights(base)
     if peer == "no_prefix":
         exact, eager = (_no_prefix(b, shape) for b in (wide, base))

@@ -1,4 +1,4 @@
-"""Whole models with random weights, and who trains a prefix on them. Weights are shared between the contenders."""
+"""Whole models with random weights, and the contenders that train a prefix on them. All share the same weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ModelShape:
         return self.family == "llama"
 
     def small(self) -> ModelShape:
-        """What is checked in float64: the same widths and tokens, fewer layers and rows."""
+        """The smaller problem that is checked in float64: the same widths and tokens, fewer layers and rows."""
         rows = min(self.batch, _CHECKED_ROWS)
         return replace(self, layers=min(SIZES[self.size][1], _CHECKED_LAYERS), batch=rows)
 
@@ -121,7 +121,7 @@ class Contender:
     gradients: Callable[[], dict[str, Tensor]]
     around: Callable[[], AbstractContextManager] = nullcontext
     inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda given: given
-    turned: int = 0  # the farthest position, where positions are not ours: their angles are rounded in float32
+    turned: int = 0  # the largest position where PEFT shifts positions; its rotary angle is rounded in float32
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -137,7 +137,7 @@ class Contender:
 
 
 def patched(base: nn.Module, shape: ModelShape, implementation: str = "auto") -> nn.Module:
-    """``base`` with prefixes of random content: gates, scales and prefixes that all matter."""
+    """``base`` with prefixes of random content: gates, scales and prefixes that change the result."""
     model = apt_kernels.patch(with_same_weights(base), implementation=implementation, **shape.settings())
     generator = torch.Generator().manual_seed(1)
     for prefix in apt_kernels.prefixes(model).values():
@@ -165,7 +165,7 @@ def own_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _no_prefix(base: nn.Module, shape: ModelShape) -> Contender:
-    """The frozen model, back to its embeddings: what a step costs before there is any prefix to train."""
+    """The frozen model with gradients of its embeddings: the cost of a step without a prefix."""
     model, made = with_same_weights(base).requires_grad_(False), {}
 
     def inputs(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ def _no_prefix(base: nn.Module, shape: ModelShape) -> Contender:
 
 
 def _peft(base: nn.Module, shape: ModelShape, cartridge: bool = False) -> Contender:
-    """PEFT's own model, its prefix set to ours as its positions ask for."""
+    """PEFT's own model with our prefix, rotated to its positions."""
     import peft
 
     source = patched(base, shape)
@@ -209,13 +209,13 @@ def _peft(base: nn.Module, shape: ModelShape, cartridge: bool = False) -> Conten
 
 
 def _shift_positions(model: nn.Module, by: int) -> None:
-    """PEFT counts an encoder's positions from the prefix on; ours do not move. The table is turned to agree."""
+    """PEFT counts an encoder's positions from the start of the prefix, ours from the first token: shift the table."""
     table = model.base_model.embeddings.position_embeddings
     table.weight = nn.Parameter(torch.roll(table.weight.data, by, dims=0))
 
 
 def rotation(model: nn.Module, by: int) -> Callable[..., Tensor]:
-    """Rotary embedding at position ``by``, or its transpose: PEFT's tokens stand so far on, its prefix is as given."""
+    """Rotary embedding at position ``by``, where PEFT's tokens start (its prefix is not rotated), or its transpose."""
     position = torch.tensor([[by]], device=model.device)
     with torch.no_grad():
         cos, sin = model.model.rotary_emb(torch.zeros(1, device=model.device, dtype=torch.float32), position)
@@ -240,7 +240,7 @@ _NO_ADAPTERS = "adapters 1.3 needs transformers 4.57: it does not install beside
 
 
 def obstacle(peer: str, shape: ModelShape) -> str | None:
-    """Why a peer cannot train this, before it is tried."""
+    """The reason why a peer cannot train this, or None."""
     if peer == "adapters":
         return _NO_ADAPTERS
     if peer in ("peft", "cartridge"):

@@ -1,4 +1,4 @@
-"""The op against its peers on one shape: check everyone, then time everyone in turn."""
+"""The op and its peers on one shape: check all of them, then time all of them in turn."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .peers import Peer, Problem, peers
 from .shapes import Shape, operands
 from .timing import Clock, in_turn, input_sets, peak_bytes
 
-# A graph is replayed so often between two marks: a single replay of some microseconds would drown in the marks.
+# Replays of a graph between two events: a single one of some microseconds is shorter than their resolution.
 _REPLAYS = 16
 
 
 @dataclass
 class Measured:
-    """What came of one case: samples in seconds by peer and pass, figures by peer, and why the others are missing.
+    """The results of one case: seconds by peer and pass, figures by peer, and why other peers are missing.
 
     ``wrong`` holds the peers whose results broke the error rule; they are not timed either.
     """
@@ -33,9 +33,9 @@ class Measured:
 
 
 def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: float, only: tuple[str, ...] = ()):
-    """`Measured` for one shape within about ``seconds``, of which checking may take what it needs.
+    """`Measured` for one shape within about ``seconds``, checks included.
 
-    ``only``: peers by name; ``"no_prefix"`` and ``"ours"`` take their variants along. Empty: everyone.
+    ``only``: peers by name; ``"no_prefix"`` and ``"ours"`` include their variants. Empty: all.
     """
     deadline, problem, found = time.perf_counter() + seconds, Problem(shape, device, dtype), Measured()
     chosen = [peer for peer in peers() if not only or any(is_called(peer.name, name) for name in only)]
@@ -58,7 +58,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: flo
 
 
 def passes(shape: Shape, device: torch.device) -> tuple[str, ...]:
-    """What is timed of a shape: on a GPU, decoding as a CUDA graph too."""
+    """The timed passes of a shape; on a GPU, decoding also as a CUDA graph."""
     return (*shape.passes, "graph") if shape.kind == "decode" and device.type == "cuda" else shape.passes
 
 
@@ -75,7 +75,11 @@ def _prepare(peer: Peer, problem: Problem, right: dict, found: Measured, ready: 
     except Wrong as error:
         found.wrong[peer.name] = str(error)
         return f"wrong: {error}"
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # a stock kernel that does not take these inputs
+    except (
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+    ) as error:  # a stock kernel that does not support these inputs
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     found.figures[peer.name] = {"error": worst, "note": peer.note(problem), "automatic": peer.automatic(problem)}
     ready[peer.name] = (*steps, peer.has_prefix)
@@ -83,7 +87,7 @@ def _prepare(peer: Peer, problem: Problem, right: dict, found: Measured, ready: 
 
 
 def check(peer: Peer, steps: tuple[Callable, Callable], problem: Problem, right: dict[bool, Expected]) -> float:
-    """The worst error of a peer's output and gradients as a share of what the error rule allows."""
+    """The largest error of a peer's output and gradients divided by the allowed one."""
     gradients = "both" in problem.shape.passes
     given, grad_out = operands(problem.leaves(0)), problem.grad_out(0)
     if peer.has_prefix not in right:

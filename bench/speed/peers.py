@@ -1,6 +1,6 @@
-"""Who is measured on the op: attention without any prefix, the usual ways of having one, and ours. One interface.
+"""The peers of the op: attention without a prefix, common implementations of a prefix, and ours, with one interface.
 
-A `Peer` says why it cannot run a shape (`obstacle`) or sets itself up for it: `setup` returns ``(forward, backward)``,
+`Peer.obstacle` returns the reason why a peer cannot run a shape, or None. `Peer.setup` returns ``(forward, backward)``,
 where ``forward(operands)`` is the output and ``backward(out, wanted, grad_out)`` the gradients of the tensors wanted.
 """
 
@@ -28,9 +28,9 @@ from .shapes import Shape, operands
 Operands = dict[str, Tensor | None]
 PER_QUERY = "does not apply: every query would need keys of its own"
 CUDA_ONLY = "a CUDA kernel"
-# Ways that an implementation can be made to take; its own choice among them is measured under its plain name.
+# Strategies that an implementation can be forced to use; its own choice is measured under its plain name.
 STRATEGIES = {"cpu": ("merge", "concat", "blockwise"), "triton": ("merge", "fused")}
-# The specification materialises every score: beyond so many it only takes time from the others.
+# The specification materialises every score, so it is measured up to this many only.
 REFERENCE_SCORES = 1 << 23
 
 
@@ -74,11 +74,11 @@ class Peer:
     around: Callable[[], AbstractContextManager] = nullcontext
 
     def automatic(self, problem: Problem) -> bool:
-        """Whether this is what users get: the implementation that the op chooses by itself here."""
+        """Whether the op chooses this implementation by itself here."""
         return self.name == f"ours:{choose.choose(_inputs(problem)).name}"
 
     def setup(self, problem: Problem) -> tuple[Callable, Callable]:
-        """``(forward, backward)`` for a problem; masks and the like are built here, once, as for all layers."""
+        """``(forward, backward)`` for a problem; masks are built here, once, as a model builds them for all layers."""
         forward = self.attend(problem)
         if self.around is nullcontext:
             return forward, backward
@@ -110,7 +110,7 @@ def _cuda_only(problem: Problem) -> str | None:
     return None if problem.cuda else CUDA_ONLY
 
 
-# --- the usual ways
+# --- common implementations
 
 
 def _naive(problem: Problem) -> Callable[[Operands], Tensor]:
@@ -238,13 +238,13 @@ def _strategy(implementation: str, problem: Problem) -> str:
     return choose.load(implementation).strategy(_inputs(problem))
 
 
-def _forced_obstacle(implementation: str, way: str, problem: Problem) -> str | None:
+def _forced_obstacle(implementation: str, strategy: str, problem: Problem) -> str | None:
     obstacle = _obstacle(implementation, problem)
-    if obstacle is None and _strategy(implementation, problem) == way:
+    if obstacle is None and _strategy(implementation, problem) == strategy:
         return f"what ours:{implementation} chooses here"
-    if obstacle is None and (implementation, way) == ("triton", "merge"):
+    if obstacle is None and (implementation, strategy) == ("triton", "merge"):
         return stock.obstacle(_inputs(problem))
-    if obstacle is None and way == "concat":
+    if obstacle is None and strategy == "concat":
         if problem.shape.gate_per_query:
             return PER_QUERY
         both = problem.shape.causal and problem.shape.padded
@@ -252,8 +252,8 @@ def _forced_obstacle(implementation: str, way: str, problem: Problem) -> str | N
     return obstacle
 
 
-def _forced(implementation: str, way: str) -> AbstractContextManager:
-    return mock.patch.object(choose.load(implementation), "strategy", return_value=way)
+def _forced(implementation: str, strategy: str) -> AbstractContextManager:
+    return mock.patch.object(choose.load(implementation), "strategy", return_value=strategy)
 
 
 def _own_peers() -> list[Peer]:
@@ -262,13 +262,13 @@ def _own_peers() -> list[Peer]:
         found.append(
             Peer(f"ours:{name}", partial(_ours, name), partial(_obstacle, name), note=partial(_strategy, name))
         )
-        for way in STRATEGIES.get(name, ()):
+        for strategy in STRATEGIES.get(name, ()):
             found.append(
                 Peer(
-                    f"ours:{name}:{way}",
+                    f"ours:{name}:{strategy}",
                     partial(_ours, name),
-                    partial(_forced_obstacle, name, way),
-                    around=partial(_forced, name, way),
+                    partial(_forced_obstacle, name, strategy),
+                    around=partial(_forced, name, strategy),
                 )
             )
     return found
@@ -279,7 +279,7 @@ def _whole_model(problem: Problem) -> str:
 
 
 def peers() -> list[Peer]:
-    """Everyone, in the table's order."""
+    """All peers, in the order of the table."""
     backends = {
         "cudnn": SDPBackend.CUDNN_ATTENTION,
         "flash": SDPBackend.FLASH_ATTENTION,

@@ -13,14 +13,14 @@ _COLOURS = dict(zip((*_NAMES, *ORDER), ("C0", "C1", "C2", "C4", "C7", "C1", "C2"
 
 
 def _times(row: Row) -> dict[str, float]:
-    found = {"ours": row.ours.median, **({"no prefix": row.floor.median} if row.floor else {})}
+    found = {"ours": row.ours.median, **({"no prefix": row.no_prefix.median} if row.no_prefix else {})}
     return found | {name: row.peers[name].median for name in _NAMES if name in row.peers}
 
 
 def _memory(row: Row) -> dict[str, float]:
     peers = {
         "ours": row.ours,
-        "no prefix": row.floor,
+        "no prefix": row.no_prefix,
         **{n: row.peers[n] for n in _NAMES if n in row.peers and n != "ours"},
     }
     return {name: entry.info["peak_bytes"] for name, entry in peers.items() if entry and entry.info.get("peak_bytes")}
@@ -39,7 +39,7 @@ def series(results: Results) -> dict:
                 points = lengths[kind].setdefault(f"{row.stage}: {name}", [])
                 points.append((row.shape["tokens"], value / tokens))
     ratios = {peer: [(row.case, r) for row in rows if (r := row.against(peer)) is not None] for peer in ORDER}
-    floor = [(row.case, row.of_floor) for row in rows if row.of_floor is not None]
+    floor = [(row.case, row.relative_rate) for row in rows if row.relative_rate is not None]
     return {
         **{kind: {name: sorted(points) for name, points in found.items()} for kind, found in lengths.items()},
         "floor": floor,

@@ -21,17 +21,17 @@ from .tables import Results, comparison, details, load, main_rows, table
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _EXPLAINED = (
-    "Times are medians ± half the distance between the quartiles, taken for all peers in turn in one process, after "
-    "output and gradients were held to the error rule against the specification in float64. `no prefix` is the fastest "
-    "stock attention without any prefix; `share` is what the prefix adds to the arithmetic, gate product included; "
-    "`of the floor's rate` is our arithmetic per second by that of `no prefix`. Ratios `peer / ours` above 1: ours is "
-    "faster. Memory: most bytes alive at once beyond the inputs."
+    "Times are medians ± half the interquartile range. All peers are timed in turn in one process, after a check of "
+    "output and gradients against the specification in float64. `no prefix` is the fastest stock attention without a "
+    "prefix. `FLOPs / no prefix` is the arithmetic with the prefix, gate product included, divided by that without. "
+    "`relative FLOP/s` is our arithmetic per second divided by that of `no prefix`. Ratios `peer / ours` above 1: ours "
+    "is faster. Memory: peak bytes allocated during the pass, inputs excluded."
 )
 _COUNTED = (
     "Launches are counted, not timed: the Triton kernels interpreted with that chip's tiles, PyTorch's own kernels "
-    "included ([launches.json](launches.json), `python -m bench compiled launches --update`; {}). Why some are missed: "
-    "a float32 prefix of 512 columns or more is cast first, key and value, since each tile of queries would cast it "
-    "again; decoding deals the keys out, then merges."
+    "included ([launches.json](launches.json), `python -m bench compiled launches --update`; {}). Reasons for the "
+    "missed targets: a float32 prefix of 512 columns or more is cast to the dtype of the keys first, key and value in "
+    "one kernel each; decoding splits the keys among programs and merges their results in a second kernel."
 )
 
 
@@ -62,7 +62,7 @@ def everything(found: dict[str, Results]) -> str:
 
 
 def section(found: dict[str, Results]) -> str:
-    """The README's part: a short table for every machine, its picture, and what was not measured."""
+    """The README's section: for every machine a short table and its figures, and the machines without results."""
     parts = []
     for name, results in found.items():
         parts += [heading(results), _short(results), f"![Times, memory and ratios on {name}](docs/bench-{name}.png)"]
@@ -75,15 +75,19 @@ def section(found: dict[str, Results]) -> str:
 def _short(results: Results) -> str:
     lines = []
     for row in main_rows(results):
-        cells = [row.case, row.which, milliseconds(row.ours.median), number(row.by_floor)]
-        cells += [number(row.share and 1 + row.share), number(row.against("naive")), number(row.against("peft"))]
+        cells = [row.case, row.which, milliseconds(row.ours.median), number(row.over_no_prefix)]
+        cells += [
+            number(row.flop_overhead and 1 + row.flop_overhead),
+            number(row.against("naive")),
+            number(row.against("peft")),
+        ]
         lines.append([*cells, number(row.memory_against("naive"))])
     header = [
         "case",
         "pass",
         "ours, ms",
         "time / no prefix",
-        "1 + share",
+        "FLOPs / no prefix",
         "naive / ours",
         "peft / ours",
         "memory / naive",
@@ -122,9 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("sources", nargs="*", help="results of one machine")
     parser.add_argument("--out", type=Path, help="also write report.md and report.png here")
-    parser.add_argument("--details", action="store_true", help="every peer, and why others are missing")
+    parser.add_argument("--details", action="store_true", help="the times of every peer, and why others are missing")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"))
-    parser.add_argument("--update", action="store_true", help="regenerate what is committed")
+    parser.add_argument("--update", action="store_true", help="regenerate README.md, docs/ and bench/results/README.md")
     options = parser.parse_args(arguments)
     if options.update:
         update()

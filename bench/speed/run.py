@@ -58,11 +58,11 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def seconds_of(options: argparse.Namespace, stage: str) -> float:
-    """How long a stage times: as asked, or the registry's time, or its share of what is left if that is less."""
+    """Seconds of timing: as given, or the registry's, or the stage's part of --within if that is less."""
     times = SECONDS[options.registry]
     if options.seconds is not None or options.within is None:
         return times[stage] if options.seconds is None else options.seconds
-    # A third is left for setting up, compiling and checking.
+    # One third is reserved for setup, compilation and checks.
     together = sum(times[name] for name in {*options.stage, *options.then})
     return min(times[stage], options.within * 2 / 3 * times[stage] / max(together, 1))
 

@@ -1,4 +1,4 @@
-"""The shapes that the op is measured on: one registry for every peer and machine, in stages that run one by one."""
+"""The shapes on which the op is measured, by kind of machine and stage. A new shape is one line in a list below."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Shape:
 
     ``kind``: ``"causal"``, ``"encoder"`` (bidirectional) or ``"decode"`` (one query a row, forward only).
     ``gate``: one of `GATES`; ``"row"`` and ``"query"`` come from hidden states of width ``heads * dim``, and their
-    product with the gate's weight is part of what is timed. ``padded``: rows hide their last keys, from none to half.
+    product with the gate's weight is timed too. ``padded``: the last keys of a row are padding, none to half.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What is timed: decoding has no backward."""
+        """The timed passes: decoding has no backward."""
         return ("forward",) if self.kind == "decode" else ("forward", "backward", "both")
 
     @property
@@ -68,7 +68,7 @@ class Shape:
     def leaves(self, device, dtype, seed: int) -> dict[str, Tensor]:
         """Random inputs that require gradients, activations as transformers hands them over (transposed views).
 
-        ``hidden`` and ``gate_weight`` stand for the gates that are computed from hidden states, ``gate`` for static
+        ``hidden`` and ``gate_weight`` are there for gates that are computed from hidden states, ``gate`` for static
         ones. ``layer_scale`` always; every gate but ``"none"`` has logits near N(0, 1).
         """
         generator = torch.Generator(device).manual_seed(seed)

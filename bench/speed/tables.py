@@ -1,4 +1,4 @@
-"""Results as rows: one for each case and pass, ours against everyone who ran beside it in the same process."""
+"""Results as rows, one for each case and pass: ours against every peer that ran in the same process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.common.markdown import markdown, milliseconds, number
 
 from .registry import STAGES
 
-# The pass that speaks for a case in the tables.
+# The pass that represents a case in the tables.
 MAIN = {"both", "step", "token", "graph", "first"}
 ORDER = ("naive", "concat_flash", "flex", "peft", "cartridge", "in_cache")
 
@@ -69,13 +69,13 @@ class Row:
 
     @property
     def ours(self) -> Entry | None:
-        """What users get: for the op, the implementation that it chooses by itself."""
+        """Ours; for the op, the implementation that it chooses by itself."""
         if "ours" in self.peers:
             return self.peers["ours"]
         return next((entry for entry in self.peers.values() if entry.info.get("automatic")), None)
 
     @property
-    def floor(self) -> Entry | None:
+    def no_prefix(self) -> Entry | None:
         """The fastest attention without a prefix."""
         found = [entry for name, entry in self.peers.items() if name.split(":")[0] == "no_prefix"]
         return min(found, key=lambda entry: entry.median, default=None)
@@ -93,21 +93,21 @@ class Row:
         return self.ours.info["peak_bytes"] / self.peers[peer].info["peak_bytes"]
 
     @property
-    def by_floor(self) -> float | None:
+    def over_no_prefix(self) -> float | None:
         """Our time by that without a prefix."""
-        return None if self.ours is None or self.floor is None else self.ours.median / self.floor.median
+        return None if self.ours is None or self.no_prefix is None else self.ours.median / self.no_prefix.median
 
     @property
-    def share(self) -> float | None:
-        """What the prefix adds to the arithmetic, gate product included."""
-        return None if self.ours is None else self.ours.info.get("share")
+    def flop_overhead(self) -> float | None:
+        """FLOP overhead: the arithmetic that the prefix adds, gate product included, by that without a prefix."""
+        return None if self.ours is None else self.ours.info.get("flop_overhead")
 
     @property
-    def of_floor(self) -> float | None:
-        """Our arithmetic per second by the floor's: 1 where a prefix costs no more than its arithmetic."""
-        if self.by_floor is None or self.share is None:
+    def relative_rate(self) -> float | None:
+        """Relative FLOP/s: our arithmetic per second by that without a prefix."""
+        if self.over_no_prefix is None or self.flop_overhead is None:
             return None
-        return (1 + self.share) / self.by_floor
+        return (1 + self.flop_overhead) / self.over_no_prefix
 
 
 @dataclass
@@ -175,7 +175,7 @@ def _texts(source: str | Path) -> Iterable[str]:
 
 
 def main_rows(results: Results) -> list[Row]:
-    """The rows that speak for their cases; a CUDA graph where one was captured."""
+    """One row for each case; a CUDA graph where one was captured."""
     graphed = {row.case for row in results.rows if row.which == "graph" and row.ours}
     chosen = MAIN | ({"forward"} if results.rows else set())
     found = []
@@ -191,7 +191,7 @@ def main_rows(results: Results) -> list[Row]:
 
 
 def table(results: Results) -> str:
-    """One row a case: our time, the arithmetic, the floor, every peer's time by ours, memory."""
+    """One row a case: our time, the arithmetic, the time without a prefix, every peer's time by ours, memory."""
     rows = main_rows(results)
     present = [peer for peer in ORDER if any(peer in row.peers for row in rows)]
     header = [
@@ -199,11 +199,11 @@ def table(results: Results) -> str:
         "case",
         "pass",
         "ours, ms",
-        "way",
+        "strategy",
         "TFLOP/s",
         "time / no prefix",
-        "1 + share",
-        "of the floor's rate",
+        "FLOPs / no prefix",
+        "relative FLOP/s",
     ]
     header += [f"{peer} / ours" for peer in present] + ["memory, MiB", "memory / naive"]
     lines = []
@@ -212,7 +212,11 @@ def table(results: Results) -> str:
         flops = ours.info.get("flops")
         cells = [row.stage, row.case, row.which, f"{milliseconds(ours.median)} ±{ours.spread:.0%}"]
         cells += [ours.info.get("note", ""), number(flops and flops / ours.median / 1e12, ".3g")]
-        cells += [number(row.by_floor), number(row.share and 1 + row.share), number(row.of_floor, ".0%")]
+        cells += [
+            number(row.over_no_prefix),
+            number(row.flop_overhead and 1 + row.flop_overhead),
+            number(row.relative_rate, ".0%"),
+        ]
         cells += [number(row.against(peer)) for peer in present]
         peak = ours.info.get("peak_bytes")
         cells += [number(peak and peak / 2**20, ".1f"), number(row.memory_against("naive"))]
@@ -257,8 +261,8 @@ def comparison(before: Results, after: Results) -> str:
         if old is None or old.ours is None or row.ours is None:
             continue
         cells = [row.case, row.which, milliseconds(old.ours.median), milliseconds(row.ours.median)]
-        cells += [number(old.by_floor), number(row.by_floor)]
-        gain = None if not (old.by_floor and row.by_floor) else old.by_floor / row.by_floor
+        cells += [number(old.over_no_prefix), number(row.over_no_prefix)]
+        gain = None if not (old.over_no_prefix and row.over_no_prefix) else old.over_no_prefix / row.over_no_prefix
         cells += [number(gain), number(old.against("naive")), number(row.against("naive"))]
         lines.append(cells)
     heads = [

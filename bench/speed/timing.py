@@ -1,4 +1,4 @@
-"""Taking times: in turn, in one process, with the device's own clock; and the memory that a call needs."""
+"""Time runners in turn, in one process, with the device's own clock; and the memory that a call needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 MiB = 1 << 20
-# More sets of inputs than this gain nothing: the oldest has long left every cache that it will leave.
+# More sets of inputs have no effect: by then the first has been evicted from the cache.
 _MOST_SETS, _MOST_BYTES = 8, 1 << 30
 
 
@@ -40,7 +40,7 @@ class Clock:
 
 @contextmanager
 def steady(device: torch.device):
-    """No garbage collection in the middle, and nothing left over from before."""
+    """No garbage collection within it, and no pending work before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -61,7 +61,7 @@ def in_turn(
     least: int = 5,
     most: int = 200,
 ) -> dict[str, dict[str, list[float]]]:
-    """Samples in seconds by runner and pass. Each round runs everyone once on the same inputs, in turning order.
+    """Samples in seconds by runner and pass. Each round runs every runner once on the same inputs, in rotated order.
 
     ``runners``: functions of the round's number that return seconds by pass. Rounds go on until ``deadline`` (of
     ``time.perf_counter``), but are at least ``least`` and at most ``most`` after ``warm_up`` that are not counted.
@@ -88,7 +88,7 @@ def input_sets(one: int, device: torch.device) -> int:
 
 
 def last_cache(device: torch.device) -> int:
-    """Bytes of the device's last cache, as it tells itself; 32 MiB where it does not."""
+    """Bytes of the device's last cache, as the system reports it; 32 MiB if it does not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:

@@ -90,7 +90,7 @@ class Checker:
         self.right: dict[bool, tuple[dict, dict]] = {}
 
     def check(self, peer: str) -> float:
-        """The worst error of a contender as a share of what is allowed; raises `Wrong` above 1."""
+        """The largest error of a contender divided by the allowed one; raises `Wrong` above 1."""
         truth, eager = self._expected(peer != "no_prefix")
         contender = _prepared(TRAINING_PEERS[peer](self.base, self.shape), self.shape)
         slack = torch.finfo(self.dtype).eps + torch.finfo(torch.float32).eps * contender.turned

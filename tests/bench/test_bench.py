@@ -120,7 +120,9 @@ def test_counted_flops_are_those_that_torch_counts(gate):
     assert counts.flops(shape) == 3.5 * counts.attention_flops(shape, 32, "forward") + 3 * counts.gate_flops(
         shape, "forward"
     )
-    assert counts.share(shape, "forward") == pytest.approx(counter.get_total_flops() / (4 * 2 * 3 * 24 * 24 * 64) - 1)
+    assert counts.flop_overhead(shape, "forward") == pytest.approx(
+        counter.get_total_flops() / (4 * 2 * 3 * 24 * 24 * 64) - 1
+    )
 
 
 def test_visible_columns_are_those_of_the_mask():

@@ -206,7 +206,7 @@ def test_rows_of_a_hub_data_set_lose_their_class_numbers():
     ("files", "message"),
     [
         ({"train.jsonl": '{"text": "a", "label": 1}'}, r"has \['train'\]; it needs"),
-        ({"train.jsonl": "{", "dev.jsonl": ""}, "train.jsonl, line 1, is no JSON"),
+        ({"train.jsonl": "{", "dev.jsonl": ""}, "train.jsonl, line 1, is not JSON"),
         ({"train.jsonl": "[]", "dev.jsonl": ""}, "is a list; it needs a JSON object"),
         ({"a.train": "word tag", "a.dev": ""}, "'word tag'; it needs a token and a BIO tag"),
         ({"a.train": "x O", "b.train": "x O"}, "two files for train: a.train and b.train"),
@@ -268,7 +268,7 @@ def test_an_interrupted_training_goes_on_where_it_was(model_folder, data_folder,
         if epoch == 2:
             raise Stopped
 
-    shop = run_cache.Workshop(tmp_path)
+    shop = run_cache.RunCache(tmp_path)
     with pytest.raises(Stopped):
         running.run(job.task, "apt", job.settings, 0, _claimed(shop, job), stop)
     seen = []
@@ -341,7 +341,7 @@ def test_the_other_experiments_from_the_command_line(model_folder, data_folder, 
 def test_the_naive_way_has_the_same_learning_curve(method, form, model_folder, data_folder):
     # All rows in every batch, so that the loss can be seen to fall.
     settings = _settings(model_folder, epochs=12, batch_size=24, learning_rate=3e-2, attention_dropout=0.0)
-    curves = examine.both_ways(_task(data_folder, form), method, settings, 0)
+    curves = examine.compare_attention(_task(data_folder, form), method, settings, 0)
     assert len(curves["ours"]) == 12
     assert curves["ours"][-1] < 0.95 * curves["ours"][0], "nothing was learned, the comparison proves little"
     # Float32 rounding along twelve steps of AdamW.
@@ -354,7 +354,7 @@ def test_curves_that_part_are_an_error(model_folder, data_folder, monkeypatch):
     right = naive.attention
     monkeypatch.setattr(naive, "attention", lambda *args, **options: right(*args, **options) * 1.3)
     task = _task(data_folder, "pair")
-    curves = examine.both_ways(task, "apt", _settings(model_folder, attention_dropout=0.0), 0)
+    curves = examine.compare_attention(task, "apt", _settings(model_folder, attention_dropout=0.0), 0)
     with pytest.raises(SystemExit, match="the curves differ by"):
         examine.check_apart(max(abs(a - b) for a, b in zip(*curves.values())), task, "apt")
 

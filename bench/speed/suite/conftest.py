@@ -18,7 +18,7 @@ from bench.speed.harness import Measurements, Settings
 from bench.speed.op import Measured
 from bench.speed.tables import statistics_of
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages
 _SETTINGS = {"measured": "in turn, in one process", "order": "rotated every round", "garbage_collection": "off"}
 
 

@@ -24,6 +24,6 @@ def test_op(stage, case, peer, which, settings, enter):
         "shape": vars(case),
         "flops": flops,
         "fewest_bytes": counts.fewest_bytes(case, settings.dtype, counted, has_prefix),
-        "share": counts.share(case, counted),
+        "flop_overhead": counts.flop_overhead(case, counted),
     }
     enter(stage, case, peer, which, measure, extra)
