@@ -30,8 +30,7 @@ class Inputs:
     ``gate`` holds logits, ``[B|1, T|1, M]``, or ``[G, M]`` when ``gate_index`` (int64 ``[B, T|1]``) picks the rows.
     ``layer_scale`` is ``[1]``, ``sinks`` ``[Hq]``; ``bias`` and ``dense`` are 4-D and broadcast to ``[B, Hq, T, S]``.
     ``query_offset`` (int64 ``[1]`` or ``[B]``), where given, replaces ``offset``. Windows: -1 is open.
-    ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``. ``gate_by_query``: the gate, or its
-    index, was given for every query, which shapes do not show where there is one query.
+    ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``.
     """
 
     query: Tensor
@@ -57,7 +56,6 @@ class Inputs:
     scale: float
     softcap: float
     dropout_p: float
-    gate_by_query: bool
 
     def flat(self) -> tuple:
         """The fields in schema order."""
@@ -94,7 +92,7 @@ class Inputs:
 
     @property
     def gate_per_query(self) -> bool:
-        """Whether the queries of one row have gates of their own."""
+        """Whether the queries of one row have gates of their own (a single query has the gate of its row)."""
         rows = self.gate if self.gate_index is None else self.gate_index
         return rows is not None and rows.shape[1] > 1
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apt_kernels.impl.inputs import Inputs
 from apt_kernels.mask import Mask
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 
 # transformers builds the 4-D mask once for all layers of a forward pass, as it does `Mask`.
 _dense_masks: WeakKeyDictionary[Mask, Tensor] = WeakKeyDictionary()

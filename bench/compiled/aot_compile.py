@@ -27,7 +27,7 @@ from torch import Tensor
 
 from apt_kernels import Mask
 from apt_kernels.impl.triton import tiles
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 
 
 @dataclass(frozen=True)

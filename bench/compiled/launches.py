@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apt_kernels.impl.inputs import DIFFERENTIABLE
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 from bench.common import machine
 from bench.common.markdown import markdown, number
 from bench.speed import counts

@@ -26,7 +26,7 @@ from apt_kernels import Mask
 from apt_kernels.impl import reference
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.impl.triton import tiles
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 from bench.compiled import aot_compile
 
 from .aot_compile import VARIANTS, Job

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apt_kernels.impl import reference
 from apt_kernels.impl.inputs import Inputs
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 from bench.common.machine import ROOT
 
 from .shapes import Shape

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import apt_kernels
 from apt_kernels.impl.triton import stock
 from apt_kernels.ops import choose
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 from bench.common import naive
 
 from .shapes import Shape, operands

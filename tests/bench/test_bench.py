@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import apt_kernels
 from apt_kernels.impl import reference
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 from bench.common import naive
 from bench.speed import checking, counts, generation, models, op, peers, registry, timing, training_step
 from bench.speed.shapes import REGISTRIES, Shape, causal, encoder, operands

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apt_kernels import Mask
 from apt_kernels.impl.inputs import Inputs
-from apt_kernels.ops.attention import make_inputs
+from apt_kernels.ops.validation import make_inputs
 
 GATES = ("none", "static", "row", "query", "indexed", "indexed_query")
 

@@ -221,7 +221,7 @@ class Problem:
             RIGHT=x.causal or x.window_right >= 0,
             CAPPED=x.softcap != 0,
             POSITIVE=x.scale > 0,
-            PER_QUERY=x.gate_by_query,
+            PER_QUERY=x.gate_per_query,
             PRECISION=_precision(self.architecture),
             W=WIDE[x.compute_dtype],
             SCAN=tiles.SCAN,
@@ -273,7 +273,7 @@ class Problem:
 
     def prefix_columns(self, tile: tiles.Tile) -> int:
         """Prefix columns that a kernel over queries takes at once."""
-        return tiles.prefix_columns(tile, self.dim, self.x.gate_by_query)
+        return tiles.prefix_columns(tile, self.dim, self.x.gate_per_query)
 
 
 def _precision(architecture: str) -> str:

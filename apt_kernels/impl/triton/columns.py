@@ -485,7 +485,7 @@ def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[
     """Launch `column_gradients` for what is needed of key, value, prefix, gate and layer scale."""
     x = problem.x
     batch, heads, kv_heads, queries, keys, length, head_dim, value_dim = problem.sizes
-    by_query, scaled = x.gate_by_query, need["layer_scale"]
+    by_query, scaled = x.gate_per_query, need["layer_scale"]
     names = ("key_value", "prefix_by_query" if by_query else "prefix", "gate")
     tile, shared, gate = (problem.tile(name) for name in names)
     chunk, chunks, splits = _parts(problem, shared)
