@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
 
 from .errors import ConfigError
+from .prefix import gates
 
-GATES = ("auto", "first", "mean", "token", "static", "none")
+GATES = ("auto", *gates.names())
 # What `to_json` writes. Format 1 (release 0.1) had no base, save id or names of trained weights in its files.
 FORMAT = 2
 # Beside the settings, `apt_kernels.save` writes these: what is saved, and for which model.
@@ -26,10 +28,9 @@ class AptConfig:
             the end), ``"self"``, ``"cross"``, ``"encoder"``, ``"decoder"``, the part of the model (``"text"``,
             ``"vision"``, ``"audio"``), a regular expression that the module's name matches (``re.search``), or several
             of them: a module that any of them means. None: all.
-        gate: where the gate's logits come from. ``"first"``: the first real token's hidden state, one gate per
-            sequence. ``"token"``: every query's own. ``"mean"``: the mean over real tokens (refused where it would let
-            a token see later ones). ``"static"``: learned logits, no hidden state. ``"none"``: no gate. ``"auto"``:
-            ``"token"`` for causal and for cross-attention, ``"first"`` otherwise.
+        gate: where the gate's logits come from. ``"auto"``: ``"token"`` for causal and for cross-attention,
+            ``"first"`` otherwise.
+            {gates}.
         layer_scale: learn the layer's scale lambda; False: lambda is 1.
         init_std: standard deviation of the prefix's normal initialisation.
         init_seed: seed of that initialisation; None: torch's global generator.
@@ -58,8 +59,10 @@ class AptConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "prefix_length", _lengths(self.prefix_length))
-        if self.gate not in GATES:
-            raise ConfigError(f"gate is {self.gate!r}; it needs one of {', '.join(map(repr, GATES))}")
+        if self.gate != "auto" and self.gate not in gates.names():
+            raise ConfigError(
+                f"gate is {self.gate!r}; it needs one of {', '.join(map(repr, ('auto', *gates.names())))}"
+            )
         if not isinstance(self.layer_scale, bool):
             raise ConfigError(f"layer_scale is {self.layer_scale!r}; it needs True or False")
         std, seed = self.init_std, self.init_seed
@@ -114,6 +117,15 @@ class AptConfig:
             if isinstance(data.get(name), list):
                 data[name] = tuple(data[name])
         return cls(**data)
+
+
+def _documented(text: str) -> str:
+    """A docstring with the gates in the place of ``{gates}``."""
+    lines = textwrap.wrap(gates.describe(), width=108, break_long_words=False)
+    return text.replace("{gates}", ("\n" + 12 * " ").join(lines))
+
+
+AptConfig.__doc__ = _documented(AptConfig.__doc__ or "")
 
 
 def _lengths(value) -> int | tuple[int, ...]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..ops import choose
+from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
 from . import compat, events, offload
 from .attention import function, inline
@@ -116,28 +117,11 @@ def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dic
     return built
 
 
-def _gate(gate: str, site: Site) -> str:
-    if gate == "auto" and site.hidden_size is None:
-        return "static"
-    if gate in ("first", "mean", "token") and site.hidden_size is None:
-        raise ConfigError(
-            f"gate is {gate!r}, but {site.name} is not handed one hidden state for every query; use 'static' or 'none'"
-        )
-    if gate == "first" and (site.causal or site.cross):
+def _gate(name: str, site: Site) -> str:
+    gate = gates.resolve(name, site)
+    if gate.kept_in_cache and (site.causal or site.cross):
         compat.require("gate cache")
-    if gate == "first" and site.causal and site.repeated:
-        raise ConfigError(
-            f"gate is 'first', but {site.name} attends more than once in a forward, each time with another gate, of "
-            "which a cache keeps one; use 'token', 'static' or 'none'"
-        )
-    if gate == "auto":
-        return "token" if site.causal or site.cross else "first"
-    if gate == "mean" and (site.causal or site.cross):
-        raise ConfigError(
-            f"gate is 'mean', but {site.name} is {site.kind}: the mean over all tokens would let a token see later "
-            "ones; use 'token', 'first', 'static' or 'none'"
-        )
-    return gate
+    return gate.name
 
 
 def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, str]) -> None:

@@ -344,7 +344,7 @@ def _weights(name: str, prefix: nn.Module, length: int, ranks: dict[str, list[fl
         return ranks[name]
     if length in (0, prefix.length):
         return [1.0] * prefix.length
-    if prefix.gate == "static":
+    if prefix.gate_logits is not None:
         return torch.sigmoid(prefix.gate_logits.detach().float()).tolist()
     raise ConfigError(
         f"{name} has the gate {prefix.gate!r}, whose weights depend on the input, so its {prefix.length} tokens "

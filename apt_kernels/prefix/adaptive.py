@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-
-HIDDEN_GATES = ("first", "mean", "token")
+from . import gates
+from .reparameterisation import Reparameterisation
 
 
 class AdaptivePrefix(nn.Module):
@@ -49,9 +46,7 @@ class AdaptivePrefix(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        if gate not in (*HIDDEN_GATES, "static", "none"):
-            raise ConfigError(f"gate is {gate!r}; it needs one of {', '.join(map(repr, HIDDEN_GATES))}, static, none")
-        self.gate = gate
+        self.gate = gates.find(gate).name
         self.name, self.cross, self.implementation = "", False, "auto"
         self.adapter, self.enabled = "default", True
         self.mesh = None  # over which the heads are sharded
@@ -70,14 +65,19 @@ class AdaptivePrefix(nn.Module):
             widths = reparameterisation, num_key_value_heads, head_dim, value_head_dim
             self.mlp = Reparameterisation(length, *widths, init_std, generator).to(device)
         self.gate_weight = self.gate_logits = self.layer_scale = None
-        if gate in HIDDEN_GATES:
+        if self.gate_entry.parameter == "gate_weight":
             self.gate_weight = nn.Parameter(torch.zeros(length, hidden_size, device=device))
-        elif gate == "static":
+        elif self.gate_entry.parameter == "gate_logits":
             self.gate_logits = nn.Parameter(torch.zeros(length, device=device))
         if layer_scale:
-            self.layer_scale = nn.Parameter(torch.full((1,), 1.0 if gate == "none" else 2.0, device=device))
+            self.layer_scale = nn.Parameter(torch.full((1,), 2.0 if self.gate_entry.parameter else 1.0, device=device))
         # The inputs of the running forward, and whether its attention went through the op (hf/route.py).
         self.running = Running()
+
+    @property
+    def gate_entry(self) -> gates.Gate:
+        """What there is to know of its gate."""
+        return gates.find(self.gate)
 
     def extra_repr(self) -> str:
         return f"length={self.length}, heads={self.heads}, head_dim={self.head_dim}, gate={self.gate}"
@@ -89,7 +89,7 @@ class AdaptivePrefix(nn.Module):
 
         Arguments as for `logits`; without hidden states there are no logits that depend on them.
         """
-        waits = hidden_states is None and self.gate in HIDDEN_GATES
+        waits = hidden_states is None and self.gate_entry.reads_hidden_states
         gate = None if waits else self.logits(hidden_states, real_tokens, segments)
         scale = None if self.layer_scale is None else self._here(self.layer_scale)
         if self.mesh is not None:
@@ -127,27 +127,10 @@ class AdaptivePrefix(nn.Module):
     def logits(
         self, hidden_states: Tensor | None, real_tokens: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor | None:
-        """Gate logits of this layer: ``[B, T, M]`` (token), ``[B, M]`` (first, mean), ``[M]`` (static) or None.
-
-        Args:
-            hidden_states: ``[B, T, d]``, what enters the attention module.
-            real_tokens: ``[B, T]`` bool, False at padding; None: every token is real.
-            segments: ``[B, T]`` integers, equal within a packed document; with ``first`` and ``mean``, each document
-                then has the gate of its own first token or mean, and the logits are ``[B, T, M]``.
-        """
-        if self.gate == "none":
-            return None
-        if self.gate == "static":
-            return self._here(self.gate_logits)
-        if self.gate == "first" and segments is not None:
-            hidden_states = _first_of_segment(hidden_states, segments)
-        elif self.gate == "first":
-            hidden_states = _first(hidden_states, real_tokens)
-        elif self.gate == "mean" and segments is not None:
-            hidden_states = _mean_of_segment(hidden_states, real_tokens, segments)
-        elif self.gate == "mean":
-            hidden_states = _mean(hidden_states, real_tokens)
-        return gate_product(hidden_states, self._here(self.gate_weight))
+        """The logits of this layer's gate; see `gates.Gate.logits`. None without a gate."""
+        name = self.gate_entry.parameter
+        parameter = None if name is None else self._here(getattr(self, name))
+        return self.gate_entry.logits(parameter, hidden_states, real_tokens, segments)
 
     def __getstate__(self):
         # A copy or a pickle taken in the middle of a forward must not drag the activations along.
@@ -159,129 +142,3 @@ class Running:
 
     def __init__(self):
         self.pending, self.served = None, False
-
-
-class Reparameterisation(nn.Module):
-    """Key and value from a small embedding through an MLP: ``W_out tanh(W_in e + b_in) + b_out`` (Li & Liang 2021).
-
-    Theirs is one MLP for all layers; each layer has its own here, so that lengths may differ. Plain parameters:
-    ``embedding [M, W]``, ``weight_in [W, W]``, ``bias_in [W]``, ``weight_out [Hkv (D + Dv), W]``,
-    ``bias_out [Hkv (D + Dv)]``. ``weight_out`` is scaled so that the first prefix has the standard deviation ``std``.
-    """
-
-    def __init__(self, length: int, width: int, heads: int, head_dim: int, value_head_dim: int, std: float, generator):
-        super().__init__()
-        self.heads, self.head_dim = heads, head_dim
-        outputs = heads * (head_dim + value_head_dim)
-
-        def draw(*shape: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator) * scale)
-
-        self.embedding = draw(length, width, scale=1.0)
-        self.weight_in, self.bias_in = draw(width, width, scale=width**-0.5), nn.Parameter(torch.zeros(width))
-        self.weight_out, self.bias_out = draw(outputs, width, scale=1.0), nn.Parameter(torch.zeros(outputs))
-        with torch.no_grad():
-            self.weight_out *= std / torch.cat([part.flatten() for part in self()]).std().clamp(min=1e-12)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        linear = torch.nn.functional.linear
-        hidden = torch.tanh(linear(self.embedding, self.weight_in, self.bias_in))
-        made = linear(hidden, self.weight_out, self.bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        key, value = made.split((self.head_dim, made.shape[2] - self.head_dim), dim=2)
-        return key.contiguous(), value.contiguous()
-
-
-def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """``h W^T`` with the operands in the hidden states' dtype, accumulated and returned in float32 (or float64).
-
-    For its backward it keeps the hidden states as they are, not a copy in float32.
-    """
-    kind = hidden_states.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        logits = _GateProduct.apply(hidden_states.flatten(0, -2), weight)
-        return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
-
-
-class _GateProduct(torch.autograd.Function):
-    """``rows [N, d]`` times ``weight [M, d]``, transposed: ``[N, M]``."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
-        ctx.dtype, weight = weight.dtype, weight.to(rows.dtype)
-        ctx.save_for_backward(rows, weight)
-        return _wide_product(rows, weight.mT)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors
-        of_rows = of_weight = None
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                of_rows = _product_of_wide(grad, weight).to(rows.dtype)
-            if ctx.needs_input_grad[1]:
-                of_weight = _product_of_wide(grad.mT, rows).to(ctx.dtype)
-        return of_rows, of_weight
-
-
-def _on_matrix_units(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.version.hip is None and tensor.dtype in (torch.bfloat16, torch.float16)
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, summed and returned in float32 at least."""
-    if _on_matrix_units(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return a.to(wide) @ b.to(wide)
-
-
-def _product_of_wide(a: Tensor, b: Tensor) -> Tensor:
-    """`_wide_product` where ``a`` is wide already: for the matrix units as the sum of two bfloat16 parts."""
-    if b.dtype == torch.bfloat16 and _on_matrix_units(b):
-        high = a.to(b.dtype)
-        return _wide_product(high, b) + _wide_product((a - high).to(b.dtype), b)
-    return a @ b.to(a.dtype)
-
-
-def _first(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:
-    if real_tokens is None:
-        return hidden_states[:, 0]
-    index = real_tokens.to(torch.uint8).argmax(dim=1)
-    # Not by indexing, the gradient of which sorts.
-    return hidden_states.gather(1, index[:, None, None].expand(-1, 1, hidden_states.shape[2])).squeeze(1)
-
-
-def _begins(segments: Tensor) -> Tensor:
-    """``[B, T]`` bool: the first token of each document."""
-    begins = torch.ones_like(segments, dtype=torch.bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return begins
-
-
-def document_starts(segments: Tensor) -> Tensor:
-    """``[B, T]``: where each token's document begins in its row, from ``segments``, equal within a document."""
-    position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    return torch.where(_begins(segments), position, 0).cummax(dim=1).values
-
-
-def _first_of_segment(hidden_states: Tensor, segments: Tensor) -> Tensor:
-    start = document_starts(segments)
-    return hidden_states.gather(1, start[..., None].expand_as(hidden_states))
-
-
-def _mean_of_segment(hidden_states: Tensor, real_tokens: Tensor | None, segments: Tensor) -> Tensor:
-    number = _begins(segments).cumsum(dim=1) - 1
-    number = number[..., None].expand_as(hidden_states)
-    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    real = torch.ones_like(wide) if real_tokens is None else real_tokens[..., None].to(wide.dtype).expand_as(wide)
-    total, count = (torch.zeros_like(wide).scatter_add(1, number, part) for part in (wide * real, real))
-    return (total / count.clamp(min=1)).gather(1, number).to(hidden_states.dtype)
-
-
-def _mean(hidden_states: Tensor, real_tokens: Tensor | None) -> Tensor:
-    if real_tokens is None:
-        return hidden_states.mean(dim=1)
-    real = real_tokens[..., None].to(torch.promote_types(hidden_states.dtype, torch.float32))
-    total = (hidden_states * real).sum(dim=1)
-    return (total / real.sum(dim=1).clamp(min=1)).to(hidden_states.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apt_kernels import Mask
-from apt_kernels.prefix.adaptive import gate_product
+from apt_kernels.prefix.gate_product import gate_product
 
 GATES = ("none", "static", "row", "query")
 

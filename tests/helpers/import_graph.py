@@ -14,10 +14,10 @@ PACKAGE = apt_kernels.__name__
 LAYERS = {
     "errors": (),
     "mask": ("errors",),
-    "config": ("errors",),
+    "config": ("errors", "prefix"),
     "impl": ("errors", "mask"),
     "ops": ("errors", "mask", "impl"),
-    "prefix": ("errors", "config"),
+    "prefix": ("errors",),
     "hf": ("errors", "mask", "config", "ops", "prefix"),
 }
 # The same inside hf: a part may import those above it in this list, and others of its own line.

@@ -38,7 +38,7 @@ def before(module, args, kwargs) -> None:
         return
     hidden_states = kwargs.get("hidden_states", args[0] if args else None)
     cache = filled = None
-    if prefix.gate == "first":
+    if prefix.gate_entry.kept_in_cache:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         filled = cache is not None and _holds_tokens(cache, module)
     prefix.running.pending, prefix.running.served = Pending(hidden_states, cache, bool(filled)), False
@@ -138,7 +138,7 @@ def _real(seen: Tensor, query: Tensor) -> Tensor:
 
 def _gated(prefix, query: Tensor, real, segments, time_major: bool = False) -> tuple[Tensor | None, ...]:
     hidden_states, cache, filled = prefix.running.pending
-    if prefix.gate in ("none", "static"):
+    if not prefix.gate_entry.reads_hidden_states:
         return prefix(None)
     owner = (prefix.name, prefix.adapter)
     if filled and not gate_cache.waits(cache, owner):

@@ -108,8 +108,8 @@ def _kept(cache, owner: tuple[str, str]) -> Kept:
     gates = getattr(cache, "apt_gates", {})
     if owner not in gates:
         raise PatchError(
-            f"{owner[0]}: the cache already holds tokens but no gate of theirs (gate='first'); it was filled without "
-            "this patched model, or with another adapter. Run the prompt through the model again, or use gate='token' "
-            "or 'static'"
+            f"{owner[0]}: the cache already holds tokens but not the prompt's gate; it was filled without this "
+            "patched model, or with another adapter. Run the prompt through the model again, or use "
+            f"gate={gates.choice(lambda gate: not gate.kept_in_cache)}"
         )
     return gates[owner]

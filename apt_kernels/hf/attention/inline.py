@@ -135,7 +135,7 @@ def _serve(module):
         batch = rows_of(scores, hidden_states, found.time_major)
         laid = lay_out(probabilities, value, batch)
         prefix.running.served = True
-        seen = laid.seen() if prefix.gate in ("first", "mean") and not prefix.cross else None
+        seen = laid.seen() if prefix.gate_entry.per_sequence and not prefix.cross else None
         key, value, gate, scale = function.parts_inline(prefix, seen, laid.query, found.time_major)
         out = attention(
             laid.query,

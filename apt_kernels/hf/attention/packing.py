@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PatchError
-from ...prefix.adaptive import document_starts
+from ...prefix import gates
+from ...prefix.segments import document_starts
 
 
 class Documents:
@@ -46,7 +47,7 @@ class ReadDocuments:
     def __init__(self, sites, prefixes, encoder_decoder: bool):
         self.inline = next((site.name for site in sites if site.inline is not None), None)
         self.causal = any(site.causal and not site.cross for site in sites)
-        self.gated = any(prefix.gate in ("first", "mean") for prefix in prefixes)
+        self.gated = any(prefix.gate_entry.per_sequence for prefix in prefixes)
         self.encoder_decoder = encoder_decoder
 
     def __call__(self, module, args, kwargs):
@@ -115,8 +116,9 @@ class ReadDocuments:
     def refuse_gates_inline(self) -> None:
         if self.inline is not None and self.gated:
             raise PatchError(
-                f"position_ids begin again within a row, and {self.inline} writes its attention out: gates 'first' and "
-                "'mean' do not see documents there; use gate='token', 'static' or 'none', or padded batches"
+                f"position_ids begin again within a row, and {self.inline} computes its attention inline, where gates "
+                f"{gates.choice(lambda gate: gate.per_sequence, 'and')} do not see documents; use "
+                f"gate={gates.choice(lambda gate: not gate.per_sequence)}, or padded batches"
             )
 
 

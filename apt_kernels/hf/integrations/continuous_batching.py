@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from ...errors import PatchError
+from ...prefix import gates
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events
 
@@ -83,11 +84,12 @@ class _Served:
 
 def _refuse(model) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, AdaptivePrefix) and module.gate == "first":
+        if isinstance(module, AdaptivePrefix) and module.gate_entry.kept_in_cache:
+            allowed = gates.choice(lambda gate: not gate.kept_in_cache)
             raise PatchError(
-                f"{name.removesuffix('.apt')} has gate='first': continuous batching computes a prompt once and shares "
-                "its cache with requests that begin alike, so the hidden state of a request's first token is not at "
-                "hand when the gate is needed. Use gate='token', 'static' or 'none', or model.generate"
+                f"{name.removesuffix('.apt')} has gate={module.gate!r}: continuous batching computes a prompt once and "
+                "shares its cache with requests that begin alike, so the hidden state of a request's first token is "
+                f"not available when the gate is needed. Use gate={allowed}, or model.generate"
             )
     inline = next((site.name for site in model._apt_state.sites if site.inline is not None), None)
     if inline is not None:

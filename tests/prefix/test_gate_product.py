@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from apt_kernels.prefix import adaptive
-from apt_kernels.prefix.adaptive import gate_product
+from apt_kernels.prefix import gate_product as module
+from apt_kernels.prefix.gate_product import gate_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -39,7 +39,7 @@ def hold(dtype: torch.dtype) -> None:
     assert [part.dtype for part in found] == [wide, dtype, wide]
     exact = 64 * torch.finfo(wide).eps
     # Two parts of bfloat16 hold 16 bits of a wide gradient.
-    in_parts = dtype == torch.bfloat16 and adaptive._on_matrix_units(given[0])
+    in_parts = dtype == torch.bfloat16 and module._on_matrix_units(given[0])
     for part, true, relative in zip(found, truth, (exact, torch.finfo(dtype).eps, 2**-14 if in_parts else exact)):
         assert (part.double() - true).abs().max() <= relative * true.abs().max()
 
@@ -61,7 +61,7 @@ def matrix_units(monkeypatch):
         taken.append(a.dtype)
         return mm(a.float(), b.float())
 
-    monkeypatch.setattr(adaptive, "_on_matrix_units", lambda t: t.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(module, "_on_matrix_units", lambda t: t.dtype in (torch.bfloat16, torch.float16))
     monkeypatch.setattr(torch, "mm", product)
     return taken
 

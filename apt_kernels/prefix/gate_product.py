@@ -1,0 +1,61 @@
+"""The product of hidden states with a gate's weight: operands in half precision, sums in float32."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """``h W^T`` with the operands in the hidden states' dtype, accumulated and returned in float32 (or float64).
+
+    For its backward it keeps the hidden states as they are, not a copy in float32.
+    """
+    kind = hidden_states.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        logits = _GateProduct.apply(hidden_states.flatten(0, -2), weight)
+        return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
+
+
+class _GateProduct(torch.autograd.Function):
+    """``rows [N, d]`` times ``weight [M, d]``, transposed: ``[N, M]``."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.dtype, weight = weight.dtype, weight.to(rows.dtype)
+        ctx.save_for_backward(rows, weight)
+        return _wide_product(rows, weight.mT)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows = of_weight = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_rows = _product_of_wide(grad, weight).to(rows.dtype)
+            if ctx.needs_input_grad[1]:
+                of_weight = _product_of_wide(grad.mT, rows).to(ctx.dtype)
+        return of_rows, of_weight
+
+
+def _on_matrix_units(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.version.hip is None and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, summed and returned in float32 at least."""
+    if _on_matrix_units(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
+
+
+def _product_of_wide(a: Tensor, b: Tensor) -> Tensor:
+    """`_wide_product` where ``a`` is wide already: for the matrix units as the sum of two bfloat16 parts."""
+    if b.dtype == torch.bfloat16 and _on_matrix_units(b):
+        high = a.to(b.dtype)
+        return _wide_product(high, b) + _wide_product((a - high).to(b.dtype), b)
+    return a @ b.to(a.dtype)

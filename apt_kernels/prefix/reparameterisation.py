@@ -1,0 +1,36 @@
+"""A prefix's key and value from a small embedding while training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Reparameterisation(nn.Module):
+    """Key and value from a small embedding through an MLP: ``W_out tanh(W_in e + b_in) + b_out`` (Li & Liang 2021).
+
+    Theirs is one MLP for all layers; each layer has its own here, so that lengths may differ. Plain parameters:
+    ``embedding [M, W]``, ``weight_in [W, W]``, ``bias_in [W]``, ``weight_out [Hkv (D + Dv), W]``,
+    ``bias_out [Hkv (D + Dv)]``. ``weight_out`` is scaled so that the first prefix has the standard deviation ``std``.
+    """
+
+    def __init__(self, length: int, width: int, heads: int, head_dim: int, value_head_dim: int, std: float, generator):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        outputs = heads * (head_dim + value_head_dim)
+
+        def draw(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * scale)
+
+        self.embedding = draw(length, width, scale=1.0)
+        self.weight_in, self.bias_in = draw(width, width, scale=width**-0.5), nn.Parameter(torch.zeros(width))
+        self.weight_out, self.bias_out = draw(outputs, width, scale=1.0), nn.Parameter(torch.zeros(outputs))
+        with torch.no_grad():
+            self.weight_out *= std / torch.cat([part.flatten() for part in self()]).std().clamp(min=1e-12)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        linear = torch.nn.functional.linear
+        hidden = torch.tanh(linear(self.embedding, self.weight_in, self.bias_in))
+        made = linear(hidden, self.weight_out, self.bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        key, value = made.split((self.head_dim, made.shape[2] - self.head_dim), dim=2)
+        return key.contiguous(), value.contiguous()
