@@ -88,7 +88,7 @@ def trained_weights(model) -> dict[str, Tensor]:
     weights.meet(model, trained.values())
     with weights.gathered(model, trained.values()):
         base = inner(model)
-        return {name: _whole(offload.read(base, name, tensor)) for name, tensor in trained.items()}
+        return {name: whole(offload.read(base, name, tensor)) for name, tensor in trained.items()}
 
 
 def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -107,11 +107,11 @@ def _given(model, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in names:
         if name not in state_dict:
             raise AdapterError(f"state_dict lacks {name}, which was trained")
-    return {name: _whole(state_dict[name]) for name in names}
+    return {name: whole(state_dict[name]) for name in names}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    # A distributed tensor (FSDP2, tensor parallel) is gathered: every process has to come here.
+def whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; a distributed tensor (FSDP2, tensor parallel) is gathered, and every process has to call."""
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -144,9 +144,9 @@ def _trained(model) -> dict[str, Tensor]:
     return {n: p for n, p in parameters.items() if id(p) in ours or (p.requires_grad and id(p) not in theirs)}
 
 
-def save_unfolded(model, path: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write the trained weights alone, reparameterisations as they are, for a training that goes on from them."""
-    tensors = _given(model, state_dict)
+def save_unfolded(model, path: Path, state_dict: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Write the trained weights and ``others``, reparameterisations as they are, for training to be resumed."""
+    tensors = {**_given(model, state_dict), **others}
     _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 

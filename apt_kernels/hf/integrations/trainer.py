@@ -7,13 +7,17 @@ import os
 import shutil
 from pathlib import Path
 
-from ...prefix.adaptive import AdaptivePrefix
-from .. import compat, events
-from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write
+from torch import Tensor
+
+from ...errors import AdapterError, PatchError
+from .. import compat, events, offload, weights
+from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write, whole
+from ..state import named_parameters, state_of
 from ..trainable import trainable_names
 
 # What Trainer looks for when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
+_MODEL_WEIGHTS = (TRAINER_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # In the place of a model's config: the folder holds no model, and a model class would else make a random one.
 NO_MODEL = {
     "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
@@ -55,23 +59,60 @@ class SavePretrained:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
+        folder = Path(save_directory)
+        _refuse_base_model(folder)
+        theirs = _added_weights(self.model, state_dict)
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
+        if theirs:
+            # transformers writes PEFT's adapter alone for a model to which it added one.
+            type(self.model).save_pretrained(self.model, folder, is_main_process=is_main_process)
         if state_dict is None:
             return
-        folder = Path(save_directory)
         hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
         save(self.model, folder, state_dict=state_dict, **hub)
         (folder / "config.json").write_text(json.dumps(NO_MODEL, indent=2) + "\n")
         link = folder / TRAINER_WEIGHTS
-        if any(isinstance(m, AdaptivePrefix) and m.mlp is not None for m in self.model.modules()):
-            save_unfolded(self.model, link, state_dict)
+        if theirs or any(prefix.mlp is not None for prefix in state_of(self.model).prefixes.values()):
+            save_unfolded(self.model, link, state_dict, theirs)
             return
         link.unlink(missing_ok=True)
         try:
             os.link(folder / WEIGHTS, link)
         except OSError:
             shutil.copyfile(folder / WEIGHTS, link)
+
+
+def _refuse_base_model(folder: Path) -> None:
+    """Raise `AdapterError` where a model's own weights would be overwritten."""
+    try:
+        ours = json.loads((folder / "config.json").read_text()).get("model_type") == NO_MODEL["model_type"]
+    except FileNotFoundError:
+        ours = not any((folder / name).exists() for name in _MODEL_WEIGHTS)
+    except (ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise AdapterError(
+            f"{folder} holds a model, which save_pretrained of a patched model would overwrite; save to another "
+            "folder, or call apt_kernels.save, which writes beside it"
+        )
+
+
+def _added_weights(model, state_dict: dict | None) -> dict[str, Tensor]:
+    """The weights that PEFT added to ``model``, by name: out of ``state_dict`` where it is given."""
+    added = events.added_parameters(model)
+    found = {name: parameter for name, parameter in named_parameters(model).items() if id(parameter) in added}
+    if not found:
+        return {}
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        raise PatchError(
+            f"the model holds weights of PEFT ({next(iter(found))}), which its save_pretrained would leave out; call "
+            "save_pretrained of the PeftModel around it, which saves the prefixes too"
+        )
+    if state_dict is not None:
+        return {name: state_dict[name] for name in found if name in state_dict}
+    with weights.gathered(model, found.values()):
+        return {name: whole(offload.read(model, name, parameter)) for name, parameter in found.items()}
 
 
 def _install(model) -> None:
@@ -88,6 +129,8 @@ def _expect_missing(state) -> None:
     model, held = state.model, trainable_names(state.model, state.config)
     for name, prefix in state.prefixes.items():
         held |= {f"{name}.apt.{each}" for each, _ in prefix.named_parameters()}
+    added = events.added_parameters(model)
+    held |= {name for name, parameter in state.parameters.items() if id(parameter) in added}
     # Asked as Trainer does. A quantised model's `state_dict` has more entries, and making it may repack the weights.
     missing = model.load_state_dict({}, strict=False).missing_keys
     model._keys_to_ignore_on_save = sorted(set(missing) - held)

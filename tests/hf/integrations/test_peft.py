@@ -134,3 +134,47 @@ def test_trainer_keeps_the_prefix_beside_peft(tmp_path):
     again, found = trainer(made(), tmp_path / "again", "llama")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert found.by_step == {step: expected.by_step[step] for step in (4, 5, 6)}
+
+
+def with_own_lora(seed, **settings):
+    """A patched model to which transformers itself added a LoRA, both as if trained."""
+    model = apt_kernels.patch(models.build("llama"), prefix_length=3, **settings)
+    torch.manual_seed(seed)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    randomise(model, seed)
+    return model
+
+
+@pytest.mark.parametrize("width", [None, 4])
+def test_a_lora_that_transformers_added_is_saved_with_the_prefix(width, tmp_path):
+    model, given = with_own_lora(1, reparameterisation=width), models.inputs("llama")
+    expected = model(**given).logits
+    model.save_pretrained(tmp_path)
+    fresh = models.build("llama")
+    fresh.load_adapter(str(tmp_path))
+    torch.testing.assert_close(apt_kernels.load(fresh, tmp_path)(**given).logits, expected)
+    # As Trainer resumes: what it reads holds both.
+    other = with_own_lora(2, reparameterisation=width)
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert not any("lora_" in name or ".apt." in name for name in found.missing_keys)
+    assert torch.equal(other(**given).logits, expected)
+
+
+def test_weights_of_peft_that_would_be_left_out_are_refused_by_name(tmp_path):
+    model, base = both("llama", "patch", lora)
+    with pytest.raises(apt_kernels.PatchError, match="which its save_pretrained would leave out"):
+        base.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    model.save_pretrained(tmp_path)
+
+
+def test_a_folder_that_holds_a_base_model_is_not_overwritten(tmp_path):
+    models.build("llama").save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = apt_kernels.patch(models.build("llama"))
+    with pytest.raises(apt_kernels.AdapterError, match="holds a model, which save_pretrained of a patched model would"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    model.save_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
