@@ -191,10 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit code says whether anything is wrong."""
     from tqdm import tqdm
 
+    options = _arguments(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 is set: nothing would be compiled", file=sys.stderr)
         return 2
-    options = _arguments(arguments)
     found = units(jobs(options.architecture, options.width, options.head, options.variant))
     facts, faults = {}, 0
     for unit, known in _compiled(found, options.processes, options.cached):
