@@ -36,7 +36,7 @@ def test_an_unknown_command_is_refused(given, capsys):
 
 def test_unreadable_data_is_an_error_of_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the command sets it; it is taken back here
-    with pytest.raises(SystemExit, match="python -m bench quality: .* has no split; it needs rows to train on"):
+    with pytest.raises(SystemExit, match=r"python -m bench quality: .* has no split; it needs rows to train on"):
         bench.main(["quality", "--task", "rte", "--data", str(tmp_path), "--model", str(tmp_path)])
 
 
