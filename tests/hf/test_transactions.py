@@ -130,7 +130,12 @@ LOADING = ("hf/checkpoint", "hf/adapter_file", "hf/hub", "hf/offload", "hf/weigh
 
 def made(call, build, folder):
     """What the call gets: a model, and a folder with other weights."""
-    apt_kernels.save(trained(build), folder)
+    other = trained(build)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter += 1
+    apt_kernels.save(other, folder)
     # An adapter with an MLP is folded by prune; load takes one without.
     model = build() if call in NEW else trained(build, reparameterisation=None if call == "load" else 4)
     next(model.parameters()).requires_grad_(False)
