@@ -1,4 +1,4 @@
-"""The demo's results as a table and as JSON, and their place in the README."""
+"""The demo's results as a table and as JSON, and their place in docs/demo.md."""
 
 from __future__ import annotations
 
@@ -84,18 +84,16 @@ def _run(run: Run) -> dict:
     }
 
 
-def update_readme(readme: Path, output: Path) -> None:
-    """Put the table and the picture in ``output`` between the README's markers."""
-    text = readme.read_text(encoding="utf-8")
+def update_page(page: Path, output: Path) -> None:
+    """Put the table and the plot in ``output`` between the page's markers."""
+    text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise RuntimeError(f"{readme.name} has no section between {BEGIN} and {END}")
-    picture = readme.parent / "docs" / "demo.png"
-    picture.parent.mkdir(exist_ok=True)
-    shutil.copyfile(output / "gates.png", picture)
+        raise RuntimeError(f"{page.name} has no section between {BEGIN} and {END}")
+    shutil.copyfile(output / "gates.png", page.with_name("demo.png"))
     alternative = "Mean of lambda times alpha for every layer and prefix token"
-    section = f"{(output / 'table.md').read_text(encoding='utf-8').strip()}\n\n![{alternative}](docs/demo.png)"
-    temporary = readme.with_suffix(".tmp")
+    section = f"{(output / 'table.md').read_text(encoding='utf-8').strip()}\n\n![{alternative}](demo.png)"
+    temporary = page.with_suffix(".tmp")
     temporary.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
-    os.replace(temporary, readme)
+    os.replace(temporary, page)

@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder of the adapter, table and figure"
     )
-    parser.add_argument("--update-readme", action="store_true", help="put the table and the picture into README.md")
+    parser.add_argument("--update-docs", action="store_true", help="put the table and the figure into docs/demo.md")
     return parser.parse_args(argv)
 
 
@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     probe = _probe(comparison, results["APT"]["ours"])
     failures += _reload(comparison, results["APT"]["ours"])
     _write(comparison, results, probe, failures, time.perf_counter() - began)
-    if options.update_readme and not failures:
-        report.update_readme(Path("README.md"), options.output)
+    if options.update_docs and not failures:
+        report.update_page(Path("docs/demo.md"), options.output)
     return 1 if failures else 0
 
 
@@ -147,7 +147,7 @@ def _reload(comparison: Comparison, run: Run) -> list[str]:
 
 def _write(comparison: Comparison, results, probe: apt_kernels.Probe, failures: list[str], seconds: float) -> None:
     options, device, output = comparison.options, comparison.device, comparison.options.output
-    public = {name: value for name, value in vars(options).items() if name not in ("output", "update_readme")}
+    public = {name: value for name, value in vars(options).items() if name not in ("output", "update_docs")}
     public["model"] = pretrained.title(options.model)
     public.update(data=comparison.task.name, train=len(comparison.train), test=len(comparison.test))
     text = f"{report.table(results)}\n\n{report.notes(public, device)}\n"

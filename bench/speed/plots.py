@@ -47,6 +47,49 @@ def series(results: Results) -> dict:
     }
 
 
+def model_ratios(results: Results) -> list[tuple[str, float, float | None]]:
+    """For each whole-model case: its name in words, and naive's time and peak memory as multiples of ours."""
+    found = []
+    for row in main_rows(results):
+        if row.stage not in ("training", "compiled", "generation") or row.against("naive") is None:
+            continue
+        memory = row.memory_against("naive") if row.stage != "generation" else None
+        found.append((in_words(row.case, row.which), row.against("naive"), memory and 1 / memory))
+    return found
+
+
+def in_words(case: str, which: str) -> str:
+    """``llama-4-layers-b1-t1024-m64-apt`` as a reader would say it."""
+    model, layers, _, batch, tokens, prefix, method, *rest = case.split("-")
+    name = {"bert": "BERT", "llama": "Llama"}.get(model, model)
+    work = "decode" if which == "token" else "train"
+    gates = {"apt": "gates", "prefix": "no gates"}[method] + "".join(f", {word}" for word in rest)
+    length = f"{tokens[1:]}-token cache" if tokens[0] == "s" else f"{tokens[1:]} tokens"
+    return f"{work} {name} ({layers} layers): {batch[1:]} x {length}, prefix {prefix[1:]}, {gates}"
+
+
+def draw_models(results: Results, path: Path) -> None:
+    """Bars: what the usual implementation takes for whole models, as multiples of ours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = model_ratios(results)
+    figure = Figure(figsize=(9, 1.4 + 0.34 * len(drawn)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    places = range(len(drawn), 0, -1)
+    axes.barh([y + 0.18 for y in places], [time for _, time, _ in drawn], 0.34, label="time")
+    memory = [(y - 0.18, value) for y, (_, _, value) in zip(places, drawn) if value]
+    axes.barh([y for y, _ in memory], [value for _, value in memory], 0.34, label="peak memory")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(yticks=list(places), xlabel="concatenated prefix / apt-kernels")
+    axes.set_yticklabels([name for name, _, _ in drawn])
+    axes.legend()
+    axes.set_title("Cost of the usual implementation relative to apt-kernels (1: equal)", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80, metadata={"Software": None, "Description": fingerprint({"models": drawn})})
+
+
 def fingerprint(drawn: dict) -> str:
     """Of the numbers, to four digits; it stands in the picture's metadata."""
     rounded = json.loads(json.dumps(drawn), parse_float=lambda text: f"{float(text):.4g}")

@@ -2,7 +2,7 @@
 
     python -m bench report bench/results/MACHINE [--out FOLDER] [--details]
     python -m bench report --compare HEAD~1:bench/results/MACHINE bench/results/MACHINE
-    python -m bench report --update        # README.md, docs/ and bench/results/README.md from the committed JSON
+    python -m bench report --update        # docs/ and bench/results/README.md from the committed JSON
 
 A source is a JSON file, a folder of them, or ``REVISION:folder`` as committed in git.
 """
@@ -62,10 +62,10 @@ def everything(found: dict[str, Results]) -> str:
 
 
 def section(found: dict[str, Results]) -> str:
-    """The README's section: for every machine a short table and its figures, and the machines without results."""
+    """The section of docs/performance.md: a short table and a figure for every machine, and what is not measured."""
     parts = []
     for name, results in found.items():
-        parts += [heading(results), _short(results), f"![Times, memory and ratios on {name}](docs/bench-{name}.png)"]
+        parts += [heading(results), _short(results), f"![Times, memory and ratios on {name}](bench-{name}.png)"]
     if not any(results.cuda for results in found.values()):
         parts.append("On a GPU: not measured.")
     parts.append(_EXPLAINED)
@@ -98,14 +98,14 @@ def _short(results: Results) -> str:
 def generated(root: Path = machine.ROOT) -> dict[Path, str]:
     """Every generated text by its file."""
     found = {name: load(path) for name, path in machines().items()}
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    page = root / "docs" / "performance.md"
+    text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise RuntimeError(f"README.md has no section between {BEGIN} and {END}")
+        raise RuntimeError(f"{page.name} has no section between {BEGIN} and {END}")
     return {
-        readme: f"{before}{begin}\n{section(found)}\n{end}{after}",
+        page: f"{before}{begin}\n{section(found)}\n{end}{after}",
         root / "bench" / "results" / "README.md": everything(found),
     }
 
@@ -118,6 +118,7 @@ def update() -> None:
     for name, folder in machines().items():
         results = load(folder)
         plots.draw(results, machine.ROOT / "docs" / f"bench-{name}.png", machine.line(results.machine))
+        plots.draw_models(results, machine.ROOT / "docs" / f"models-{name}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="also write report.md and report.png here")
     parser.add_argument("--details", action="store_true", help="the times of every peer, and why others are missing")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"))
-    parser.add_argument("--update", action="store_true", help="regenerate README.md, docs/ and bench/results/README.md")
+    parser.add_argument("--update", action="store_true", help="regenerate docs/ and bench/results/README.md")
     options = parser.parse_args(arguments)
     if options.update:
         update()

@@ -1,7 +1,7 @@
 """Run the benchmark stage by stage, each in its own process, and print the table.
 
     python -m bench speed                                   # every stage, as `make bench`
-    python -m bench speed --keep                            # store in bench/results/MACHINE and update README.md
+    python -m bench speed --keep                            # store in bench/results/MACHINE and update docs/
     python -m bench speed --stage causal --only t1024       # some cases of one stage
     python -m bench speed --stage encoder --peers naive,ours --seconds 10   # a quick ratio, nothing stored
 
@@ -50,7 +50,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", help="default: bfloat16 on CUDA, float32 elsewhere")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the JSON files and the report are written")
-    parser.add_argument("--keep", action="store_true", help="write to bench/results/MACHINE and update README.md")
+    parser.add_argument("--keep", action="store_true", help="write to bench/results/MACHINE and update docs/")
     parser.add_argument("--details", action="store_true", help="print the times of every peer")
     parser.add_argument("--list-stages", action="store_true", help="print the names of the stages and exit")
     own, more = parser.parse_known_args(given)

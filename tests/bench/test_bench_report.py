@@ -140,12 +140,15 @@ def test_the_machine_is_named_without_its_host():
 
 
 def test_what_is_committed_is_what_its_results_give():
-    """README.md, bench/results/README.md and the pictures: `python -m bench report --update` makes them."""
+    """docs/performance.md, bench/results/README.md and the pictures: `python -m bench report --update` makes them."""
     for path, text in report.generated().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: python -m bench report --update"
     for name, folder in report.machines().items():
         picture = plots.fingerprint_of(ROOT / "docs" / f"bench-{name}.png")
         assert picture == plots.fingerprint(plots.series(tables.load(folder))), f"docs/bench-{name}.png is stale"
+        picture = plots.fingerprint_of(ROOT / "docs" / f"models-{name}.png")
+        drawn = plots.model_ratios(tables.load(folder))
+        assert picture == plots.fingerprint({"models": drawn}), f"docs/models-{name}.png is stale"
 
 
 @pytest.mark.slow

@@ -80,8 +80,9 @@ def _arguments(model_folder, data_folder, output) -> list[str]:
 
 def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert demo.main([*_arguments(model_folder, data_folder, "out"), "--update-readme"]) == 0
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/demo.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert demo.main([*_arguments(model_folder, data_folder, "out"), "--update-docs"]) == 0
     printed = capsys.readouterr().out
     assert "predicts the same to the last bit" in printed
     output = tmp_path / "out"
@@ -99,13 +100,13 @@ def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch
     assert torch.tensor(found["gates"]).shape == (2, 4)
     assert {path.name for path in (output / "adapter").iterdir()} == {"adapter.safetensors", "apt_config.json"}
     assert (output / "gates.png").read_bytes().startswith(b"\x89PNG")
-    readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme
-    assert readme.startswith("before\n")
-    assert readme.endswith("after\n")
-    assert (output / "table.md").read_text().strip() in readme
+    page = (tmp_path / "docs/demo.md").read_text()
+    assert "old" not in page
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert (output / "table.md").read_text().strip() in page
     assert (tmp_path / "docs/demo.png").exists()
-    for written in (readme, json.dumps(found), printed):
+    for written in (page, json.dumps(found), printed):
         assert str(model_folder.parent) not in written
 
 

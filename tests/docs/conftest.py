@@ -1,0 +1,55 @@
+"""Tiny models in place of those that the documentation names."""
+
+import inspect
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ContinuousBatchingConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from helpers import documentation
+
+_SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+SMALL_CACHE = f"__import__('transformers').ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, {_SIZE}=8)"
+
+
+@pytest.fixture(scope="session")
+def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
+    """What stands in the documentation, and what replaces it when its code runs."""
+    root = tmp_path_factory.mktemp("models")
+    words = sorted({word for page in documentation.PAGES for word in page.read_text(encoding="utf-8").split()})
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size["vocab_size"] = len(words) + 4
+    torch.manual_seed(0)
+    # Random weights large enough to tell texts apart: 20 steps at 1e-2 then end below 0.1, at 5e-5 above 0.5.
+    text = {"initializer_range": 0.15, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = BertForSequenceClassification(BertConfig(**size, max_position_embeddings=64, **text))
+    qwen = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=2, head_dim=16))
+    for name, model in (("bert", bert), ("qwen3", qwen)):
+        tokenizer = Tokenizer(models.WordLevel(vocabulary(words), unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+        wrapped.save_pretrained(root / name)
+        model.save_pretrained(root / name)
+    return [
+        ('"bert-base-uncased"', repr(str(root / "bert"))),
+        ('"Qwen/Qwen3-0.6B"', repr(str(root / "qwen3"))),
+        # One graph is what is tested; inductor takes a minute to compile it.
+        ("torch.compile(model, ", 'torch.compile(model, backend="eager", '),
+        # By default the paged cache takes most of the memory there is.
+        (
+            "generate_batch(prompts, ",
+            f"generate_batch(prompts, continuous_batching_config={SMALL_CACHE}, generation_config=",
+        ),
+    ]
+
+
+def vocabulary(words: list[str]) -> dict[str, int]:
+    return {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}

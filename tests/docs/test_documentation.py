@@ -1,0 +1,69 @@
+"""The documentation is right: its code runs, its links resolve, the messages it quotes exist."""
+
+import matplotlib
+import pytest
+import torch
+
+import apt_kernels
+from helpers import documentation
+from helpers.documentation import PAGES, ROOT
+
+WITH_CODE = [page for page in PAGES if documentation.python_blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=documentation.name)
+def test_the_code_runs(page, substitutions, tmp_path, monkeypatch):
+    """All blocks of a page, one after the other, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    # One process takes the place of those that torchrun starts.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    namespace = {"__name__": "__main__"}
+    for line, code in documentation.python_blocks(page):
+        for written, replacement in substitutions:
+            code = code.replace(written, replacement)
+        # Errors name the page's own lines.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+    if page.name in ("README.md", "quickstart.md"):
+        assert namespace["loss"].item() < 0.35, "the learning rate that the page shows does not train"
+
+
+def test_the_readme_fits_a_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=documentation.name)
+def test_links_and_anchors_resolve(page):
+    broken = []
+    for link in documentation.links(page):
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        if not path.exists() or (anchor and anchor not in documentation.anchors(path)):
+            broken.append(link)
+    assert not broken
+
+
+def test_quoted_messages_exist():
+    sources = list(documentation.messages())
+    found = documentation.quoted(ROOT / "docs" / "troubleshooting.md")
+    assert len(found) > 20
+    missing = [message for message in found if not any(documentation.quotes(message, source) for source in sources)]
+    # Not a message of this package: a heading that says what the user did.
+    assert not [message for message in missing if " " in message]
+
+
+def test_a_wrong_quotation_is_noticed():
+    source = "the model is a \0; patch needs a transformers.PreTrainedModel"
+    assert documentation.quotes("the model is a ...; patch needs a transformers.PreTrainedModel", source)
+    assert not documentation.quotes("the model is ...; patch needs a transformers.PreTrainedModel.", source)
+    assert not documentation.quotes("the model is a ...", "the model is the")
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    listed = {line.split(".")[-1] for line in text.splitlines() if line.startswith("::: ")}
+    assert listed == set(apt_kernels.__all__)
