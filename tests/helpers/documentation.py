@@ -58,5 +58,4 @@ def quoted(page: Path) -> list[str]:
 def quotes(message: str, source: str) -> bool:
     """Whether ``message``, in which ``...`` leaves something out, is what ``source`` says."""
     parts = [re.escape(part) for part in re.split(r"\.\.\.", message)]
-    # probe(...) and the like are literal: their dots may also match themselves.
     return re.fullmatch(".*".join(parts), source, re.DOTALL) is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PatchError
+from ...prefix import gates
 
 
 class Kept(NamedTuple):
@@ -105,11 +106,11 @@ def recall(cache, owner: tuple[str, str]) -> Tensor:
 
 
 def _kept(cache, owner: tuple[str, str]) -> Kept:
-    gates = getattr(cache, "apt_gates", {})
-    if owner not in gates:
+    kept = getattr(cache, "apt_gates", {})
+    if owner not in kept:
         raise PatchError(
             f"{owner[0]}: the cache already holds tokens but not the prompt's gate; it was filled without this "
             "patched model, or with another adapter. Run the prompt through the model again, or use "
             f"gate={gates.choice(lambda gate: not gate.kept_in_cache)}"
         )
-    return gates[owner]
+    return kept[owner]

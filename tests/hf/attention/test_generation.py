@@ -100,5 +100,5 @@ def test_a_filled_cache_without_a_gate_raises():
     model, given = models.build("llama"), models.inputs("llama")
     cache = model(**given, use_cache=True).past_key_values
     apt_kernels.patch(model, gate="first")
-    with pytest.raises(apt_kernels.PatchError, match="no gate"):
+    with pytest.raises(apt_kernels.PatchError, match="but not the prompt's gate"):
         model(given["input_ids"], past_key_values=cache)
