@@ -11,6 +11,8 @@ COMMANDS = {
     "library": "bench.compiled.cuda_report",
     "launches": "bench.compiled.launches",
     "overhead": "bench.compiled.launch_overhead",
+    "rates": "bench.compiled.rates",
+    "schedule": "bench.compiled.schedule",
     "tune": "bench.compiled.tune",
 }
 

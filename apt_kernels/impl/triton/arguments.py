@@ -253,18 +253,24 @@ class Problem:
             ALIGNED=straight, DESCRIPTORS=straight and self._described and describable(operands)
         )
 
-    def band(self) -> int:
+    def band(self, tile: tiles.Tile) -> int:
         """How many query heads go side by side in the kernels over queries: whole groups, whose keys and values fit
-        the second-level cache together."""
-        _, heads, kv_heads, _, keys, _, head_dim, value_dim = self.sizes
-        row = keys * (head_dim + value_dim) * self.x.query.element_size()
-        return tiles.band(self.architecture, row) * (heads // kv_heads)
+        the second-level cache together (see `tiles.band`)."""
+        _, heads, kv_heads, queries, keys, _, head_dim, value_dim = self.sizes
+        group, row = heads // kv_heads, keys * (head_dim + value_dim) * self.x.query.element_size()
+        return tiles.band(self.architecture, row, count_tiles(queries, tile.rows) * group) * group
 
-    def column_band(self, shares: int) -> int:
+    def shares(self, tile: tiles.Tile) -> int:
+        """Into how many shares a group's query heads are cut for dk and dv."""
+        batch, heads, kv_heads, queries, keys, *_ = self.sizes
+        counts = count_tiles(keys, tile.columns), count_tiles(queries, tile.rows)
+        return tiles.shares(self.architecture, batch * kv_heads, heads // kv_heads, *counts, self._constants.RIGHT)
+
+    def column_band(self, tile: tiles.Tile, shares: int) -> int:
         """The same for programs of key tiles, each of which takes one of ``shares`` of a group's heads."""
-        _, heads, kv_heads, queries, _, _, head_dim, value_dim = self.sizes
+        _, heads, kv_heads, queries, keys, _, head_dim, value_dim = self.sizes
         row = queries * (head_dim + value_dim) * self.x.query.element_size()
-        return tiles.band(self.architecture, row * (heads // kv_heads) // shares)
+        return tiles.band(self.architecture, row * (heads // kv_heads) // shares, count_tiles(keys, tile.columns))
 
     def tile(self, kernel: str) -> tiles.Tile:
         """The table's entry for a kernel."""
@@ -273,7 +279,8 @@ class Problem:
 
     def prefix_columns(self, tile: tiles.Tile) -> int:
         """Prefix columns that a kernel over queries takes at once."""
-        return tiles.prefix_columns(tile, self.dim, self.x.gate_per_query)
+        width = self.x.query.element_size()
+        return tiles.prefix_columns(self.architecture, tile, width, self.dim, self.x.gate_per_query)
 
 
 def _precision(architecture: str) -> str:

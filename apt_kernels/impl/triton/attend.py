@@ -19,6 +19,7 @@ from .primitives import (
     add_bias,
     as_tile,
     at,
+    column_weights,
     drop,
     head,
     hide,
@@ -39,7 +40,7 @@ from .primitives import (
     seen_tokens,
     similarity,
     store_tile,
-    weights,
+    whole_prefix,
 )
 from .ranges import key_tiles
 from .split import split_forward
@@ -86,16 +87,16 @@ def _prefix(
     b_out, b_max, b_sum = so_far
     b_q, at_q = query
     i_b, _, o_t, _ = place
-    for i_m in tl.range(i_first, i_end, PREFIX, num_stages=1):
+    for i_m in tl.range(i_first, i_end, PREFIX):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
-        b_g = weights(gate, i_b, o_t, o_m, T, M, C.PER_QUERY, C.W)  # [ROWS or 1, PREFIX or 1]
-        b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, False).to(b_q.dtype)  # [PREFIX, WIDTH]
+        b_g = column_weights(gate, i_b, o_t, i_m, T, M, PREFIX, C)  # [ROWS or 1, PREFIX]
+        b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH]
         b_s = similarity(b_q, at_q, b_k, at(k, i_m), D, C)
         b_x, b_factor = logits(b_s, b_g, scales[0], scales[1], C.CAPPED, C.POSITIVE)
         if CHECK:
             b_x = tl.where(o_m < M, b_x, float("-inf"))
         b_p, b_rescale, b_max, b_sum = online(b_x, b_factor, b_max, b_sum)
-        b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, False).to(b_q.dtype)  # [PREFIX, WIDTH_V]
+        b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_p = (drop(b_p, kept_columns(b_keys, o_m, plain(n.threshold))) * b_g).to(b_q.dtype)
         b_out = product(b_p, b_v, b_out * b_rescale[:, None], C)
     return b_out, b_max, b_sum
@@ -141,9 +142,11 @@ def attention_forward(
         p_tokens, s_tokens = head(tokens, i_b, i_h, C.ALIGNED)
         b_out = load_rows(p_tokens, s_tokens, i_t, T, DV, ROWS, WIDTH_V, True, C.ALIGNED).to(C.W)  # [ROWS, WIDTH_V]
 
-    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, False)
-    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, False)
-    so_far = _prefix((b_out, b_max, b_sum), query, pk, pv, gate, b_keys, place, n, scales, 0, M, C, PREFIX, True)
+    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+    so_far, i_whole = (b_out, b_max, b_sum), whole_prefix(M, PREFIX)
+    so_far = _prefix(so_far, query, pk, pv, gate, b_keys, place, n, scales, 0, i_whole, C, PREFIX, False)
+    so_far = _prefix(so_far, query, pk, pv, gate, b_keys, place, n, scales, i_whole, M, C, PREFIX, True)
 
     if tokens.ptr is None:
         k = open_rows(x.k, i_b, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
@@ -175,7 +178,7 @@ def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
     launch(
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.operands, first, tokens_logsumexp, to, logsumexp, x.sinks, problem.gate, problem.seen, x.seed,
-        (odd(problem.band()),), problem.numbers, *problem.scales, C=problem.constants(first, to),
+        (odd(problem.band(tile)),), problem.numbers, *problem.scales, C=problem.constants(first, to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
     )  # fmt: skip
     return out, logsumexp

@@ -42,7 +42,7 @@ from .primitives import (
     row_sums,
     sigmoids,
     similarity,
-    store_tile,
+    store_opened,
     token_weights,
     uncap,
     weights,
@@ -173,6 +173,12 @@ def _tokens(
     o_n = i_n + tl.arange(0, COLUMNS)[:, None]
     i_base = position(seen, i_b, n)
     i_first, i_whole, i_whole_end, i_end = query_tiles(seen, i_b, i_n, i_base, n, C, ROWS, COLUMNS)
+    # Opened before the loop, which then holds fewer numbers in registers.
+    i_part = i_share * batch + i_b
+    if KEY:
+        dk = open_rows(to.dk, i_part, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    if VALUE:
+        dv = open_rows(to.dv, i_part, i_kv, S, DV, COLUMNS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
     i_heads = plain(work.share)
     i_h = i_kv * group + i_share * i_heads
     i_bh = i_b * heads + i_h
@@ -192,9 +198,9 @@ def _tokens(
         b_dk, b_dv, columns, queries, seen, p_seed, place, n, scales, steps, C, ROWS, KEY, VALUE, False
     )
     if KEY:
-        store_tile(to.dk, i_share * batch + i_b, i_kv, i_n, S, b_dk * scales[0], D, C)
+        store_opened(dk, i_n, b_dk * scales[0], D, C)
     if VALUE:
-        store_tile(to.dv, i_share * batch + i_b, i_kv, i_n, S, rescale(b_dv, scales[2], p_seed), DV, C)
+        store_opened(dv, i_n, rescale(b_dv, scales[2], p_seed), DV, C)
 
 
 @triton.jit
@@ -456,7 +462,8 @@ def prefix_column_gradients(
 class Columns(NamedTuple):
     """What the launches leave: gradients, and partial sums for `finish`; None for what is not needed.
 
-    ``prefix_key`` and ``prefix_value``: ``[parts, Hkv, M, D or Dv]``, the last two padded to tiles. ``gate`` is done.
+    ``key`` and ``value``: ``[shares * B, Hkv, S, D or Dv]``, done where there is one share. ``prefix_key`` and
+    ``prefix_value``: ``[parts, Hkv, M, D or Dv]``, the last two padded to tiles. ``gate`` is done.
     ``weights`` ``[B, n, M]``: gradients of ``g``, ``n`` rows for every batch row. ``layer_scale``: ``[programs]``.
     """
 
@@ -492,7 +499,7 @@ def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[
     weights = need["gate"] or scaled
 
     any_token, any_prefix = need["key"] or need["value"], need["prefix_key"] or need["prefix_value"]
-    shares = 1
+    shares = problem.shares(tile)
     tokens = count_tiles(keys, tile.columns) * batch * kv_heads * shares if any_token else 0
     roles = Roles(
         KEY=need["key"],
@@ -509,10 +516,13 @@ def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[
         return torch.empty(shape, dtype=x.compute_dtype, device=x.query.device) if wanted else None
 
     indexed = x.gate_index is not None
+    # Partial sums of dk and dv have the dtype of sums.
+    sums_like = torch.empty((), dtype=x.compute_dtype, device=x.query.device)
+    like_key, like_value = (x.key, x.value) if shares == 1 else (sums_like, sums_like)
     part = (chunks * splits, kv_heads, count_tiles(length, shared.columns) * shared.columns)
     columns = Columns(
-        key=heads_last_empty(x.key, batch, kv_heads, keys, head_dim) if need["key"] else None,
-        value=heads_last_empty(x.value, batch, kv_heads, keys, value_dim) if need["value"] else None,
+        key=heads_last_empty(like_key, shares * batch, kv_heads, keys, head_dim) if need["key"] else None,
+        value=heads_last_empty(like_value, shares * batch, kv_heads, keys, value_dim) if need["value"] else None,
         prefix_key=empty(need["prefix_key"], *part, tiles.padded(head_dim)),
         prefix_value=empty(need["prefix_value"], *part, tiles.padded(value_dim)),
         gate=torch.empty_like(x.gate, memory_format=torch.contiguous_format)
@@ -525,7 +535,7 @@ def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[
     )
     to = Gradients(rows(columns.key), rows(columns.value), *columns[2:])
     share = heads // kv_heads // shares
-    work = Work(*map(odd, (tokens, shares, share, problem.column_band(shares), prefixes, chunk, splits)))
+    work = Work(*map(odd, (tokens, shares, share, problem.column_band(tile, shares), prefixes, chunk, splits)))
     given = (problem.operands, d_out, sums, to, problem.gate)
     rest = (x.seed, work, problem.numbers, *problem.scales)
     sizes = {

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import heads_last_empty
 from .arguments import Problem, count_tiles, launch, odd
 from .columns import Columns
 from .primitives import LOG2E, layer_scale, plain
@@ -19,6 +20,8 @@ class Parts(NamedTuple):
 
     key: Tensor | None
     value: Tensor | None
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
     weights: Tensor | None
     layer_scale: Tensor | None
     sinks: Tensor | None
@@ -28,6 +31,8 @@ class Parts(NamedTuple):
 class Done(NamedTuple):
     """Where the gradients go."""
 
+    key: Tensor | None
+    value: Tensor | None
     prefix_key: Tensor | None
     prefix_value: Tensor | None
     gate: Tensor | None
@@ -38,15 +43,18 @@ class Done(NamedTuple):
 class Counts(NamedTuple):
     """Run-time numbers, encoded by `arguments.odd`.
 
-    Programs of dPk, dPv, the gate and lambda; parts of the prefix's gradients and of lambda's; rows of the gate, and
-    of its partial sums for each batch row; ``length`` and ``padded_length``: prefix columns, and those of a part;
-    ``padded``: queries, as row sums are padded.
+    Programs of dk and dv, where these have ``shares``, of dPk, dPv, the gate and lambda; parts of the prefix's
+    gradients and of lambda's; rows of the gate, and of its partial sums for each batch row; ``length`` and
+    ``padded_length``: prefix columns, and those of a part; ``padded``: queries, as row sums are padded.
     """
 
+    token_key_programs: int
+    token_value_programs: int
     key_programs: int
     value_programs: int
     gate_programs: int
     scale_programs: int
+    shares: int
     parts: int
     scale_parts: int
     gate_rows: int
@@ -57,6 +65,18 @@ class Counts(NamedTuple):
     length: int
     padded_length: int
     padded: int
+    key_size: int
+    value_size: int
+
+
+@triton.jit
+def _sum_shares(p_parts, p_sum, i, shares, size, W: tl.constexpr, COLUMNS: tl.constexpr):
+    """``COLUMNS`` of ``size`` elements, each summed over a few shares, one after another."""
+    o = tl.cast(i, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    b_sum = tl.zeros([COLUMNS], W)
+    for i_share in tl.range(0, shares):
+        b_sum += tl.load(p_parts + tl.cast(i_share, tl.int64) * size + o, mask=o < size, other=0.0)
+    tl.store(p_sum + o, b_sum.to(p_sum.dtype.element_ty), mask=o < size)
 
 
 @triton.jit
@@ -119,17 +139,25 @@ def finish_gradients(
     parts, to, gate, c, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first ``keys`` programs sum dPk, then ``values`` dPv, ``gates`` the gate's, ``scales`` (one, or none)
-    lambda's, and one a head the sinks'."""
+    """The first programs sum the shares of dk and of dv, where there are any; then come ``keys`` for dPk, ``values``
+    for dPv, ``gates`` for the gate, ``scales`` (one, or none) for lambda, and one a head for the sinks."""
     i, keys, values = tl.program_id(0), plain(c.key_programs), plain(c.value_programs)
     gates, scales = plain(c.gate_programs), plain(c.scale_programs)
+    if to.key is not None:
+        if i < plain(c.token_key_programs):
+            _sum_shares(parts.key, to.key, i, plain(c.shares), plain(c.key_size), W, ROWS * COLUMNS)
+    i -= plain(c.token_key_programs)
+    if to.value is not None:
+        if (i >= 0) & (i < plain(c.token_value_programs)):
+            _sum_shares(parts.value, to.value, i, plain(c.shares), plain(c.value_size), W, ROWS * COLUMNS)
+    i -= plain(c.token_value_programs)
     if to.prefix_key is not None:
-        if i < keys:
-            _sum_parts(parts.key, to.prefix_key, i, c, D, WIDTH, W, ROWS, COLUMNS)
+        if (i >= 0) & (i < keys):
+            _sum_parts(parts.prefix_key, to.prefix_key, i, c, D, WIDTH, W, ROWS, COLUMNS)
     i -= keys
     if to.prefix_value is not None:
         if (i >= 0) & (i < values):
-            _sum_parts(parts.value, to.prefix_value, i, c, DV, WIDTH_V, W, ROWS, COLUMNS)
+            _sum_parts(parts.prefix_value, to.prefix_value, i, c, DV, WIDTH_V, W, ROWS, COLUMNS)
     i -= values
     if to.gate is not None:
         if (i >= 0) & (i < gates):
@@ -152,7 +180,7 @@ def finish_gradients(
 
 
 def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, bool]) -> dict[str, Tensor | None]:
-    """The gradients of prefix, gate, layer scale and sinks that are needed."""
+    """The gradients of key, value, prefix, gate, layer scale and sinks that are needed."""
     x, tile, constants = problem.x, problem.tile("finish"), problem.constants()
     batch, heads, kv_heads, _, _, length, *_ = problem.sizes
 
@@ -160,14 +188,24 @@ def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, boo
         wanted = need[name] and (name != "gate" or columns.gate is None)
         return torch.empty_like(getattr(x, name), memory_format=torch.contiguous_format) if wanted else None
 
-    to = Done(*[like(name) for name in Done._fields])
-    sizes = [0 if made is None else made.numel() for made in to]
-    gate_rows = sizes[2] // length
-    keys, values = (count_tiles(size, tile.columns) for size in sizes[:2])
-    programs = (keys, values, gate_rows * count_tiles(length, tile.columns), sizes[3])
+    shares = 1 if columns.key is columns.value is None else problem.shares(problem.tile("key_value"))
+    tokens = [
+        None if part is None or shares == 1 else heads_last_empty(given, batch, kv_heads, *part.shape[2:])
+        for part, given in ((columns.key, x.key), (columns.value, x.value))
+    ]
+    to = Done(*tokens, *[like(name) for name in Done._fields[2:]])
+    sizes = Done(*[0 if made is None else made.numel() for made in to])
+    gate_rows = sizes.gate // length
+    programs = (
+        *(count_tiles(size, tile.rows * tile.columns) for size in sizes[:2]),
+        *(count_tiles(size, tile.columns) for size in sizes[2:4]),
+        gate_rows * count_tiles(length, tile.columns),
+        sizes.layer_scale,
+    )
     partial = columns.prefix_key if columns.prefix_key is not None else columns.prefix_value
     counts = (
         *programs,
+        shares,
         0 if partial is None else partial.shape[0],
         0 if columns.layer_scale is None else columns.layer_scale.numel(),
         gate_rows,
@@ -178,12 +216,19 @@ def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, boo
         length,
         0 if partial is None else partial.shape[2],
         sums.shape[3],
+        sizes.key,
+        sizes.value,
     )
-    parts = Parts(*columns[2:4], columns.weights, columns.layer_scale, x.sinks, sums)
-    if sum(programs) + sizes[4]:
+    shared = [None if whole is None else part for part, whole in zip(columns[:2], tokens)]
+    parts = Parts(*shared, *columns[2:4], columns.weights, columns.layer_scale, x.sinks, sums)
+    if sum(programs) + sizes.sinks:
         launch(
-            finish_gradients, sum(programs) + sizes[4], tile, parts, to, problem.gate, Counts(*map(odd, counts)),
+            finish_gradients, sum(programs) + sizes.sinks, tile, parts, to, problem.gate, Counts(*map(odd, counts)),
             D=constants.D, DV=constants.DV, WIDTH=constants.WIDTH, WIDTH_V=constants.WIDTH_V, W=constants.W,
             ROWS=tile.rows, COLUMNS=tile.columns,
         )  # fmt: skip
-    return to._asdict() | ({} if columns.gate is None else {"gate": columns.gate})
+    done = to._asdict()
+    for name in ("key", "value", "gate"):
+        if done[name] is None:
+            done[name] = getattr(columns, name)
+    return done

@@ -20,6 +20,7 @@ from .primitives import (
     LOG2E,
     as_tile,
     at,
+    column_weights,
     head,
     lengths,
     load_row_sums,
@@ -36,7 +37,7 @@ from .primitives import (
     similarity,
     store_tile,
     token_gradients,
-    weights,
+    whole_prefix,
 )
 from .ranges import key_tiles
 
@@ -79,11 +80,11 @@ def _query_prefix(
     T, _, M = lengths(n)
     b_q, at_q, b_do, at_do, b_lse, b_delta = query
     i_b, _, o_t, _ = place
-    for i_m in tl.range(i_first, i_end, PREFIX, num_stages=1):
+    for i_m in tl.range(i_first, i_end, PREFIX):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
-        b_g = weights(gate, i_b, o_t, o_m, T, M, C.PER_QUERY, C.W)  # [ROWS or 1, PREFIX or 1]
-        b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, False).to(b_q.dtype)  # [PREFIX, WIDTH]
-        b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, False).to(b_q.dtype)  # [PREFIX, WIDTH_V]
+        b_g = column_weights(gate, i_b, o_t, i_m, T, M, PREFIX, C)  # [ROWS or 1, PREFIX]
+        b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH]
+        b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_s = similarity(b_q, at_q, b_k, at(k, i_m), D, C)
         b_r = similarity(b_do, at_do, b_v, at(v, i_m), DV, C)
         b_dz = prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C, CHECK)[1]
@@ -113,9 +114,11 @@ def _query_gradient(
     here = (i_b, i_h, o_t, i_base)
     b_dq = tl.zeros([ROWS, WIDTH], C.W)
 
-    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, False)
-    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, False)
-    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, 0, M, C, PREFIX, True)
+    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+    i_whole = whole_prefix(M, PREFIX)
+    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, 0, i_whole, C, PREFIX, False)
+    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, i_whole, M, C, PREFIX, True)
 
     if tokens.ptr is None:
         k = open_rows(x.k, i_b, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
@@ -188,7 +191,7 @@ def _query_gradient_of(
     launch(
         query_gradient, n_tiles * batch * heads, tile,
         problem.operands, out, d_out, logsumexp, d_logsumexp, sums, tokens, to, problem.gate, problem.seen, x.seed,
-        (odd(problem.band()),), problem.numbers, *problem.scales, C=problem.constants(out, d_out, tokens, to),
+        (odd(problem.band(tile)),), problem.numbers, *problem.scales, C=problem.constants(out, d_out, tokens, to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
     )  # fmt: skip
     return sums, to.ptr
@@ -214,9 +217,9 @@ def backward(
     rest = (logsumexp, grad_logsumexp, of_query if need["query"] else None, need["query"])
     sums, grads["query"] = _query_gradient_of(problem, rows(out), d_out, *rest)
     columns = column_gradients_of(problem, d_out, sums, still)
-    if still is need:
-        grads["key"], grads["value"] = columns.key, columns.value
-    grads.update(finish(problem, columns, sums, need))
+    done = finish(problem, columns, sums, need)
+    # Where the stock kernel gave those of the keys, `done` has none.
+    grads.update(done if still is need else {name: t for name, t in done.items() if name not in ("key", "value")})
     if need["bias"]:
         grads["bias"] = bias_gradient(problem, d_out, sums)
     return [grads[name] if need[name] else None for name in DIFFERENTIABLE]

@@ -162,15 +162,29 @@ def at_head(x, i_head, i_first):
 
 
 @triton.jit
+def store_opened(x, i_first, b_tile, D: tl.constexpr, C: tl.constexpr):
+    """Store a tile from row ``i_first`` of what `open_rows` returned, up to its last row and column ``D``."""
+    ROWS: tl.constexpr = b_tile.shape[0]
+    WIDTH: tl.constexpr = b_tile.shape[1]
+    if C.DESCRIPTORS:
+        x[0].store([i_first, 0], b_tile.to(x[1].dtype.element_ty))
+    else:
+        store_rows(x[1], x[2], i_first, x[3], b_tile, D, ROWS, WIDTH)
+
+
+@triton.jit
 def store_tile(x, i_b, i_h, i_first, limit, b_tile, D: tl.constexpr, C: tl.constexpr):
     """Store a tile of a head of `Rows` from row ``i_first`` on, up to row ``limit`` and column ``D``."""
     ROWS: tl.constexpr = b_tile.shape[0]
     WIDTH: tl.constexpr = b_tile.shape[1]
     rows = open_rows(x, i_b, i_h, limit, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
-    if C.DESCRIPTORS:
-        rows[0].store([i_first, 0], b_tile.to(x.ptr.dtype.element_ty))
-    else:
-        store_rows(rows[1], rows[2], i_first, limit, b_tile, D, ROWS, WIDTH)
+    store_opened(rows, i_first, b_tile, D, C)
+
+
+@triton.jit
+def whole_prefix(M, PREFIX: tl.constexpr):
+    """Where the last prefix columns that fill no tile begin."""
+    return M // PREFIX * PREFIX
 
 
 @triton.jit
@@ -320,6 +334,19 @@ def layer_scale(gate, W: tl.constexpr):
 def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
     """``g = lambda * sigmoid(gate)``."""
     return sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY, W) * layer_scale(gate, W)
+
+
+@triton.jit
+def column_weights(gate, i_b, o_t, i_m, T, M, PREFIX: tl.constexpr, C: tl.constexpr):
+    """`weights` of a tile: ``[ROWS, PREFIX]``, or ``[1, PREFIX]`` where the row's queries share a gate."""
+    if C.PER_QUERY:
+        b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[None, :], T, M, True, C.W)
+    else:
+        b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[:, None], T, M, False, C.W)
+        # A sum over one element, which Triton does not move: else every thread computes the sigmoids of the columns
+        # that it multiplies, those of others too.
+        b_g = tl.sum(tl.broadcast_to(b_g, [PREFIX, 1]), 1)[None, :]
+    return b_g
 
 
 # What a query sees of the tokens.

@@ -132,6 +132,13 @@ _CACHE = {
     "sm_80": 20 << 20, "sm_86": 3 << 20, "sm_90": 25 << 20, "sm_100": 60 << 20, "sm_120": 24 << 20,
     "gfx90a": 4 << 20, "gfx942": 4 << 20, "interpreter": 1 << 12,
 }  # fmt: skip
+# How many programs a band has for each multiprocessor, at least.
+_BAND_PROGRAMS = 8
+# Multiprocessors of the chips.
+_PROCESSORS = {
+    "sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx90a": 104, "gfx942": 304,
+    "interpreter": 1,
+}  # fmt: skip
 # From how many tokens on a stock kernel takes them, by architecture and head size. Nothing was measured yet: no entry.
 _MERGED: dict[tuple[str, int], int] = {}
 ARCHITECTURES = tuple(sorted(_TABLE))
@@ -176,8 +183,10 @@ def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
     return _TABLE[architecture][width]
 
 
-def prefix_columns(tile: Tile, dim: int, gate_per_query: bool) -> int:
+def prefix_columns(architecture: str, tile: Tile, width: int, dim: int, gate_per_query: bool) -> int:
     """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
+    if architecture == "sm_90" and width == 2 and dim <= 128:
+        return min(tile.columns, 32 if gate_per_query and dim > 64 else 64)
     return min(tile.columns, 16 if dim > 128 or (gate_per_query and dim > 64) else 32)
 
 
@@ -196,9 +205,29 @@ def has_descriptors(architecture: str, width: int) -> bool:
     return (architecture, width) in _DESCRIPTORS
 
 
-def band(architecture: str, share: int) -> int:
-    """How many programs may run side by side if each needs ``share`` bytes of the cache for itself; at least one."""
-    return max(1, _CACHE[architecture] // max(1, share))
+def band(architecture: str, share: int, n_tiles: int) -> int:
+    """How many heads, of ``n_tiles`` programs each, run side by side if each needs ``share`` bytes of the cache.
+
+    At least as many as keep all multiprocessors busy while the last programs of a band end.
+    """
+    busy = -(-_BAND_PROGRAMS * _PROCESSORS[architecture] // n_tiles)
+    return max(1, busy, _CACHE[architecture] // max(1, share))
+
+
+def processors(architecture: str) -> int:
+    """Multiprocessors of a chip."""
+    return _PROCESSORS[architecture]
+
+
+def shares(architecture: str, heads: int, group: int, columns: int, rows: int, causal: bool) -> int:
+    """Into how many shares the query heads of a group are cut for dk and dv, each with a partial sum of its own.
+
+    ``heads`` times ``columns`` tiles of keys, each taken through ``rows`` tiles of queries of ``group`` heads: the
+    fewest shares that keep the longest program within what every multiprocessor does if all are busy.
+    """
+    ideal = heads * group * columns * rows / (2 if causal else 1) / _PROCESSORS[architecture]
+    fitting = (n for n in range(1, group) if group % n == 0 and rows * (group // n) <= ideal)
+    return next(fitting, group) if heads * columns * group > _PROCESSORS[architecture] else 1
 
 
 def is_split(x: Inputs, architecture: str) -> bool:

@@ -121,6 +121,18 @@ def test_batch_rows_that_share_a_partial_sum(gate, monkeypatch):
         assert made[0][0] > 1
 
 
+@pytest.mark.parametrize("wanted", [None, ["key"], ["value", "sinks"]], ids=str)
+@pytest.mark.parametrize("shares", [2, 4])
+def test_shares_of_a_group(shares, wanted, monkeypatch, launches):
+    """dk and dv from several programs, each with some of a group's heads: their partial sums are summed at the end."""
+    from apt_kernels.impl.triton import tiles
+
+    monkeypatch.setattr(tiles, "shares", lambda *given: shares)
+    case = replace(_SMALL, group=4, queries=17, keys=17, sinks=True, prefix_dtype=torch.float32, dtype=torch.bfloat16)
+    check(case.inputs(DEVICE), "triton", wanted=wanted)
+    assert launches["finish_gradients"] == launches["column_gradients"] == 1
+
+
 @triton.jit
 def _place(p_found, tiles, heads, band):
     i = tl.program_id(0)
