@@ -7,7 +7,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo bench test lint format fuzz sweep support cuda library report sanitize clean
+.PHONY: help demo bench test lint format fuzz sweep support cuda library report rates sanitize clean
 
 help:
 	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make cuda   the tests that need a CUDA device'
 	@echo 'make library   build the CUDA library into the source tree; needs nvcc (TORCH_CUDA_ARCH_LIST: for which chips)'
 	@echo 'make report    compile the CUDA kernels; registers, spills, shared memory; needs nvcc'
+	@echo 'make rates     instructions of the Triton kernels for each element, held to their budgets, on two Tritons'
 	@echo 'make sanitize  the CUDA kernels on the CPU under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make clean  remove what make made'
 
@@ -60,6 +61,11 @@ library: $(VENV)/stamp
 
 report: $(VENV)/stamp
 	$(RUN) -m bench compiled library $(ARGS)
+
+# On the installed Triton and on the oldest that is supported.
+rates: $(VENV)/stamp
+	$(RUN) -m bench compiled rates $(ARGS)
+	$(RUN) -m bench compiled rates --triton 3.6.0 $(ARGS)
 
 sanitize: $(VENV)/stamp
 	PYTHONPATH=.:tests $(RUN) -m helpers.sanitize $(ARGS)

@@ -1,16 +1,18 @@
 """Instructions that the Triton kernels issue for each element of a score tile, counted in their compiled code.
 
-    python -m bench compiled rates [--architecture sm_90] [--head 128] [--variant causal] [--update]
+    python -m bench compiled rates [--architecture sm_90] [--head 128] [--variant causal] [--triton 3.6.0] [--update]
 
 An element is one (query, key) pair of the tile that a loop of matrix products takes at a time. Every instruction of the
-loop counts once for each thread. The budgets are in `budgets.json`: a loop that issues more, touches the stack, or
-loads from global memory where it must not, is at fault; ``--update`` writes what was counted as the new budgets.
+loop counts once for each thread. The budgets are in `budgets.json`: a loop that issues more, or touches the stack
+more often, is at fault; ``--update`` writes what was counted as the new budgets.
+``--triton`` counts with another release, which pip installs once into the user's cache, outside the environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -182,6 +184,17 @@ def faults(loop: Loop, allowed: dict[str, dict[str, float]], triton: str) -> lis
     return found
 
 
+def with_triton(release: str, arguments: list[str]) -> int:
+    """Count with another release of Triton, in a process of its own; it is installed into the user's cache."""
+    folder = Path.home() / ".cache" / "apt_kernels" / f"triton-{release}"
+    if not (folder / "triton").is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, f"triton=={release}"], check=True)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "bench", "compiled", "rates", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
 def main(given: list[str] | None = None) -> int:
     """Print the counts; the exit code says whether any budget is exceeded."""
     parser = argparse.ArgumentParser(prog="python -m bench compiled rates", description=__doc__.split("\n\n")[0])
@@ -189,7 +202,12 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--head", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["causal"])
     parser.add_argument("--update", action="store_true", help=f"write the counts to {BUDGETS.name}")
+    parser.add_argument("--triton", metavar="RELEASE", help="count with this release, installed into the user's cache")
+    given = sys.argv[1:] if given is None else given
     options = parser.parse_args(given)
+    if options.triton:
+        at = given.index("--triton")
+        return with_triton(options.triton, [*given[:at], *given[at + 2 :]])
     wanted = SUBSET
     if options.architecture:
         wanted = [(a, h, v) for a in options.architecture for h in options.head for v in options.variant]

@@ -6,6 +6,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,24 @@ def test_amd_code_is_counted(compiling):
     found = {loop.loop: loop for loop in compiling(rates.loops, "gfx942", 64, "causal")}
     assert {"prefix", "tokens", "tokens, checked"} <= set(found)
     assert all(0.9 < loop.exponentials < 2.2 for loop in found.values())
+
+
+def test_another_triton_is_counted_in_a_process_of_its_own(monkeypatch, tmp_path):
+    asked = []
+
+    def run(command, **named):
+        asked.append((command[1:], named.get("env", {}).get("PYTHONPATH")))
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(rates.subprocess, "run", run)
+    monkeypatch.setattr(rates.Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert rates.main(["--head", "64", "--triton", "3.6.0", "--update"]) == 3
+    folder = str(tmp_path / ".cache" / "apt_kernels" / "triton-3.6.0")
+    (installed, _), (counted, path) = asked
+    assert installed[-2:] == [folder, "triton==3.6.0"]
+    assert counted == ["-m", "bench", "compiled", "rates", "--head", "64", "--update"]
+    assert path == folder
 
 
 def test_what_is_at_fault():

@@ -1,4 +1,5 @@
-"""Backward in three launches: dq and the row sums that the rest needs, the gradients of columns, their final sums.
+"""Backward in three launches: dq and the row sums that the rest needs, the gradients of columns (four, where the prefix
+has a launch of its own), their final sums.
 
 Where a stock kernel took the tokens (``merge``), dk and dv are its own, and the prefix's part is added to its dq.
 """
