@@ -198,9 +198,9 @@ def with_triton(release: str, arguments: list[str]) -> int:
 def main(given: list[str] | None = None) -> int:
     """Print the counts; the exit code says whether any budget is exceeded."""
     parser = argparse.ArgumentParser(prog="python -m bench compiled rates", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--architecture", nargs="+", choices=list(CHIPS))
+    parser.add_argument("--architecture", nargs="+", choices=list(CHIPS), metavar="CHIP", help=f"of {', '.join(CHIPS)}")
     parser.add_argument("--head", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["causal"])
+    parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["causal"], metavar="NAME")
     parser.add_argument("--update", action="store_true", help=f"write the counts to {BUDGETS.name}")
     parser.add_argument("--triton", metavar="RELEASE", help="count with this release, installed into the user's cache")
     given = sys.argv[1:] if given is None else given
