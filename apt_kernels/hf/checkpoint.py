@@ -200,18 +200,9 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
     with weights.gathered(model, trained.values(), changed=True), torch.no_grad():
         _check(tensors, targets, trained, folder)
         for name, tensor in tensors.items():
-            offload.write(inner(model), name, targets[name], placed_like(targets[name], tensor))
+            offload.write(inner(model), name, targets[name], weights.placed_like(targets[name], tensor))
     events.changed("load", state_of(model))
     return model
-
-
-def placed_like(target: Tensor, tensor: Tensor) -> Tensor:
-    """``tensor``, spread over the processes where ``target`` is."""
-    if not hasattr(target, "device_mesh"):
-        return tensor
-    from ..prefix.sharding import distribute
-
-    return distribute(tensor.to(target.device), target.device_mesh, target.placements)
 
 
 def _shape_of(config: AptConfig) -> tuple:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import PatchError
 from . import compat
+from .weights import placed_like
 
 
 class Holder(NamedTuple):
@@ -96,7 +97,7 @@ def read(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
 def write(model: nn.Module, name: str, parameter: Tensor, value: Tensor) -> None:
     """Set the parameter ``name`` of ``model`` to ``value``, wherever it is. Raises as `read` does."""
     if parameter.device.type != "meta":
-        parameter.copy_(value)
+        parameter.copy_(placed_like(parameter, value))
         return
     found = holder(model, name)
     if found is None:

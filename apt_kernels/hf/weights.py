@@ -94,3 +94,12 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
             f"needs the gathered state_dict; {late} did not within {PATIENCE}"
         ) from error
     _met[ranks] += 1
+
+
+def placed_like(target: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor``, distributed over the processes where ``target`` is a distributed tensor and it is not."""
+    if not hasattr(target, "device_mesh") or hasattr(tensor, "device_mesh"):
+        return tensor
+    from ..prefix.sharding import distribute
+
+    return distribute(tensor.to(target.device), target.device_mesh, target.placements)

@@ -28,8 +28,7 @@ from transformers.distributed import DistributedConfig
 
 import apt_kernels
 from apt_kernels.hf import weights
-from apt_kernels.hf.checkpoint import placed_like
-from apt_kernels.hf.weights import gathered
+from apt_kernels.hf.weights import gathered, placed_like
 from helpers import models
 from helpers.patched import randomise
 
