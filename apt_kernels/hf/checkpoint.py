@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
 from . import events, hub, offload, weights
-from .patching import patch
+from .patching import patch_with
 from .state import inner, is_patched, named_parameters, prefixes, state_of
 from .transaction import atomic
 
@@ -192,7 +192,7 @@ def load(model, folder: str | os.PathLike, *, revision: str | None = None, examp
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     if fresh:
         try:
-            patch(model, config, example_inputs=example_inputs)
+            patch_with(model, config, example_inputs, initialise=False)
         except ConfigError as error:
             raise AdapterError(f"{folder} does not fit the {type(inner(model)).__name__}: {error}") from error
     tensors = _read_weights(folder / WEIGHTS)

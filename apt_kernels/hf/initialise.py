@@ -13,37 +13,24 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
 from . import compat, patching
-from .attention import function
-from .attention.implementations import implementations, restore_implementations, set_implementation
-from .attention.masks import AttentionMask, describe
+from .attention.masks import AttentionMask
+from .discovery.capture import Captured, capture, sees_positions
 from .discovery.recording import evaluating
 from .state import is_patched, prefixes
 
-_CAPTURE = "apt_kernels_capture"
 # Outputs that differ by this share of the prefix's influence differ in kind: rounding, in bfloat16 too, stays below.
 _SAME = 0.05
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
-
-
-class Captured(NamedTuple):
-    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary."""
-
-    key: Tensor
-    value: Tensor
-    mask: object
-    rotary: tuple[Tensor, Tensor] | None
 
 
 def patch_from_text(model, input_ids: Tensor | Sequence[int], config: AptConfig | None = None, **settings):
@@ -125,6 +112,8 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
 def _starting_config(model, config: AptConfig | None, settings: dict, length: int) -> AptConfig:
     if "prefix_length" in settings:
         raise ConfigError("prefix_length is given; it is that of the source")
+    if "init" in settings:
+        raise ConfigError("init is given; the prefix starts as the source")
     if is_patched(model):
         raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
     config = patching.make_config(config, {**settings, "prefix_length": length})
@@ -156,7 +145,7 @@ def _positions_stay_out(model, ids: Tensor, length: int) -> tuple[dict[str, Capt
     """Single tokens at position 0 and at ``-length``; refuse a model whose hidden states know the position."""
     ids = ids.reshape(-1, 1)[:4]
     here, near = (_capture(model, ids, torch.full_like(ids, position)) for position in (0, 1))
-    apart = next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
+    apart = sees_positions(here, near)
     if apart:
         raise PatchError(
             f"{type(model).__name__} has learned absolute positions ({apart} sees them); with its tokens from position "
@@ -165,51 +154,8 @@ def _positions_stay_out(model, ids: Tensor, length: int) -> tuple[dict[str, Capt
     return here, _capture(model, ids, torch.full_like(ids, -length))
 
 
-class _Capture:
-    def __init__(self):
-        self.found: dict[nn.Module, Captured] = {}
-        self.rotary: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def note(self, module, args, kwargs):
-        if isinstance(kwargs.get("position_embeddings"), tuple):
-            self.rotary[module] = kwargs["position_embeddings"]
-
-
-_active: list[_Capture] = []
-
-
-def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **given):
-    _active[-1].found[module] = Captured(key, value, attention_mask, _active[-1].rotary.get(module))
-    given = {"softcap": None, "s_aux": None, **given}
-    return function.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
-
-
-AttentionInterface.register(_CAPTURE, _attend)
-AttentionMaskInterface.register(_CAPTURE, describe)
-
-
 def _capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
-    """Run ``ids`` at ``positions`` through the unpatched model; by the attention modules' names, in model order."""
-    capture = _Capture()
-    handles = [m.register_forward_pre_hook(capture.note, with_kwargs=True) for m in model.modules()]
-    before = implementations(model)
-    _active.append(capture)
-    try:
-        set_implementation(model, _CAPTURE)
-        with evaluating(model), torch.no_grad():
-            model(input_ids=ids, position_ids=positions, use_cache=False)
-    except IndexError as error:
-        raise PatchError(
-            f"{type(model).__name__} has learned absolute positions, which do not reach below 0 ({error})"
-        ) from error
-    finally:
-        _active.pop()
-        for handle in handles:
-            handle.remove()
-        restore_implementations(model, before)
-    if not capture.found:
-        raise PatchError(f"{type(model).__name__} attends inline; its keys and values cannot be read")
-    return {name: capture.found[module] for name, module in model.named_modules() if module in capture.found}
+    return capture(model, input_ids=ids, position_ids=positions, use_cache=False)
 
 
 def _check_mask(name: str, mask, length: int) -> None:
@@ -290,7 +236,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
     """Patch, put the tokens in, and see that the copy is one on ``ids``; otherwise take the patch off and refuse."""
     with evaluating(model), torch.no_grad():
         bare = model(input_ids=ids, use_cache=False).logits
-    patching.patch(model, config)
+    patching.patch_with(model, config, initialise=False)
     try:
         found = prefixes(model)
         missing = next((name for name in found if name not in tokens), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel
 
 from ..config import AptConfig
@@ -24,13 +26,16 @@ from .attention.implementations import (
 from .discovery.meshes import shared_generator, with_meshes
 from .discovery.recording import record
 from .discovery.selection import lengths_of
+from .discovery.vocabulary import vocabulary_tokens
+from .optimizer import log_rates
 from .site import Site
 from .state import State, inner, is_patched, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
+logger = logging.getLogger(__name__)
 
-@atomic
+
 def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None = None, **settings):
     """Hang an `AdaptivePrefix` on every attention module of a transformers model, in place, and freeze the rest.
 
@@ -52,7 +57,12 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         PatchError: the model has no attention that can be patched, or is patched with other settings.
         ImplementationError: there is no implementation of that name.
     """
-    config = make_config(config, settings)
+    return patch_with(model, make_config(config, settings), example_inputs)
+
+
+@atomic
+def patch_with(model, config: AptConfig, example_inputs: dict | None = None, *, initialise: bool = True):
+    """`patch`; without ``initialise`` the caller overwrites the prefixes, and no vocabulary is read for them."""
     wrapped, model = model, inner(model)
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
@@ -69,7 +79,9 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     sites, needed = _sites(model, example_inputs)
     sites = with_meshes(model, sites)
     state = State(model, config, before, sites=sites)
-    _commit(state, build(config, sites), needed)
+    _commit(state, build(model, config, sites, initialise=initialise), needed)
+    if initialise:
+        log_rates()
     return wrapped
 
 
@@ -97,35 +109,74 @@ def _sites(model, example_inputs: dict | None) -> tuple[list[Site], dict[str, st
         restore_implementations(model, before)
 
 
-def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dict[str, AdaptivePrefix]:
-    """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet."""
-    generator = shared_generator(config.init_seed, sites)
-    built = {}
-    for site, length in zip(sites, lengths_of(config, sites)):
-        if not length:
-            continue
-        prefix = AdaptivePrefix(
-            length,
-            site.kv_heads,
-            site.head_dim,
-            site.value_head_dim,
-            site.hidden_size or 0,
-            _gate(config.gate, site),
-            config.layer_scale,
-            config.init_std,
-            generator,
-            site.device,
-            config.reparameterisation,
-            config.prefix_dropout,
-        )
-        prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
-        prefix.adapter = adapter
-        if site.sharded:
+def build(
+    model, config: AptConfig, sites: list[Site], adapter: str = "default", *, initialise: bool = True
+) -> dict[str, AdaptivePrefix]:
+    """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet.
+
+    ``model`` attends without prefixes. Without ``initialise``, they are drawn as with ``init="normal"``.
+    """
+    generator, lengths = shared_generator(config.init_seed, sites), lengths_of(config, sites)
+    built = {
+        site.name: _build(config, site, length, generator, adapter) for site, length in zip(sites, lengths) if length
+    }
+    if initialise:
+        _initialise(model, config, sites, lengths, generator, built)
+    for site in sites:
+        if site.sharded and site.name in built:
             from ..prefix.sharding import shard_heads
 
-            shard_heads(prefix, site.mesh)
-        built[site.name] = prefix
+            shard_heads(built[site.name], site.mesh)
     return built
+
+
+def _build(config: AptConfig, site: Site, length: int, generator, adapter: str) -> AdaptivePrefix:
+    prefix = AdaptivePrefix(
+        length,
+        site.kv_heads,
+        site.head_dim,
+        site.value_head_dim,
+        site.hidden_size or 0,
+        _gate(config.gate, site),
+        config.layer_scale,
+        config.init_std,
+        generator,
+        site.device,
+        config.reparameterisation,
+        config.prefix_dropout,
+    )
+    prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
+    prefix.adapter = adapter
+    return prefix
+
+
+@torch.no_grad()
+def _initialise(
+    model, config: AptConfig, sites: list[Site], lengths: list[int], generator, built: dict[str, AdaptivePrefix]
+) -> None:
+    """Overwrite the normal start of ``built`` where ``config.init`` says so."""
+    if config.init == "zero":
+        for prefix in built.values():
+            prefix.value.zero_()
+    if not config.may_read_vocabulary:
+        return
+    tokens, reasons = vocabulary_tokens(model, config, sites, lengths, generator)
+    if config.init == "vocabulary" and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise PatchError(f"init is 'vocabulary', but {name} cannot start so: {reason}; use 'auto' or 'normal'")
+    reading = [site.name for site in sites if site.name in reasons and "text" in site.senses]
+    if reading:
+        logger.warning(
+            "%d of %d prefixes start from N(0, %g), which may raise the model's loss at first; the first is %s: %s",
+            len(reading),
+            len(built),
+            config.init_std,
+            reading[0],
+            reasons[reading[0]],
+        )
+    for name, (key, value) in tokens.items():
+        built[name].key.copy_(key)
+        built[name].value.copy_(value)
 
 
 def _gate(name: str, site: Site) -> str:

@@ -25,7 +25,7 @@ HF_LAYERS = (
     ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
     ("attention",),
-    ("discovery", "trainable", "transaction"),
+    ("discovery", "trainable", "transaction", "optimizer"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise"),
