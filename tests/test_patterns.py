@@ -1,5 +1,6 @@
 """Patterns with bounded work find what Python's `re` finds."""
 
+import contextlib
 import re
 import time
 
@@ -74,10 +75,8 @@ def test_patterns_on_which_re_takes_for_ever(pattern):
 def test_patterns_that_a_file_cannot_have(pattern, reason):
     start = time.monotonic()
     if reason.startswith("regular"):  # as deep as this Python's parser goes
-        try:
+        with contextlib.suppress(ConfigError):
             patterns.check("layers", pattern)
-        except ConfigError:
-            pass
     else:
         with pytest.raises(ConfigError, match=reason):
             patterns.check("layers", pattern)
@@ -87,19 +86,21 @@ def test_patterns_that_a_file_cannot_have(pattern, reason):
 def test_the_work_of_all_searches_is_bounded():
     budget = patterns.Budget()
     start = time.monotonic()
-    with pytest.raises(patterns.TooMuchWork, match="too much work"):
+
+    def search_often(pattern):
         for _ in range(10_000):
-            patterns.search("((a?){20}){40}b", "a" * 60, budget)
+            patterns.search(pattern, "a" * 60, budget)
+
+    with pytest.raises(patterns.TooMuchWork, match="too much work"):
+        search_often("((a?){20}){40}b")
     assert time.monotonic() - start < 5
 
 
 def test_the_work_of_assertions_counts():
     start = time.monotonic()
     with pytest.raises(patterns.TooMuchWork):
-        for _ in range(1000):
-            patterns.search("(.(?=(.?){500}!))*x", "a" * 90, budget := patterns.Budget(10**5))
+        patterns.search("(.(?=(.?){500}!))*x", "a" * 90, patterns.Budget(10**5))
     assert time.monotonic() - start < 2
-    assert budget.left <= 10**5
 
 
 def test_back_references_of_a_user_go_to_re():

@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import patterns
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError
-from .untrusted import JSON_LIMIT, opened, parse_json, read_exactly, read_json_file, shown
+from .untrusted import JSON_LIMIT, opened, parse_json, read_exactly, read_json_file, shortened, shown
 
 try:
     import fcntl
@@ -64,13 +65,13 @@ class AdapterFile:
     Attributes:
         settings: the JSON object of the settings.
         entries: the tensors by name.
-        versioned: whether the settings are in the weights' own file; False for what release 0.1 wrote.
+        config: the `AptConfig` in ``settings``.
     """
 
     def __init__(self, path: Path, file, entries: dict[str, Entry], settings: dict, text: str, checksum: str | None):
         self.path, self._file, self.entries, self.settings = path, file, entries, settings
         self._text, self._checksum, self._data = text, checksum, file.tell()
-        self.versioned = checksum is not None
+        self.config = read_config(settings, path if checksum else path.with_name(CONFIG))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name. Raises `AdapterError` if the checksum is not that of the contents."""
@@ -137,6 +138,7 @@ def _check_copy(path: Path, settings: dict) -> None:
         return
     if not isinstance(copy, dict):
         raise AdapterError(f"{path}: the config is a {type(copy).__name__}; it needs a JSON object")
+    read_config(copy, path)
     if copy.get("save_id") == settings["save_id"] and copy != settings:
         different = next(
             key for key in sorted({*copy, *settings}) if key not in copy or copy[key] != settings.get(key, copy)
@@ -145,10 +147,23 @@ def _check_copy(path: Path, settings: dict) -> None:
             f"{path} differs from the settings in {WEIGHTS} ({shown(different)}), of which it is a copy; delete it, "
             "or save the adapter again"
         )
+
+
+def read_config(settings: dict, path: Path) -> AptConfig:
+    """The `AptConfig` in the settings of the file ``path``; `AdapterError` where a value is out of range."""
+    settings = {name: value for name, value in settings.items() if name != "implementation"}
     try:
-        AptConfig.from_json(copy)
+        if settings.get("reparameterisation") is not None:
+            raise ConfigError("reparameterisation is set; a saved adapter has none")
+        # Before they are compiled: that alone may take long.
+        for name in ("layers", "trainable"):
+            entries = settings.get(name)
+            for entry in entries if isinstance(entries, list) else [entries]:
+                if isinstance(entry, str):
+                    patterns.check(name, entry)
+        return AptConfig.from_json(settings)
     except ConfigError as error:
-        raise AdapterError(f"{path}: {error}") from error
+        raise AdapterError(f"{path}: {shortened(str(error))}") from error
 
 
 def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:

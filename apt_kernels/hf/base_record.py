@@ -80,7 +80,9 @@ def _is_whole(parameter: nn.Parameter) -> bool:
     """Whether the values are in this process, unquantised: not meta, not a shard."""
     plain = type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id")
     flat = getattr(parameter, "_fsdp_flattened", False)
-    return plain and not flat and parameter.device.type != "meta" and parameter.is_floating_point() and parameter.numel()
+    return (
+        plain and not flat and parameter.device.type != "meta" and parameter.is_floating_point() and parameter.numel()
+    )
 
 
 def _spread(names: list[str]) -> list[str]:
@@ -165,5 +167,3 @@ def _checked(record, path: Path) -> dict:
     if not texts or not isinstance(found["sizes"], dict) or not hashes:
         raise AdapterError(f"{path}: its base has a value of another type than apt_kernels.save writes")
     return found
-
-

@@ -8,13 +8,12 @@ import inspect
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub
-from ..adapters import adapters, add_adapter, delete_adapter, rename, set_adapter
-from ..checkpoint import CONFIG, WEIGHTS, load, read_config, save, weights_to_write
+from ..adapters import adapters, delete_adapter, set_adapter
+from ..checkpoint import CONFIG, WEIGHTS, load, save, weights_to_write
 from ..patching import unpatch
 from ..state import is_patched, state_of
 from ..transaction import atomic
@@ -197,17 +196,11 @@ def _load_adapter(original, self, model_id, adapter_name, *args, **kwargs):
 def _load_prefix(model, folder: Path, name: str) -> None:
     """Load the prefix of ``folder`` beside PEFT's adapter ``name``; the active one is that beside PEFT's active one."""
     if not is_patched(model):
-        load(model, folder)
-        rename(state_of(model), name)
+        load(model, folder, adapter=name)
         return
     state = state_of(model)
     active, beside = state.adapter, _prefix_beside(model, name)
-    if beside is None:
-        config = read_config(folder / CONFIG)
-        add_adapter(model, name, replace(config, implementation=state.config.implementation))
-    else:
-        set_adapter(model, beside)
-    load(model, folder)
+    load(model, folder, adapter=beside or name)
     set_adapter(model, _prefix_beside(model, model.active_adapter) or active)
 
 
