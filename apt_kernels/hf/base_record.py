@@ -142,8 +142,8 @@ def warn_if_changed(state: State, record, path: Path) -> None:
     here = _named(getattr(config, "_name_or_path", None) or None, getattr(config, "_commit_hash", None))
     others = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
     warnings.warn(
-        f"{path} was trained on other weights than this model's: {shown(differ[0])}{others} of {len(recorded)} compared "
-        f"differ. It was trained on {there}; this model is {here}",
+        f"{path} was trained on other weights than this model's: {shown(differ[0])}{others} differ, of "
+        f"{len(recorded)} compared. It was trained on {there}; this model is {here}",
         stacklevel=5,
     )
 
