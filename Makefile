@@ -7,11 +7,12 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo bench test lint format fuzz sweep support cuda library report rates sanitize clean
+.PHONY: help demo bench docs test lint format fuzz sweep support cuda library report rates sanitize clean
 
 help:
 	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
 	@echo 'make bench  ours against every peer on this machine, ten minutes at most; table and plots in bench-output/'
+	@echo 'make docs   build the documentation into site/; a warning is an error'
 	@echo 'make test   all tests that run on this machine'
 	@echo 'make lint   ruff: rules and formatting'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
@@ -29,6 +30,10 @@ demo: $(VENV)/demo.stamp
 
 bench: $(VENV)/stamp
 	$(RUN) -m bench speed $(ARGS)
+
+# The banner is an announcement by the theme's authors.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 # Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
@@ -71,7 +76,7 @@ sanitize: $(VENV)/stamp
 	PYTHONPATH=.:tests $(RUN) -m helpers.sanitize $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output bench-output .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info demo-output bench-output site .pytest_cache .hypothesis .benchmarks .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -81,6 +86,10 @@ $(VENV)/bin/python:
 
 $(VENV)/stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[test,demo,lint]'
+	touch $@
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[docs]'
 	touch $@
 
 # What the demo needs, and not what the tests need besides.

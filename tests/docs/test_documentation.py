@@ -1,5 +1,8 @@
 """The documentation is right: its code runs, its links resolve, the messages it quotes exist."""
 
+import inspect
+import re
+
 import matplotlib
 import pytest
 import torch
@@ -67,3 +70,21 @@ def test_every_public_name_is_in_the_reference():
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     listed = {line.split(".")[-1] for line in text.splitlines() if line.startswith("::: ")}
     assert listed == set(apt_kernels.__all__)
+
+
+def test_documented_parameters_exist():
+    """The docstrings' Args name parameters of the signature, each at most once."""
+    for name in apt_kernels.__all__:
+        public = getattr(apt_kernels, name)
+        arguments = re.search(
+            r"^ *Args:\n(.*?)(?=^ *\n|\Z)", inspect.cleandoc(public.__doc__ or ""), re.DOTALL | re.MULTILINE
+        )
+        if arguments is None:
+            continue
+        listed = [
+            one for names in re.findall(r"^    (\w[\w, *]*):", arguments[1], re.MULTILINE) for one in names.split(", ")
+        ]
+        assert listed
+        assert len(listed) == len(set(listed)), name
+        parameters = set(inspect.signature(public).parameters)
+        assert set(listed) <= parameters, f"{name}: {set(listed) - parameters}"
