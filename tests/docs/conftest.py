@@ -41,6 +41,8 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
     return [
         ('"bert-base-uncased"', repr(str(root / "bert"))),
         ('"Qwen/Qwen3-0.6B"', repr(str(root / "qwen3"))),
+        # The tiny BERT has two layers.
+        ("(16,) * 6 + (0,) * 6", "(16, 0)"),
         # One graph is what is tested; inductor takes a minute to compile it.
         ("torch.compile(model, ", 'torch.compile(model, backend="eager", '),
         # By default the paged cache takes most of the memory there is.

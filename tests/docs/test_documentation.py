@@ -88,3 +88,8 @@ def test_documented_parameters_exist():
         assert len(listed) == len(set(listed)), name
         parameters = set(inspect.signature(public).parameters)
         assert set(listed) <= parameters, f"{name}: {set(listed) - parameters}"
+
+
+def test_every_substitution_is_used(substitutions):
+    code = "\n".join(block for page in WITH_CODE for _, block in documentation.python_blocks(page))
+    assert not [written for written, _ in substitutions if written not in code]
