@@ -74,6 +74,11 @@ def line(found: dict) -> str:
     return f"{found['device']}, {found['threads']} threads; {named(found['versions'])}"
 
 
+def short(found: dict) -> str:
+    """A machine without versions, for titles."""
+    return f"{found['device']}, {found['threads']} threads"
+
+
 def described(device: torch.device) -> str:
     """This machine and the versions in one line, this package's included."""
     return f"{line(machine(device))}, apt-kernels {apt_kernels.__version__}"

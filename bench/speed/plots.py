@@ -1,50 +1,168 @@
-"""Results as pictures: time and memory against length, the share of the floor's rate, ours against each peer."""
+"""Figures of results: time and memory against length, decoding, and whole models in one chart.
+
+Lines join cases that differ in length alone. A peer that was not measured is named in the panel, with the reason.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from pathlib import Path
 
-from .tables import ORDER, Results, Row, main_rows
+from .tables import Entry, Results, Row, main_rows
+from .words import PEERS, case_in_words, setting_in_words
 
-_NAMES = ("ours", "naive", "concat_flash", "flex", "no prefix")
-_COLOURS = dict(zip((*_NAMES, *ORDER), ("C0", "C1", "C2", "C4", "C7", "C1", "C2", "C4", "C3", "C5", "C6")))
-
-
-def _times(row: Row) -> dict[str, float]:
-    found = {"ours": row.ours.median, **({"no prefix": row.no_prefix.median} if row.no_prefix else {})}
-    return found | {name: row.peers[name].median for name in _NAMES if name in row.peers}
-
-
-def _memory(row: Row) -> dict[str, float]:
-    peers = {
-        "ours": row.ours,
-        "no prefix": row.no_prefix,
-        **{n: row.peers[n] for n in _NAMES if n in row.peers and n != "ours"},
-    }
-    return {name: entry.info["peak_bytes"] for name, entry in peers.items() if entry and entry.info.get("peak_bytes")}
+FIGURES = {"time": "Time by length", "memory": "Peak memory by length", "decoding": "Time of a decoding step"}
+_COLOURS = dict(zip(PEERS, ("C0", "C1", "C3", "C2", "C4", "C5", "0.5")))
+_TRAINING, _DECODING = (
+    ("ours", "naive", "peft", "concat_flash", "flex", "no_prefix"),
+    ("ours", "naive", "in_cache", "no_prefix"),
+)
+_MOST_PANELS = 4
 
 
 def series(results: Results) -> dict:
-    """All that is drawn, as plain numbers: what a picture's fingerprint is of."""
-    rows = main_rows(results)
-    lengths: dict[str, dict[str, list]] = {"time": {}, "memory": {}}
-    for row in rows:
-        if row.stage not in ("encoder", "causal"):
-            continue
-        tokens = row.shape["tokens"] * row.shape["batch"] * row.shape["heads"]
-        for kind, values in (("time", _times(row)), ("memory", _memory(row))):
-            for name, value in values.items():
-                points = lengths[kind].setdefault(f"{row.stage}: {name}", [])
-                points.append((row.shape["tokens"], value / tokens))
-    ratios = {peer: [(row.case, r) for row in rows if (r := row.against(peer)) is not None] for peer in ORDER}
-    floor = [(row.case, row.relative_rate) for row in rows if row.relative_rate is not None]
+    """Everything that is drawn, as plain numbers; `fingerprint` is computed from it."""
+    reasons = {(entry["case"], entry["peer"]): entry["reason"] for entry in results.skipped}
+    groups: dict[tuple, list[Row]] = {}
+    for row in main_rows(results):
+        if row.stage in ("encoder", "causal", "query", "training"):
+            fixed = {name: value for name, value in row.shape.items() if name not in ("batch", "tokens", "keys")}
+            groups.setdefault((row.stage, json.dumps(fixed, sort_keys=True)), []).append(row)
+    lines = [rows for rows in groups.values() if len({row.shape["tokens"] for row in rows}) > 1]
+    lines = sorted(lines, key=len, reverse=True)[:_MOST_PANELS]
     return {
-        **{kind: {name: sorted(points) for name, points in found.items()} for kind, found in lengths.items()},
-        "floor": floor,
-        "ratios": {peer: found for peer, found in ratios.items() if found},
+        "time": [_panel(rows, reasons, _milliseconds) for rows in lines],
+        "memory": [_panel(rows, reasons, _mebibytes) for rows in lines],
+        "decoding": [_bars(row, reasons) for row in main_rows(results) if row.stage in ("decode", "generation")],
     }
+
+
+def _entry(row: Row, peer: str) -> Entry | None:
+    return {"ours": row.ours, "no_prefix": row.no_prefix}.get(peer) or row.peers.get(peer)
+
+
+def _milliseconds(row: Row, entry: Entry) -> list[float]:
+    scale = 1e3 / (row.shape["batch"] * row.shape["tokens"] / 1000)
+    return [entry.median * scale, entry.q1 * scale, entry.q3 * scale]
+
+
+def _mebibytes(row: Row, entry: Entry) -> list[float] | None:
+    peak = entry.info.get("peak_bytes")
+    return [peak / 2**20 / (row.shape["batch"] * row.shape["tokens"] / 1000)] * 3 if peak else None
+
+
+def _panel(rows: list[Row], reasons: dict, value) -> dict:
+    found: dict = {"title": ", ".join(setting_in_words(rows[0])), "lines": {}, "missing": {}}
+    for peer in _TRAINING:
+        points = [(row, _entry(row, peer)) for row in rows]
+        points = [[row.shape["tokens"], *numbers] for row, entry in points if entry and (numbers := value(row, entry))]
+        if points:
+            found["lines"][peer] = sorted(points)
+        else:
+            found["missing"][peer] = next((reasons[row.case, peer] for row in rows if (row.case, peer) in reasons), "")
+    return found
+
+
+def _bars(row: Row, reasons: dict) -> dict:
+    subject, prefix = setting_in_words(row)
+    batch, keys = row.shape["batch"], row.shape.get("keys", row.shape["tokens"])
+    found: dict = {
+        "title": f"{batch} x {keys:,} cached, {prefix}\n{subject}",
+        "batch": batch,
+        "bars": {},
+        "missing": {},
+    }
+    for peer in _DECODING:
+        entry = _entry(row, peer)
+        if entry:
+            found["bars"][peer] = [seconds * 1e3 for seconds in (entry.median, entry.q1, entry.q3)]
+        elif (row.case, peer) in reasons:
+            found["missing"][peer] = reasons[row.case, peer]
+    return found
+
+
+def fingerprint(drawn: dict) -> str:
+    """A hash of the numbers to four digits, stored in the figure's metadata."""
+    rounded = json.loads(json.dumps(drawn), parse_float=lambda text: f"{float(text):.4g}")
+    return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(path: Path) -> str:
+    """The fingerprint that `draw` stored in a figure."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.text["Description"]
+
+
+def draw(results: Results, path: Path, title: str, names: tuple[str, ...] = tuple(FIGURES)) -> None:
+    """Draw the named figures below one another into one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = series(results)
+    heights = [1.2 + 0.75 * len(drawn[name]) if name == "decoding" else 4.6 for name in names]
+    figure = Figure(figsize=(max(8, 4.6 * max(1, len(drawn["time"]))), sum(heights) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(len(names), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, name in zip(parts, names):
+        part.suptitle(f"{FIGURES[name]} ({title})", fontsize=11)
+        _draw_bars(part, drawn[name]) if name == "decoding" else _draw_lines(part, drawn[name], name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Software": None, "Description": fingerprint({name: drawn[name] for name in names})}
+    figure.savefig(path, dpi=90, metadata=metadata)
+
+
+def _draw_lines(part, panels: list[dict], name: str) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    if not panels:
+        _nothing(part, "not measured at two lengths or more")
+        return
+    label = {"time": "ms per 1,000 tokens, forward and backward", "memory": "peak MiB per 1,000 tokens"}[name]
+    for i, (axes, panel) in enumerate(zip(part.subplots(1, len(panels), squeeze=False)[0], panels)):
+        for peer, points in panel["lines"].items():
+            tokens, middle, low, high = zip(*points)
+            axes.plot(tokens, middle, marker="o", color=_COLOURS[peer], label=PEERS[peer])
+            axes.fill_between(tokens, low, high, color=_COLOURS[peer], alpha=0.2, linewidth=0)
+        ticks = sorted({point[0] for points in panel["lines"].values() for point in points})
+        axes.set(xscale="log", xlabel="tokens", ylim=(0, None), ylabel=label if i == 0 else None)
+        axes.set_title(textwrap.fill(panel["title"], 42), fontsize=9)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.legend(fontsize=8)
+        missing = [f"{PEERS[peer]}: {reason or 'not asked for'}" for peer, reason in panel["missing"].items()]
+        text = "\n".join(textwrap.fill(line, 60, subsequent_indent="  ") for line in missing)
+        axes.text(0, -0.2, text, transform=axes.transAxes, fontsize=7, va="top", color="0.3")
+
+
+def _draw_bars(part, cases: list[dict]) -> None:
+    if not cases:
+        _nothing(part, "not measured")
+        return
+    axes, height = part.subplots(), 0.8 / len(_DECODING)
+    cases = sorted(cases, key=lambda case: case["batch"])
+    labelled: set[str] = set()
+    most = max(bar[0] for case in cases for bar in case["bars"].values())
+    for i, case in enumerate(cases):
+        for j, peer in enumerate(_DECODING):
+            y = -i - (j - (len(_DECODING) - 1) / 2) * height
+            if peer in case["bars"]:
+                middle, low, high = case["bars"][peer]
+                label = None if peer in labelled else PEERS[peer]
+                error = [[max(0, middle - low)], [max(0, high - middle)]]
+                axes.barh(y, middle, height, xerr=error, color=_COLOURS[peer], label=label, error_kw={"linewidth": 0.8})
+                labelled.add(peer)
+            elif peer in case["missing"]:
+                axes.text(
+                    0.005 * most, y, f"{PEERS[peer]}: {case['missing'][peer]}", fontsize=7, va="center", color="0.3"
+                )
+    axes.set_yticks([-i for i in range(len(cases))], [case["title"] for case in cases], fontsize=8)
+    axes.set(xlabel="ms per step; lines: quartiles")
+    axes.legend(fontsize=8)
 
 
 def model_ratios(results: Results) -> list[tuple[str, float, float | None]]:
@@ -54,18 +172,8 @@ def model_ratios(results: Results) -> list[tuple[str, float, float | None]]:
         if row.stage not in ("training", "compiled", "generation") or row.against("naive") is None:
             continue
         memory = row.memory_against("naive") if row.stage != "generation" else None
-        found.append((in_words(row.case, row.which), row.against("naive"), memory and 1 / memory))
+        found.append((case_in_words(row), row.against("naive"), memory and 1 / memory))
     return found
-
-
-def in_words(case: str, which: str) -> str:
-    """``llama-4-layers-b1-t1024-m64-apt`` as a reader would say it."""
-    model, layers, _, batch, tokens, prefix, method, *rest = case.split("-")
-    name = {"bert": "BERT", "llama": "Llama"}.get(model, model)
-    work = "decode" if which == "token" else "train"
-    gates = {"apt": "gates", "prefix": "no gates"}[method] + "".join(f", {word}" for word in rest)
-    length = f"{tokens[1:]}-token cache" if tokens[0] == "s" else f"{tokens[1:]} tokens"
-    return f"{work} {name} ({layers} layers): {batch[1:]} x {length}, prefix {prefix[1:]}, {gates}"
 
 
 def draw_models(results: Results, path: Path) -> None:
@@ -90,63 +198,7 @@ def draw_models(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=80, metadata={"Software": None, "Description": fingerprint({"models": drawn})})
 
 
-def fingerprint(drawn: dict) -> str:
-    """Of the numbers, to four digits; it stands in the picture's metadata."""
-    rounded = json.loads(json.dumps(drawn), parse_float=lambda text: f"{float(text):.4g}")
-    return hashlib.sha256(json.dumps(rounded, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint_of(path: Path) -> str:
-    """What `draw` wrote into a picture."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        return picture.text["Description"]
-
-
-def draw(results: Results, path: Path, title: str) -> None:
-    """The four panels as one PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawn = series(results)
-    cases = [case for case, _ in drawn["floor"]] + [c for found in drawn["ratios"].values() for c, _ in found]
-    cases = list(dict.fromkeys(cases))
-    figure = Figure(figsize=(13, 5 + 0.17 * len(cases)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    grid = figure.add_gridspec(2, 2, height_ratios=[4, 1 + 0.17 * len(cases)])
-    _against_length(figure.add_subplot(grid[0, 0]), drawn["time"], 1e9, "ns per token and head, forward + backward")
-    _against_length(figure.add_subplot(grid[0, 1]), drawn["memory"], 1, "peak bytes per token and head")
-    _dots(figure.add_subplot(grid[1, 0]), cases, drawn["ratios"], "time of a peer / ours (right of 1: ours is faster)")
-    floor = {"of the floor's rate": drawn["floor"]}
-    _dots(
-        figure.add_subplot(grid[1, 1]), cases, floor, "arithmetic per second / that of attention without prefix", False
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Software": None, "Description": fingerprint(drawn)}
-    figure.savefig(path, dpi=80, metadata=metadata)
-
-
-def _against_length(axes, found: dict[str, list], scale: float, label: str) -> None:
-    for name, points in found.items():
-        kind, _, peer = name.partition(": ")
-        style = {"marker": "o" if kind == "encoder" else "^", "linestyle": "none", "alpha": 0.7}
-        colour = _COLOURS.get(peer, "C9")
-        axes.plot([t for t, _ in points], [v * scale for _, v in points], label=name, color=colour, **style)
-    if found:
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        axes.legend(fontsize=7, ncols=2)
-
-
-def _dots(axes, cases: list[str], found: dict[str, list], label: str, names: bool = True) -> None:
-    places = {case: i for i, case in enumerate(reversed(cases))}
-    for name, points in found.items():
-        colour = _COLOURS.get(name, "C0")
-        axes.plot([v for _, v in points], [places[c] for c, _ in points], "o", label=name, color=colour, markersize=4)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(yticks=list(places.values()), xlabel=label, ylim=(-1, len(cases)))
-    axes.set_yticklabels(list(places) if names else [], fontsize=6)
-    axes.grid(axis="y", linewidth=0.3)
-    if names and found:
-        axes.legend(fontsize=7)
+def _nothing(part, reason: str) -> None:
+    axes = part.subplots()
+    axes.text(0.5, 0.5, reason, ha="center")
+    axes.set_axis_off()

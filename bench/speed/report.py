@@ -18,6 +18,7 @@ from bench.common.markdown import markdown, milliseconds, number
 from bench.speed import plots, targets
 
 from .tables import Results, comparison, details, load, main_rows, table
+from .words import case_in_words, ratio_in_words
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _EXPLAINED = (
@@ -25,7 +26,8 @@ _EXPLAINED = (
     "output and gradients against the specification in float64. `no prefix` is the fastest stock attention without a "
     "prefix. `FLOPs / no prefix` is the arithmetic with the prefix, gate product included, divided by that without. "
     "`relative FLOP/s` is our arithmetic per second divided by that of `no prefix`. Ratios `peer / ours` above 1: ours "
-    "is faster. Memory: peak bytes allocated during the pass, inputs excluded."
+    "is faster; a verdict is given only if the range of the quartiles excludes 1. Memory: peak bytes allocated during "
+    "the pass, inputs excluded."
 )
 _COUNTED = (
     "Launches are counted, not timed: the Triton kernels interpreted with that chip's tiles, PyTorch's own kernels "
@@ -46,52 +48,62 @@ def heading(results: Results) -> str:
 
 
 def everything(found: dict[str, Results]) -> str:
-    """`bench/results/README.md`: targets, then every machine's table and details."""
+    """`bench/results/README.md`: targets, then a summary and the data of every machine."""
     counted = json.loads((machine.RESULTS / "launches.json").read_text(encoding="utf-8"))
     parts = [
         "# Results",
         "Generated: `python -m bench report --update`.",
         "## Targets",
         targets.table(list(found.values()), counted),
-        _COUNTED.format(machine.named(counted["versions"])),
+        "Undecided: the quartiles include values on both sides of the target. "
+        + _COUNTED.format(machine.named(counted["versions"])),
         _EXPLAINED,
     ]
     for name, results in found.items():
-        parts += [f"## {name}", heading(results), table(results), "### Every peer", details(results)]
+        files = ", ".join(f"[{path.stem}]({name}/{path.name})" for path in sorted(machines()[name].glob("*.json")))
+        parts += [f"## {name}", *_summary(name, results, "../../docs/"), f"Medians, quartiles and settings: {files}."]
+        parts.append(f"Every peer and pass: `python -m bench report bench/results/{name} --details`.")
+    parts.append(
+        "## Other results\n\nCompiled Triton kernels: [compile/](compile/). Comparisons on labelled data: "
+        "[quality/](quality/), explained in [docs/reproducing.md](../../docs/reproducing.md)."
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def section(found: dict[str, Results]) -> str:
-    """The section of docs/performance.md: a short table and a figure for every machine, and what is not measured."""
-    parts = []
-    for name, results in found.items():
-        parts += [heading(results), _short(results), f"![Times, memory and ratios on {name}](bench-{name}.png)"]
+    """The section of docs/performance.md: the summary of every machine, and what is not measured."""
+    parts = [part for name, results in found.items() for part in _summary(name, results, "")]
     if not any(results.cuda for results in found.values()):
         parts.append("On a GPU: not measured.")
-    parts.append(_EXPLAINED)
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _EXPLAINED])
 
 
-def _short(results: Results) -> str:
+def _summary(name: str, results: Results, folder: str) -> list[str]:
+    """The machine, ours against PEFT, every case in one table, and the figures in ``folder``."""
+    images = [f"![{plots.FIGURES[kind]}]({folder}bench-{name}-{kind}.png)" for kind in plots.FIGURES]
+    return [heading(results), "Whole models against PEFT:", _peft(results), "All cases:", _cases(results), *images]
+
+
+def _peft(results: Results) -> str:
+    reasons = {(entry["case"], entry["peer"]): entry["reason"] for entry in results.skipped}
     lines = []
     for row in main_rows(results):
-        cells = [row.case, row.which, milliseconds(row.ours.median), number(row.over_no_prefix)]
-        cells += [
-            number(row.flop_overhead and 1 + row.flop_overhead),
-            number(row.against("naive")),
-            number(row.against("peft")),
-        ]
+        if row.stage not in ("training", "compiled"):
+            continue
+        time, memory = ratio_in_words(row, "peft"), number(row.memory_against("peft"))
+        if row.ratio("peft") is None:
+            time = f"not measured: {reasons.get((row.case, 'peft'), 'not asked for')}"
+        lines.append([case_in_words(row), time, memory])
+    return markdown(["case", "time, PEFT / ours (quartiles)", "memory, ours / PEFT"], lines)
+
+
+def _cases(results: Results) -> str:
+    lines = []
+    for row in main_rows(results):
+        cells = [case_in_words(row), milliseconds(row.ours.median), number(row.over_no_prefix)]
+        cells += [number(row.flop_overhead and 1 + row.flop_overhead), ratio_in_words(row, "naive")]
         lines.append([*cells, number(row.memory_against("naive"))])
-    header = [
-        "case",
-        "pass",
-        "ours, ms",
-        "time / no prefix",
-        "FLOPs / no prefix",
-        "naive / ours",
-        "peft / ours",
-        "memory / naive",
-    ]
+    header = ["case", "ours, ms", "time / no prefix", "FLOPs / no prefix", "naive / ours (quartiles)", "memory / naive"]
     return markdown(header, lines)
 
 
@@ -117,7 +129,10 @@ def update() -> None:
         path.write_text(text, encoding="utf-8")
     for name, folder in machines().items():
         results = load(folder)
-        plots.draw(results, machine.ROOT / "docs" / f"bench-{name}.png", machine.line(results.machine))
+        for kind in plots.FIGURES:
+            plots.draw(
+                results, machine.ROOT / "docs" / f"bench-{name}-{kind}.png", machine.short(results.machine), (kind,)
+            )
         plots.draw_models(results, machine.ROOT / "docs" / f"models-{name}.png")
 
 
@@ -143,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.out.mkdir(parents=True, exist_ok=True)
             rest = f"\n{targets.table([results])}\n\n{details(results)}\n"
             (options.out / "report.md").write_text(text + rest, encoding="utf-8")
-            plots.draw(results, options.out / "report.png", machine.line(results.machine))
+            plots.draw(results, options.out / "report.png", machine.short(results.machine))
     if not (options.sources or options.compare or options.update):
         parser.print_usage()
         return 2

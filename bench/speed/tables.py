@@ -86,6 +86,13 @@ class Row:
             return None
         return self.peers[peer].median / self.ours.median
 
+    def ratio(self, peer: str) -> tuple[float, float, float] | None:
+        """A peer's time by ours: of the medians, and the least and the most that the quartiles allow."""
+        ours, other = self.ours, self.peers.get(peer)
+        if ours is None or other is None:
+            return None
+        return other.median / ours.median, other.q1 / ours.q3, other.q3 / ours.q1
+
     def memory_against(self, peer: str) -> float | None:
         """Our peak memory by a peer's."""
         if self.ours is None or peer not in self.peers or not self.peers[peer].info.get("peak_bytes"):

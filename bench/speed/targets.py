@@ -1,9 +1,12 @@
-"""What the kernels are to reach, each target next to its measured figure, or ``not measured``."""
+"""Targets of the kernels, each with the measured figure and a verdict, or ``not measured``.
+
+A target is met or missed only if it would be so at every value within the quartiles; otherwise it is undecided.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.common.markdown import markdown
 
@@ -23,19 +26,36 @@ class Target:
     figure: Callable[[Row], float | None]
     limit: float
     at_most: bool
+    subject: str = "ours"  # the peer whose time the target is about
 
     def worst(self, results: list[Results]) -> tuple[float, str, int] | None:
         """The worst figure, its case, and how many cases there are."""
-        found = []
-        for result in results:
-            here = H200 in result.machine["device"] if self.machine == H200 else not result.cuda
-            for row in result.rows if here else []:
-                value = self.figure(row) if row.ours is not None and self.rows(row) else None
-                if value is not None:
-                    found.append((value, row.case))
-        if not found:
-            return None
-        return (*(max if self.at_most else min)(found), len(found))
+        found = [(value, row.case) for row in self._rows(results) if (value := self.figure(row)) is not None]
+        return (*(max if self.at_most else min)(found), len(found)) if found else None
+
+    def verdict(self, results: list[Results]) -> str:
+        """``"met"``, ``"missed"``, or ``"undecided"`` where the quartiles include both."""
+        rows = [row for row in self._rows(results) if self.figure(row) is not None]
+        if all(self._passes(self._shifted(row, slow=True)) for row in rows):
+            return "met"
+        return "undecided" if all(self._passes(self._shifted(row, slow=False)) for row in rows) else "missed"
+
+    def _rows(self, results: list[Results]) -> list[Row]:
+        here = [r for r in results if (H200 in r.machine["device"] if self.machine == H200 else not r.cuda)]
+        return [row for result in here for row in result.rows if row.ours is not None and self.rows(row)]
+
+    def _passes(self, row: Row) -> bool:
+        value = self.figure(row)
+        return value <= self.limit if self.at_most else value >= self.limit
+
+    def _shifted(self, row: Row, slow: bool) -> Row:
+        """The row with the subject at its slow (or fast) quartile and all other peers at the opposite one."""
+        subject = row.ours if self.subject == "ours" else row.peers.get(self.subject)
+        peers = {
+            name: replace(entry, median=entry.q3 if (entry is subject) == slow else entry.q1)
+            for name, entry in row.peers.items()
+        }
+        return Row(row.stage, row.case, row.which, peers)
 
 
 def _beyond_flops(row: Row) -> float | None:
@@ -112,13 +132,21 @@ _ON_H200 = (
     ("the same: memory / peft", _peft, _memory("peft"), 0.7, True),
     ("decoding op, CUDA graph: time / no prefix", _is("decode", "graph"), lambda row: row.over_no_prefix, 1.05, True),
     ("decoding model: tokens a second / unpatched", _is("generation", "graph"), _against("no_prefix"), 0.98, False),
-    ("CUDA library, every shape: naive / ours:cuda", _every_shape, _ratio("naive", "ours:cuda"), 1.0, False),
+    (
+        "CUDA library, every shape: naive / ours:cuda",
+        _every_shape,
+        _ratio("naive", "ours:cuda"),
+        1.0,
+        False,
+        "ours:cuda",
+    ),
     (
         "CUDA library, every shape: ours:triton / ours:cuda",
         _every_shape,
         _ratio("ours:triton", "ours:cuda"),
         0.33,
         False,
+        "ours:cuda",
     ),
 )
 TARGETS = (
@@ -159,7 +187,6 @@ def table(results: list[Results], counted: dict | None = None) -> str:
             lines.append([*cells, NOT_MEASURED, "", ""])
             continue
         value, case, count = worst
-        met = value <= target.limit if target.at_most else value >= target.limit
-        lines.append([*cells, f"{value:.2f}", "met" if met else "missed", f"{case} (worst of {count})"])
+        lines.append([*cells, f"{value:.2f}", target.verdict(results), f"{case} (worst of {count})"])
     lines += _counted(counted) if counted else []
-    return markdown(["machine", "row", "target", "measured", "", "case"], lines)
+    return markdown(["machine", "figure", "target", "measured", "verdict", "case"], lines)
