@@ -193,7 +193,7 @@ def draw_models(results: Results, path: Path) -> None:
     axes.set(yticks=list(places), xlabel="concatenated prefix / apt-kernels")
     axes.set_yticklabels([name for name, _, _ in drawn])
     axes.legend()
-    axes.set_title("Cost of the usual implementation relative to apt-kernels (1: equal)", fontsize=10)
+    figure.suptitle("Cost of the usual implementation relative to apt-kernels (1: equal)", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80, metadata={"Software": None, "Description": fingerprint({"models": drawn})})
 
