@@ -14,10 +14,11 @@ PACKAGE = apt_kernels.__name__
 LAYERS = {
     "errors": (),
     "mask": ("errors",),
+    "transforms": (),
     "config": ("errors", "prefix"),
     "impl": ("errors", "mask"),
-    "ops": ("errors", "mask", "impl"),
-    "prefix": ("errors",),
+    "ops": ("errors", "mask", "transforms", "impl"),
+    "prefix": ("errors", "transforms"),
     "hf": ("errors", "mask", "config", "ops", "prefix"),
 }
 # The same inside hf: a part may import those above it in this list, and others of its own line.
