@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
 from . import events, hub, offload, weights
 from .patching import patch
-from .state import inner, is_patched, named_parameters, prefixes, state_of
+from .state import Model, inner, is_patched, named_parameters, prefixes, state_of
 from .transaction import atomic
 
 WEIGHTS = "adapter.safetensors"
@@ -25,7 +25,7 @@ CONFIG = "apt_config.json"
 
 
 def save(
-    model,
+    model: nn.Module,
     folder: str | os.PathLike | None = None,
     *,
     repo_id: str | None = None,
@@ -165,7 +165,13 @@ def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @atomic
-def load(model, folder: str | os.PathLike, *, revision: str | None = None, example_inputs: dict | None = None):
+def load(
+    model: Model,
+    folder: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    example_inputs: dict | None = None,
+) -> Model:
     """Load what `save` wrote into ``model``, patching it first if it is not; the weights keep the model's dtypes.
 
     Everything is checked before anything changes: on an error the model is as it was.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import AptConfig
+from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
 from ..ops import choose
 from ..prefix import gates
@@ -24,13 +26,22 @@ from .discovery.meshes import shared_generator, with_meshes
 from .discovery.recording import record
 from .discovery.selection import lengths_of
 from .site import Site
-from .state import State, inner, is_patched, state_of
+from .state import Model, State, inner, is_patched, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
+
 
 @atomic
-def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None = None, **settings):
+def patch(
+    model: Model,
+    config: AptConfig | None = None,
+    *,
+    example_inputs: dict | None = None,
+    **settings: Unpack[Settings],
+) -> Model:
     """Hang an `AdaptivePrefix` on every attention module of a transformers model, in place, and freeze the rest.
 
     The model attends through `apt_kernels.attention` from then on; position ids, masks and caches stay those of the
@@ -52,26 +63,26 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         ImplementationError: there is no implementation of that name.
     """
     config = make_config(config, settings)
-    wrapped, model = model, inner(model)
-    if not isinstance(model, PreTrainedModel):
-        raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
-    if is_patched(model):
-        if state_of(model).config == config:
-            return wrapped
+    base = inner(model)
+    if not isinstance(base, PreTrainedModel):
+        raise PatchError(f"the model is a {type(base).__name__}; patch needs a transformers.PreTrainedModel")
+    if is_patched(base):
+        if state_of(base).config == config:
+            return model
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     if config.implementation != "auto":
         choose.load(config.implementation)
-    events.check("patch", wrapped)
-    before = implementations(model)
-    own_configs(model)  # before anything is set there
-    sites, needed = _sites(model, example_inputs)
-    sites = with_meshes(model, sites)
-    state = State(model, config, before, sites=sites)
+    events.check("patch", model)
+    before = implementations(base)
+    own_configs(base)  # before anything is set there
+    sites, needed = _sites(base, example_inputs)
+    sites = with_meshes(base, sites)
+    state = State(base, config, before, sites=sites)
     _commit(state, build(config, sites), needed)
-    return wrapped
+    return model
 
 
-def make_config(config: AptConfig | None, settings: dict) -> AptConfig:
+def make_config(config: AptConfig | None, settings: Mapping[str, Any]) -> AptConfig:
     unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
@@ -126,7 +137,7 @@ def _gate(name: str, site: Site) -> str:
 
 def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, str]) -> None:
     """Patch the model; ``needed``: the attention implementation of each part of the model, by its name."""
-    model = state.model
+    model: Any = state.model
     state.requires_grad = {name: parameter.requires_grad for name, parameter in state.parameters.items()}
     trainable, added = trainable_names(model, state.config), events.added_parameters(model)
     refuse_quantised(model, trainable)
@@ -167,7 +178,7 @@ def detach(state: State) -> None:
 
 
 @atomic
-def unpatch(model):
+def unpatch(model: Model) -> Model:
     """Take every prefix off again: outputs and ``requires_grad`` are bit for bit those from before `patch`.
 
     Returns the same model. Raises `PatchError` if the model is not patched, or is wrapped for several processes (by

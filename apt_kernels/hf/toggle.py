@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from .attention import inline
 from .attention.implementations import implementations, restore_implementations
-from .state import state_of
+from .site import Inline
+from .state import Model, state_of
 
 
 @contextmanager
-def disabled(model) -> Iterator:
+def disabled(model: Model) -> Iterator[Model]:
     """Within this context the model attends without its prefix: bit for bit as before the patch.
 
     Trained heads keep their values. With gradient checkpointing, a forward in here that records gradients raises: its
@@ -37,7 +39,7 @@ def disabled(model) -> Iterator:
     finally:
         restore_implementations(base, now)
         for site in alone:
-            inline.defer(base.get_submodule(site.name), site.inline)
+            inline.defer(base.get_submodule(site.name), cast(Inline, site.inline))
         for prefix in found.values():
             prefix.enabled = True
         state.enabled = True

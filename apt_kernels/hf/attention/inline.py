@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache as memoise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def without_deferred(out):
 
 
 @memoise
-def _inline_class(base: type) -> type:
+def _inline_class(base):
     # Scores that are no tensors cannot be traced: what is compiled ends before such a module and begins after it.
     forward = torch.compiler.disable(_AttendsInline.forward, reason="attention written inline runs outside of graphs")
     return type(
@@ -192,7 +192,7 @@ def _inline_class(base: type) -> type:
     )
 
 
-def _restore(base: type):
+def _restore(base):
     made = _inline_class(base)
     return made.__new__(made)
 
@@ -200,7 +200,8 @@ def _restore(base: type):
 def defer(module, found: Inline) -> None:
     """Let ``module`` attend through the op from now on."""
     module.apt_inline = found
-    module.__class__ = _inline_class(type(module))
+    kind: Any = type(module)
+    module.__class__ = _inline_class(kind)
 
 
 def restore(module) -> None:

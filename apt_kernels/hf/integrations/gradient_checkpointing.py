@@ -25,7 +25,7 @@ def _install(model) -> None:
         model.register_forward_pre_hook(_RefuseCheckpoints())
         return
     kind = modeling_layers.GradientCheckpointingLayer
-    layers = [module for module in model.modules() if isinstance(module, kind)]
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, kind)]
     if layers:
         model.register_forward_pre_hook(_InputsRequireGrad(layers), with_kwargs=True)
 

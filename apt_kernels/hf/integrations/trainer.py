@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class SavePretrained:
             type(self.model).save_pretrained(self.model, folder, is_main_process=is_main_process)
         if state_dict is None:
             return
-        hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
+        hub: dict[str, Any] = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
         save(self.model, folder, state_dict=state_dict, **hub)
         (folder / "config.json").write_text(json.dumps(NO_MODEL, indent=2) + "\n")
