@@ -100,7 +100,7 @@ def rename(state: State, name: str) -> None:
 
 
 def _refuse_disabled(state: State) -> None:
-    if not state.enabled:
+    if state.disabled:
         raise PatchError("the adapter cannot be switched while the prefix is disabled")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import AptConfig
@@ -13,10 +12,12 @@ from ..ops import choose
 from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
 from . import compat, events, offload
-from .attention import function, inline
+from .attention import attach as attaching
 from .attention.implementations import (
+    forget,
     implementations,
     own_configs,
+    remember,
     restore_implementations,
     set_implementation,
 )
@@ -59,6 +60,7 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         if state_of(model).config == config:
             return wrapped
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
+    _refuse_second(model)
     if config.implementation != "auto":
         choose.load(config.implementation)
     events.check("patch", wrapped)
@@ -69,6 +71,15 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     state = State(model, config, before, sites=sites)
     _commit(state, build(config, sites), needed)
     return wrapped
+
+
+def _refuse_second(model) -> None:
+    """Raise `PatchError` where a part of the model, or one of which it is a part, is patched."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_apt_state", None), State):
+            raise PatchError(f"{name} inside the model is patched; call apt_kernels.unpatch on it first")
+        if isinstance(module, AdaptivePrefix) or "apt_before" in module.__dict__:
+            raise PatchError("the model is part of one that is patched; call apt_kernels.unpatch on that first")
 
 
 def make_config(config: AptConfig | None, settings: dict) -> AptConfig:
@@ -133,6 +144,7 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     state.loaded = offload.load(model, trainable)
     parameters = state.parameters
     state.start = {name: parameters[name].detach().clone() for name in sorted(trainable)}
+    remember(model, state.token)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
     for module in (model.get_submodule(site.name) for site in state.sites):
@@ -150,20 +162,14 @@ def attach(state: State, built: dict[str, AdaptivePrefix]) -> None:
         if site.name not in built:
             continue
         module = state.model.get_submodule(site.name)
-        module.apt = built[site.name].train(module.training)
-        module.register_forward_pre_hook(function.before, with_kwargs=True)
-        module.register_forward_hook(function.after)
-        if site.inline is not None:
-            inline.defer(module, site.inline)
+        attaching.attach(module, built[site.name].train(module.training), state.token, site.inline)
 
 
 def detach(state: State) -> None:
     """Take the prefixes off; the attention modules then attend as before the patch, or by their next prefix."""
     for module in state.model.modules():
-        _remove_hooks(module)
         if isinstance(module._modules.get("apt"), AdaptivePrefix):
-            del module.apt
-        inline.restore(module)
+            attaching.detach(module)
 
 
 @atomic
@@ -185,7 +191,7 @@ def unpatch(model):
         for name, parameter in parameters.items():
             parameter.requires_grad_(state.requires_grad[name])
     # Otherwise PEFT came, went or merged since; what is frozen is its to say.
-    restore_implementations(state.model, state.implementations)
+    forget(state.model, state.implementations)
     del state.model._apt_state
     events.changed("unpatch", state)
     return model
@@ -202,17 +208,4 @@ def _restore_values(state: State) -> None:
 
 def remove_prefix(state: State, name: str) -> None:
     """Take the prefix off one attention module; it attends as before the patch."""
-    module = state.model.get_submodule(name)
-    _remove_hooks(module)
-    inline.restore(module)
-    del module.apt
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for hooks, extra in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if hook in (function.before, function.after)]:
-            del hooks[key]
-            extra.pop(key, None)
+    attaching.detach(state.model.get_submodule(name))

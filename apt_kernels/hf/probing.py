@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ConfigError
-from . import events, offload, pruning
+from . import calls, events, offload, pruning
 from .discovery.recording import evaluating
 from .state import state_of
 from .transaction import atomic
@@ -263,7 +262,7 @@ def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
             if not hasattr(batch, "items"):
                 raise ArgumentError(f"a batch is a {type(batch).__name__}; it needs a dict of the forward's arguments")
             batch = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
-            with _watched(watches, batch.get("decoder_attention_mask")):
+            with calls.observing(_observer(watches, batch.get("decoder_attention_mask"))):
                 model(**batch)
             examples += len(next(iter(batch.values())))
     if not examples:
@@ -271,25 +270,13 @@ def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
     return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(state), examples)
 
 
-@contextmanager
-def _watched(watches: dict[str, _Watch], decoder_mask: Tensor | None):
-    """Every prefix tells its watch the logits it computes."""
+def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
+    """What every attention with a prefix calls with its gate's logits while `probe` runs, in this thread alone."""
 
-    def telling(watch: _Watch, logits):
-        def tell(hidden_states, real_tokens=None, segments=None):
-            found = logits(hidden_states, real_tokens, segments)
-            watch.add(found, decoder_mask if watch.prefix.cross else real_tokens)
-            return found
+    def observe(prefix: nn.Module, gate: Tensor | None, real_tokens: Tensor | None) -> None:
+        watches[prefix.name].add(gate, decoder_mask if prefix.cross else real_tokens)
 
-        return tell
-
-    for watch in watches.values():
-        watch.prefix.logits = telling(watch, watch.prefix.logits)
-    try:
-        yield
-    finally:
-        for watch in watches.values():
-            del watch.prefix.logits
+    return observe
 
 
 @atomic

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..config import AptConfig
 from ..errors import PatchError
 from ..prefix.adaptive import AdaptivePrefix
-from . import compat, events, offload
+from . import calls, compat, events, offload
 from .site import Site
 
 
@@ -36,7 +36,7 @@ class State:
     adapter: str = "default"
     parked: dict[str, Parked] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
-    enabled: bool = True
+    token: calls.Token = field(default_factory=calls.Token)
     loaded: list[offload.Loaded] = field(default_factory=list)  # what trains, taken out of accelerate's offloading
 
     @property
@@ -44,6 +44,11 @@ class State:
         """The active adapter's prefixes by the name of their attention module, in model order."""
         found = {own_name(name): module._modules.get("apt") for name, module in self.model.named_modules()}
         return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the model is within `apt_kernels.disabled`, here."""
+        return calls.disabling_of(self.token) is not None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .attention import inline
-from .attention.implementations import implementations, restore_implementations
+from . import calls
 from .state import state_of
 
 
@@ -14,30 +13,12 @@ from .state import state_of
 def disabled(model) -> Iterator:
     """Within this context the model attends without its prefix: bit for bit as before the patch.
 
-    Trained heads keep their values. With gradient checkpointing, a forward in here that records gradients raises: its
-    backward would recompute the layers after the context, with the prefix.
+    It holds in the thread that entered it, and in threads that a forward starts itself (`nn.DataParallel`). Inside
+    asyncio it holds in the task that entered it and in tasks that this one creates; other tasks keep the prefix.
+    Gradient checkpointing recomputes the layers as they were in the forward, wherever the backward runs. A copy of the
+    model has its prefix. Trained heads keep their values.
 
     Yields the model. Raises `PatchError` if it is not patched.
     """
-    state = state_of(model)
-    if not state.enabled:
+    with calls.disabling(state_of(model).token):
         yield model
-        return
-    base, found = state.model, state.prefixes
-    alone = [site for site in state.sites if site.inline and site.name in found]
-    now = implementations(base)
-    try:
-        state.enabled = False
-        for prefix in found.values():
-            prefix.enabled = False
-        for site in alone:
-            inline.restore(base.get_submodule(site.name))
-        restore_implementations(base, state.implementations)
-        yield model
-    finally:
-        restore_implementations(base, now)
-        for site in alone:
-            inline.defer(base.get_submodule(site.name), site.inline)
-        for prefix in found.values():
-            prefix.enabled = True
-        state.enabled = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -17,6 +18,10 @@ from .weights import fsdp1
 Function = TypeVar("Function", bound=Callable)
 
 
+# Of all models, which may share modules and configs.
+_one_at_a_time = threading.RLock()
+
+
 def atomic(function: Function) -> Function:
     """Decorator of a function whose first argument is a model: all of its changes to the model are done, or none.
 
@@ -26,12 +31,13 @@ def atomic(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
-        before = _Snapshot(model)
-        try:
-            return function(model, *args, **kwargs)
-        except BaseException:
-            before.restore()
-            raise
+        with _one_at_a_time:
+            before = _Snapshot(model)
+            try:
+                return function(model, *args, **kwargs)
+            except BaseException:
+                before.restore()
+                raise
 
     return call
 
@@ -46,9 +52,10 @@ class _Snapshot:
         parked = [] if self.state is None else list(self.state.parked.values())
         for adapter in parked:
             modules += [module for prefix in adapter.prefixes.values() for module in prefix.modules()]
-        self.classes = [(module, type(module)) for module in modules]
+        configs = _configs(modules)
+        self.classes = [(owner, type(owner)) for owner in (*modules, *configs)]
         hooks = [hook for module in modules for hook in offload.hooks(module)]
-        plain = [*modules, *_configs(modules), *hooks, *([] if self.state is None else [self.state]), *parked]
+        plain = [*modules, *configs, *hooks, *([] if self.state is None else [self.state]), *parked]
         self.attributes = [(owner, dict(owner.__dict__)) for owner in plain]
         self.containers = [
             (container, copy.copy(container))
@@ -81,9 +88,9 @@ class _Snapshot:
             named = now.parameters
             for name, value in now.start.items():
                 _write(named[name], value)
-        for module, kind in self.classes:
-            if type(module) is not kind:
-                module.__class__ = kind
+        for owner, kind in self.classes:
+            if type(owner) is not kind:
+                owner.__class__ = kind
         for owner, attributes in self.attributes:
             _restore_attributes(owner, attributes)
         for container, content in self.containers:

@@ -48,7 +48,7 @@ class AdaptivePrefix(nn.Module):
         super().__init__()
         self.gate = gates.find(gate).name
         self.name, self.cross, self.implementation = "", False, "auto"
-        self.adapter, self.enabled = "default", True
+        self.adapter = "default"
         self.mesh = None  # over which the heads are sharded
         # Known without the parameters, of which a process may hold a part or nothing.
         self.length, self.heads, self.head_dim = length, num_key_value_heads, head_dim
@@ -71,8 +71,6 @@ class AdaptivePrefix(nn.Module):
             self.gate_logits = nn.Parameter(torch.zeros(length, device=device))
         if layer_scale:
             self.layer_scale = nn.Parameter(torch.full((1,), 2.0 if self.gate_entry.parameter else 1.0, device=device))
-        # The inputs of the running forward, and whether its attention went through the op (hf/route.py).
-        self.running = Running()
 
     @property
     def gate_entry(self) -> gates.Gate:
@@ -131,14 +129,3 @@ class AdaptivePrefix(nn.Module):
         name = self.gate_entry.parameter
         parameter = None if name is None else self._here(getattr(self, name))
         return self.gate_entry.logits(parameter, hidden_states, real_tokens, segments)
-
-    def __getstate__(self):
-        # A copy or a pickle taken in the middle of a forward must not drag the activations along.
-        return {**self.__dict__, "running": Running()}
-
-
-class Running:
-    """A forward that is under way. Not of the module itself, whose attributes are slow to set."""
-
-    def __init__(self):
-        self.pending, self.served = None, False

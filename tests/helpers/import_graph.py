@@ -22,7 +22,7 @@ LAYERS = {
 }
 # The same inside hf: a part may import those above it in this list, and others of its own line.
 HF_LAYERS = (
-    ("compat", "site", "events"),
+    ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
     ("attention",),
     ("discovery", "trainable", "transaction"),

@@ -1,7 +1,9 @@
 """The prefix switched off and on, several named adapters, which layers get one, and the summary."""
 
+import contextlib
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,16 +55,37 @@ def test_an_inline_model_is_switched_and_changes_adapters():
     assert torch.equal(apt_kernels.unpatch(model)(ids).logits, expected)
 
 
+@pytest.mark.parametrize("backward_in", ["this thread", "another thread"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpointed_forward_without_its_prefix_is_refused(reentrant):
-    model, given = apt_kernels.patch(models.build("llama")).train(), models.inputs("llama")
+def test_a_checkpoint_is_recomputed_as_it_was_in_the_forward(reentrant, backward_in):
+    """On a GPU the backward, and so the recomputation, runs in a thread of autograd."""
+    model = apt_kernels.patch(models.build("llama").double(), trainable="norm").double().train()
+    randomise(model)
+    given = models.inputs("llama")
+    embeds = model.get_input_embeddings()(given.pop("input_ids")).detach()
+
+    def gradients(forward_disabled, backward_disabled):
+        model.zero_grad()
+        with apt_kernels.disabled(model) if forward_disabled else contextlib.nullcontext():
+            loss = model(inputs_embeds=embeds, **given, use_cache=False).logits.square().sum()
+
+        def backward():
+            with apt_kernels.disabled(model) if backward_disabled else contextlib.nullcontext():
+                loss.backward()
+
+        if backward_in == "another thread":
+            with ThreadPoolExecutor() as pool:
+                pool.submit(backward).result()
+        else:
+            backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = {off: gradients(off, off) for off in (False, True)}
+    assert expected[True].keys() < expected[False].keys()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    with apt_kernels.disabled(model):
-        with pytest.raises(apt_kernels.PatchError, match="would recompute"):
-            model(**given)
-        with torch.no_grad():
-            model(**given)
-    model(**given).logits.sum().backward()
+    for off in (False, True):
+        for backward_off in (False, True):
+            torch.testing.assert_close(gradients(off, backward_off), expected[off])
 
 
 @pytest.mark.proves("several named adapters")

@@ -1,10 +1,9 @@
-"""From an attention module to the op: the hooks that see hidden states, and the attention function."""
+"""From an attention module to the op: the module's forward, which gives hidden states, and the attention function."""
 
 from __future__ import annotations
 
 import sys
 from functools import cache as memoise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
-from . import gate_cache, paged_cache
+from .. import calls
+from . import gate_cache, paged_cache, subclass
 from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
@@ -23,25 +23,48 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past")
 _LAYER = ("layer_idx", "layer_id")
 
 
-class Pending(NamedTuple):
-    """What the attention function cannot see by itself: the inputs of the module that calls it."""
+class Prefixed(subclass.Mixin):
+    """Added to the class of an attention module that has a prefix (``module.apt``)."""
 
-    hidden_states: Tensor
-    cache: object | None
-    filled: bool
+    apt_token = apt_held = None
+
+    def forward(self, *args, **kwargs):
+        if self.apt_held is not None:  # a replica, in a thread of nn.DataParallel
+            return calls.applied(self.apt_held, _forward, self, super().forward, args, kwargs)
+        return _forward(self, super().forward, args, kwargs)
+
+    def apt_attend(self, forward, args, kwargs):
+        """The forward of the base, once the call's state is set."""
+        return forward(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.apt_held = calls.hold()
+        return replica
 
 
-def before(module, args, kwargs) -> None:
-    """Forward pre-hook of a patched attention module: remember its hidden states and cache."""
-    prefix = module.apt
-    if not prefix.enabled:
-        return
-    hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+def _forward(module, forward, args, kwargs):
+    """``forward(*args, **kwargs)``, with what the attention function cannot see by itself at hand for it."""
+    prefix = getattr(module, "apt", None)
+    if prefix is None or calls.disabling_of(module.apt_token) is not None:
+        return forward(*args, **kwargs)
     cache = filled = None
     if prefix.gate_entry.kept_in_cache:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         filled = cache is not None and _holds_tokens(cache, module)
-    prefix.running.pending, prefix.running.served = Pending(hidden_states, cache, bool(filled)), False
+    hidden_states, local, outer = kwargs.get("hidden_states", args[0] if args else None), calls.local, calls.local.call
+    call = calls.Call(module, hidden_states, cache, bool(filled), outer)
+    try:
+        local.call = call
+        output = module.apt_attend(forward, args, kwargs)
+    finally:
+        local.call = outer
+    if not call.served:
+        raise PatchError(
+            f"{prefix.name} attended without its prefix: the model's attention implementation was switched away "
+            f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
+        )
+    return output
 
 
 def _holds_tokens(cache, module) -> bool:
@@ -56,17 +79,6 @@ def _holds_tokens(cache, module) -> bool:
         return index is not None and int(cache.get_seq_length(index)) > 0
     except ValueError:  # a layer that uses the keys of another has none of its own in the cache
         return False
-
-
-def after(module, args, output) -> None:
-    """Forward hook: a patched module that did not attend through `attention_forward` has lost its prefix."""
-    prefix = module.apt
-    prefix.running.pending = None
-    if prefix.enabled and not prefix.running.served:
-        raise PatchError(
-            f"{prefix.name} attended without its prefix: the model's attention implementation was switched away "
-            f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
-        )
 
 
 def attention_forward(
@@ -88,17 +100,16 @@ def attention_forward(
     prefix = getattr(module, "apt", None)
     if cache is not None:
         key, value = paged_cache.update(module, cache, key, value, kwargs)
-    if prefix is None:
+    if prefix is None or calls.disabling_of(module.apt_token) is not None:
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
         return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
-    if prefix.running.pending is None:
-        raise PatchError(f"{prefix.name} attends outside its module's forward; its hidden states are unknown")
-    prefix.running.served = True
+    call = calls.call_of(module)
+    call.served = True
     out = attention(
         query,
         key,
         value,
-        *_parts(prefix, attention_mask, query),
+        *_parts(prefix, call, attention_mask, query),
         mask=_mask(module, query, key, attention_mask, is_causal, position_bias),
         scale=scaling,
         softcap=softcap,
@@ -109,7 +120,7 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _parts(prefix, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
+def _parts(prefix, call: calls.Call, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
     """Prefix key, prefix value, gate logits and layer scale of the running forward."""
     real = segments = None
     if isinstance(attention_mask, AttentionMask) and not prefix.cross:
@@ -117,14 +128,16 @@ def _parts(prefix, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
     elif isinstance(attention_mask, Tensor) and not prefix.cross and attention_mask.ndim == 4:
         seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > _closed(attention_mask)
         real = _real(seen, query)
-    return _gated(prefix, query, real, segments)
+    return _gated(prefix, call, query, real, segments)
 
 
-def parts_inline(prefix, seen: Tensor | None, query: Tensor, time_major: bool) -> tuple[Tensor | None, ...]:
+def parts_inline(
+    prefix, call: calls.Call, seen: Tensor | None, query: Tensor, time_major: bool
+) -> tuple[Tensor | None, ...]:
     """The same of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
-    if seen is not None and prefix.running.pending.filled:
+    if seen is not None and call.filled:
         seen = seen[..., -query.shape[2] :]  # the queries stand behind what the cache held
-    return _gated(prefix, query, None if seen is None else _real(seen, query), None, time_major)
+    return _gated(prefix, call, query, None if seen is None else _real(seen, query), None, time_major)
 
 
 def _real(seen: Tensor, query: Tensor) -> Tensor:
@@ -136,22 +149,26 @@ def _real(seen: Tensor, query: Tensor) -> Tensor:
     return torch.where(by_others.any(dim=1, keepdim=True), by_others, at_all)
 
 
-def _gated(prefix, query: Tensor, real, segments, time_major: bool = False) -> tuple[Tensor | None, ...]:
-    hidden_states, cache, filled = prefix.running.pending
+def _gated(
+    prefix, call: calls.Call, query: Tensor, real, segments, time_major: bool = False
+) -> tuple[Tensor | None, ...]:
+    cache, owner = call.cache, (prefix.name, prefix.adapter)
     if not prefix.gate_entry.reads_hidden_states:
-        return prefix(None)
-    owner = (prefix.name, prefix.adapter)
-    if filled and not gate_cache.waits(cache, owner):
+        key, value, gate, scale = prefix(None)
+    elif call.filled and not gate_cache.waits(cache, owner):
         key, value, _, scale = prefix(None)
         return key, value, gate_cache.recall(cache, owner), scale
-    # A model spread over devices moves its inputs in a hook that may run after ours.
-    hidden_states = hidden_states.to(query.device)
-    hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
-    hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
-    key, value, gate, scale = prefix(hidden_states, real, segments)
+    else:
+        # A model spread over devices moves its inputs in a hook that may run after ours.
+        hidden_states = call.hidden_states.to(query.device)
+        hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
+        hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
+        key, value, gate, scale = prefix(hidden_states, real, segments)
+    if calls.local.observe is not None:
+        calls.local.observe(prefix, gate, real)
     if cache is not None:
         begun = None if real is None else real.any(dim=1)
-        gate = gate_cache.keep(cache, owner, gate, begun, add=filled)
+        gate = gate_cache.keep(cache, owner, gate, begun, add=call.filled)
     return key, value, gate, scale
 
 

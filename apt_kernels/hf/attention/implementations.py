@@ -1,8 +1,83 @@
-"""The attention implementation that a model's configs name: read, set, and set back."""
+"""The attention implementation that a model's configs name: read, set, and set back; and what they named before."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+
+import torch
+
+from ...errors import PatchError
+from .. import calls
+from . import subclass
+
+_FIELD = "_attn_implementation_internal"
+
+
+class Before:
+    """Of a patched model's config: the model's token, and the implementation that was named before the patch."""
+
+    def __init__(self, token: calls.Token, implementation: str | None):
+        self.token, self.implementation = token, implementation
+
+    def __deepcopy__(self, memo):
+        return Before(copy.deepcopy(self.token, memo), self.implementation)
+
+
+class Switched(subclass.Mixin):
+    """Added to the class of a patched model's config: within `calls.disabling` it names what it did before the patch.
+
+    So a model without its prefix runs by the functions, masks and branches that it had, in one thread alone.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        pass  # transformers makes a dataclass of every class of configs
+
+    @property
+    def _attn_implementation_internal(self):
+        before = self.__dict__.get("apt_before")
+        if before is not None:
+            entry = calls.disabling_of(before.token)
+            if entry is not None:
+                return entry.implementation or before.implementation
+        return self.__dict__[_FIELD]
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value):
+        before = self.__dict__.get("apt_before")
+        if before is not None and calls.disabling_of(before.token) is not None:
+            raise PatchError(
+                "the attention implementation cannot be set while the prefix is disabled; set it outside of "
+                "apt_kernels.disabled, or call apt_kernels.unpatch(model) first"
+            )
+        self.__dict__[_FIELD] = value
+
+    def __deepcopy__(self, memo):
+        # Models copy configs in their forward, and Dynamo traces that: no `__reduce_ex__`.
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        traced = torch.compiler.is_compiling()
+        for name, value in self.__dict__.items():
+            made.__dict__[name] = value if traced and name == "apt_before" else copy.deepcopy(value, memo)
+        return made
+
+    def to_dict(self):
+        found = super().to_dict()
+        found.pop("apt_before", None)
+        return found
+
+    def __eq__(self, other):
+        if subclass.parts(type(self))[0] is not subclass.parts(type(other))[0]:
+            return NotImplemented
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self) if f.compare)
+
+    __hash__ = None
+
+
+def token_of(config) -> calls.Token | None:
+    """The token of the patched model that ``config`` belongs to."""
+    before = getattr(config, "apt_before", None)
+    return None if before is None else before.token
 
 
 def configs(model) -> list:
@@ -10,7 +85,7 @@ def configs(model) -> list:
     found = {}
     for module in model.modules():
         config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal"):
+        if hasattr(config, _FIELD):
             found.setdefault(id(config), config)
     return list(found.values())
 
@@ -38,3 +113,18 @@ def own_configs(model) -> None:
     for module in model.modules():
         if id(getattr(module, "config", None)) in owned:
             module.config = owned[id(module.config)]
+
+
+def remember(model, token: calls.Token) -> None:
+    """Let the configs name what they do now wherever the model of ``token`` is disabled, whatever is set later."""
+    for config in configs(model):
+        config.__dict__["apt_before"] = Before(token, config._attn_implementation)
+        subclass.add(config, Switched)
+
+
+def forget(model, names: list[str]) -> None:
+    """Undo `remember`, and name ``names`` from here on."""
+    for config, name in zip(configs(model), names):
+        config.__dict__.pop("apt_before", None)
+        subclass.remove(config, Switched)
+        config._attn_implementation_internal = name

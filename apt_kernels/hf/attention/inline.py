@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache as memoise
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
-from ..site import Inline
+from .. import calls
 from . import function
 from .lazy_scores import HIDDEN, Deferred, Deferring, Probabilities, Scores
 
@@ -130,13 +129,13 @@ def rows_of(scores: Scores, hidden_states: Tensor | None, time_major: bool) -> i
 
 def _serve(module):
     def attend(probabilities: Probabilities, value: Tensor) -> Tensor:
-        prefix, found = module.apt, module.apt_inline
-        hidden_states, scores = prefix.running.pending.hidden_states, probabilities.scores
+        prefix, found, call = module.apt, module.apt_inline, calls.call_of(module)
+        hidden_states, scores = call.hidden_states, probabilities.scores
         batch = rows_of(scores, hidden_states, found.time_major)
         laid = lay_out(probabilities, value, batch)
-        prefix.running.served = True
+        call.served = True
         seen = laid.seen() if prefix.gate_entry.per_sequence and not prefix.cross else None
-        key, value, gate, scale = function.parts_inline(prefix, seen, laid.query, found.time_major)
+        key, value, gate, scale = function.parts_inline(prefix, call, seen, laid.query, found.time_major)
         out = attention(
             laid.query,
             laid.key,
@@ -157,17 +156,16 @@ def _serve(module):
     return attend
 
 
-class _AttendsInline:
-    """Added to a module's class: its forward runs under `Deferring`."""
+class PrefixedInline(function.Prefixed):
+    """The same for a module that attends inline: its forward runs under `Deferring`."""
 
-    def forward(self, *args, **kwargs):
+    # Scores that are no tensors cannot be traced: what is compiled ends before such a module and begins after it.
+    outside_of_graphs = "attention written inline runs outside of graphs"
+
+    def apt_attend(self, forward, args, kwargs):
         with Deferring(_serve(self)):
-            out = super().forward(*args, **kwargs)
-        return without_deferred(out)
-
-    def __reduce_ex__(self, protocol):
-        # The class is made on the fly: pickle its base and make it again.
-        return _restore, (type(self).__mro__[2],), self.__getstate__()
+            output = forward(*args, **kwargs)
+        return without_deferred(output)
 
 
 def without_deferred(out):
@@ -179,35 +177,6 @@ def without_deferred(out):
     if isinstance(out, (list, tuple)):
         return type(out)(without_deferred(part) for part in out)
     return out
-
-
-@memoise
-def _inline_class(base: type) -> type:
-    # Scores that are no tensors cannot be traced: what is compiled ends before such a module and begins after it.
-    forward = torch.compiler.disable(_AttendsInline.forward, reason="attention written inline runs outside of graphs")
-    return type(
-        base.__name__,
-        (_AttendsInline, base),
-        {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__},
-    )
-
-
-def _restore(base: type):
-    made = _inline_class(base)
-    return made.__new__(made)
-
-
-def defer(module, found: Inline) -> None:
-    """Let ``module`` attend through the op from now on."""
-    module.apt_inline = found
-    module.__class__ = _inline_class(type(module))
-
-
-def restore(module) -> None:
-    """Undo `defer`."""
-    module.__dict__.pop("apt_inline", None)
-    if isinstance(module, _AttendsInline):
-        module.__class__ = type(module).__mro__[2]
 
 
 class Watch:

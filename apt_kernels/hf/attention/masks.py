@@ -8,7 +8,7 @@ from transformers import masking_utils
 
 from ...mask import Mask
 from .. import compat
-from . import packing
+from . import implementations, packing, subclass
 
 # Whether a mask function can be taken apart. Read once: torch.compile traces what uses it.
 _STRUCTURED = compat.available("masks")
@@ -88,7 +88,8 @@ def describe(
     else:
         parts = _recognise(mask_function)
     offset = q_offset - kv_offset
-    segments = packing.documents(parts is None or parts.causal, batch_size, q_length, kv_length)
+    token = implementations.token_of(kwargs.get("config"))
+    segments = packing.documents(token, parts is None or parts.causal, batch_size, q_length, kv_length)
     if parts is None:
         mask = Mask(dense=_dense(locals(), kwargs), query_segments=segments, key_segments=segments)
         return AttentionMask(mask, shape, padding, kv_offset, offset)
@@ -196,7 +197,7 @@ def _recognise_traced(function, batch: int, queries: int, alone: bool, device, k
         return _Parts(causal=True)
     if function is masking_utils.bidirectional_mask_function:
         return _Parts()
-    if not _STRUCTURED or kwargs.get("use_vmap") or type(kwargs.get("config")) in _dense_when_traced:
+    if not _STRUCTURED or kwargs.get("use_vmap") or subclass.parts(type(kwargs.get("config")))[0] in _dense_when_traced:
         return None
     if not function.__qualname__.startswith("and_masks"):
         return None

@@ -2,10 +2,12 @@
 
 `DataCollatorWithFlattening` joins documents in one row. Flash attention is told where they begin by ``cu_seq_lens_q``
 and ``cu_seq_lens_k``; transformers' masks look at position ids, but only where there is no cache, and not in every
-model. Hooks around the model's forward read both, and the mask function (hf/masks.py) asks for them here.
+model. `Packed` reads both before the model's forward, and the mask function (masks.py) asks for them here.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from ...errors import PatchError
 from ...prefix import gates
 from ...prefix.segments import document_starts
+from .. import calls
+from . import subclass
 
 
 class Documents:
@@ -24,12 +28,28 @@ class Documents:
         self.used = False
 
 
-_running: list[Documents | None] = []
+class Running:
+    """A running forward of a patched model or of its body."""
+
+    __slots__ = ("documents", "ids", "module", "token")
+
+    def __init__(self, module, token: calls.Token, documents: Documents | None, ids: Tensor | None):
+        self.module, self.token, self.documents, self.ids = module, token, documents, ids
+
+    def is_around(self, module, token: calls.Token, ids: Tensor | None) -> bool:
+        """Whether this is the model around the body ``module`` that is called, rather than one in which a hook calls
+        the body with other tokens."""
+        same = self.ids is None or ids is None or self.ids is ids
+        return self.token is token and self.module is not module and same
 
 
-def documents(causal: bool, batch: int, queries: int, keys: int) -> Tensor | None:
-    """``[B, T]`` integers, equal within a document, for a mask that is being made; None: the row is one document."""
-    found = _running[-1] if _running else None
+def documents(token: calls.Token | None, causal: bool, batch: int, queries: int, keys: int) -> Tensor | None:
+    """``[B, T]`` integers, equal within a document, for a mask that is being made; None: the row is one document.
+
+    ``token``: the patched model's, for which the mask is made.
+    """
+    running = calls.local.documents
+    found = None if running is None or token is None or running.token.number != token.number else running.documents
     if found is None or (found.causal_only and not causal):
         return None
     if found.segments.shape[1] != queries or (not torch.compiler.is_compiling() and queries != keys):
@@ -41,8 +61,59 @@ def documents(causal: bool, batch: int, queries: int, keys: int) -> Tensor | Non
     return found.segments.expand(batch, -1)
 
 
+class Packed(subclass.Mixin):
+    """Added to the class of a patched model and of its body: its forward reads the documents of its inputs."""
+
+    apt_token = apt_held = apt_documents = None
+
+    def forward(self, *args, **kwargs):
+        if self.apt_held is not None:  # a replica, in a thread of nn.DataParallel
+            return calls.applied(self.apt_held, _forward, self, super().forward, args, kwargs)
+        return _forward(self, super().forward, args, kwargs)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.apt_held = calls.hold()
+        return replica
+
+
+def _forward(module, forward, args, kwargs):
+    read, local, outer = module.apt_documents, calls.local, calls.local.documents
+    if read is None:
+        return forward(*args, **kwargs)
+    found, ids = None, kwargs.get("input_ids", args[0] if args else None)
+    if calls.disabling_of(module.apt_token) is None:
+        # The model around this body has read them already.
+        inside = outer is not None and outer.is_around(module, module.apt_token, ids)
+        _warn_of_weights(module, kwargs)
+        found, args, kwargs = read(outer.documents if inside else None, args, kwargs)
+    try:
+        local.documents = Running(module, module.apt_token, found, ids)
+        output = forward(*args, **kwargs)
+    finally:
+        local.documents = outer
+    last = found is not None and (outer is None or outer.documents is not found)
+    if last and not found.causal_only and not found.used:
+        raise PatchError(f"cu_seq_lens_q is given, but {type(module).__name__} made no mask that could tell documents")
+    return output
+
+
+def _warn_of_weights(module, kwargs: dict) -> None:
+    """Warn once for a model whose attention weights are asked for."""
+    if torch.compiler.is_compiling() or module.apt_token.warned:
+        return
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+        module.apt_token.warned = True
+        warnings.warn(
+            "output_attentions=True: attention with a prefix is fused and computes no attention weights; those outputs "
+            "are empty. Within apt_kernels.disabled(model) an eager model returns its own",
+            stacklevel=4,
+        )
+
+
 class ReadDocuments:
-    """Forward pre-hook of the model and of its body."""
+    """What `Packed` reads of a forward's inputs."""
 
     def __init__(self, sites, prefixes, encoder_decoder: bool):
         self.inline = next((site.name for site in sites if site.inline is not None), None)
@@ -50,9 +121,9 @@ class ReadDocuments:
         self.gated = any(prefix.gate_entry.per_sequence for prefix in prefixes)
         self.encoder_decoder = encoder_decoder
 
-    def __call__(self, module, args, kwargs):
-        found, changed = _running[-1] if _running else None, None
-        boundaries = kwargs.get("cu_seq_lens_q")
+    def __call__(self, found: Documents | None, args, kwargs):
+        """The documents (``found``, if they are known), and the inputs as the model needs them for it."""
+        boundaries, changed = kwargs.get("cu_seq_lens_q"), None
         if kwargs.get("cache") is not None:
             found = None  # continuous batching has masks of its own
         elif found is None and isinstance(boundaries, Tensor):
@@ -64,8 +135,7 @@ class ReadDocuments:
         elif found is None:
             found = self.by_positions(kwargs)
             changed = None if found is None else self.without_cache(kwargs)
-        _running.append(found)
-        return None if changed is None else (args, changed)
+        return found, args, kwargs if changed is None else changed
 
     def without_cache(self, kwargs) -> dict | None:
         """The keywords, for a forward that makes no cache: kept keys of several documents cannot be continued."""
@@ -141,35 +211,23 @@ def _check(boundaries: Tensor, keys, tokens: int) -> None:
         raise PatchError(f"cu_seq_lens_k is {keys.tolist()}, cu_seq_lens_q {ends}; self-attention needs them equal")
 
 
-def forget_documents(module, args, output) -> None:
-    """Forward hook of the model and of its body."""
-    found = _running.pop() if _running else None
-    last = found is not None and (not _running or _running[-1] is not found)
-    if last and not found.causal_only and not found.used:
-        raise PatchError(f"cu_seq_lens_q is given, but {type(module).__name__} made no mask that could tell documents")
-
-
-def install(model, sites, prefixes) -> None:
-    """Hook the patched ``model`` and its body; called again, the hooks are those of the adapter's ``prefixes``."""
-    remove(model)
+def install(model, token: calls.Token, sites, prefixes) -> None:
+    """Let the patched ``model`` and its body read documents; again: by the gates of the adapter's ``prefixes``."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     read = ReadDocuments(sites, prefixes, encoder_decoder)
-    for module in _hooked(model):
-        module.register_forward_pre_hook(read, with_kwargs=True)
-        module.register_forward_hook(forget_documents, always_call=True)
+    for module in _readers(model):
+        module.apt_documents, module.apt_token = read, token
+        subclass.add(module, Packed)
 
 
-def _hooked(model) -> list[nn.Module]:
+def _readers(model) -> list[nn.Module]:
     body = getattr(model, "base_model", model)
     return [model] if body is model else [model, body]
 
 
 def remove(model) -> None:
     """Undo `install`."""
-    for module in _hooked(model):
-        for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, ReadDocuments)]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [k for k, hook in module._forward_hooks.items() if hook is forget_documents]:
-            del module._forward_hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+    for module in _readers(model):
+        subclass.remove(module, Packed)
+        for name in ("apt_documents", "apt_token"):
+            module.__dict__.pop(name, None)

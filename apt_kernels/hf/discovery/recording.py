@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,7 @@ _PREFIX_SHAPE = ("kv_heads", "head_dim", "value_head_dim")
 class _Recorder:
     """Takes the place of the attention function for one pass."""
 
-    def __init__(self, model):
+    def __init__(self):
         self.calls: dict[nn.Module, dict] = {}
         self.inputs: dict[nn.Module, Tensor] = {}
         self.running: list[nn.Module] = []
@@ -39,6 +40,9 @@ class _Recorder:
         self.results: list[tuple[nn.Module, Tensor]] = []
         self.watch = inline.Watch(lambda: tuple(self.running))
         self.handles = []
+
+    def open(self, model) -> None:
+        """Follow the modules of ``model``, until `close`."""
         for module in model.modules():
             self.handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.leave, always_call=True))
@@ -164,11 +168,18 @@ def _hides_the_future(seen: Tensor) -> bool:
     return not bool(seen.expand(*seen.shape[:-2], *seen.shape[-2:]).triu(1).any())
 
 
-_active: list[_Recorder] = []
+class _Running(threading.local):
+    def __init__(self):
+        self.recorder: _Recorder | None = None
+
+
+_running = _Running()
 
 
 def _attend(module, query, key, value, attention_mask, **kwargs):
-    return _active[-1].attend(module, query, key, value, attention_mask, **kwargs)
+    if _running.recorder is None:
+        raise PatchError("another thread is patching the model; call it when patch has returned")
+    return _running.recorder.attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def _describe(*args, mask_function=causal_mask_function, config=None, **kwargs):
@@ -306,18 +317,19 @@ def _said(error: Exception | None) -> str:
 
 def _pass(model, body, given: dict, prepare) -> tuple[_Recorder, Exception | None]:
     """One recorded forward, and the error that ended it."""
-    recorder = _Recorder(model)
+    recorder, outer = _Recorder(), _running.recorder
     inline_too = compat.available("inline attention")
     deferring = Deferring(recorder.attend_inline, recorder.watch) if inline_too else nullcontext()
-    _active.append(recorder)
     try:
+        recorder.open(model)
+        _running.recorder = recorder
         prepare()
         with deferring:
             body(**given)
     except Exception as error:  # whatever the model says of these inputs: others are tried, or it is reported
         return recorder, error
     finally:
-        _active.pop()
+        _running.recorder = outer
         recorder.close()
     return recorder, None
 

@@ -7,7 +7,7 @@ import copy
 from ...errors import PatchError
 from ...prefix import gates
 from ...prefix.adaptive import AdaptivePrefix
-from .. import compat, events
+from .. import calls, compat, events
 
 # The attention that transformers hands masks as tensors, and never exchanges for a flash kernel.
 _SERVED_AS = "paged|eager"
@@ -36,15 +36,13 @@ class InitContinuousBatching:
 
     def __call__(self, *args, **kwargs):
         model, state = self.model, self.model._apt_state
-        now = (state.adapter, state.enabled)
+        now = (state.adapter, state.disabled)
         manager = getattr(model, _MANAGER, None)
         if manager is not None and getattr(manager, "apt_served", None) != now:
             forget_manager(model)  # it shares blocks of keys that were computed otherwise
-        served = model
-        if state.enabled:
+        if not state.disabled:
             _refuse(model)
-            served = _Served(model)
-        manager = type(model).init_continuous_batching(served, *args, **kwargs)
+        manager = type(model).init_continuous_batching(_Served(model, state), *args, **kwargs)
         manager.apt_served = now
         return manager
 
@@ -55,15 +53,29 @@ def _refuse_batching(*args, **kwargs):
 
 
 class _Served:
-    """The model as continuous batching sees it: attention of a name that it knows, all else the model's own."""
+    """The model as continuous batching sees it: attention of a name that it knows, all else the model's own.
 
-    def __init__(self, model):
-        config = copy.deepcopy(model.config)
+    A manager's thread calls it; it runs with the prefix or without as `init_continuous_batching` did.
+    """
+
+    def __init__(self, model, state):
+        entries = (calls.Disabling(state.token.number, in_task=False),) if state.disabled else ()
+        name, config = model.config._attn_implementation, copy.deepcopy(model.config)
+        self.__dict__.update(_model=model, config=config, _held=calls.Held(entries, None, None))
+        self._name(name if entries else _SERVED_AS)
+
+    def _name(self, implementation: str) -> None:
+        config = self.config
         parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
         for part in parts:
             if part is not None:
-                part._attn_implementation_internal = _SERVED_AS
-        self.__dict__.update(_model=model, config=config)
+                part._attn_implementation_internal = implementation
+
+    def set_attn_implementation(self, implementation: str) -> None:
+        """As the manager asks for it: for this manager's calls alone."""
+        self._name(implementation)
+        for entry in self._held.disabled:
+            entry.implementation = implementation
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["_model"], name)
@@ -75,7 +87,7 @@ class _Served:
         delattr(self.__dict__["_model"], name)
 
     def __call__(self, *args, **kwargs):
-        return self._model(*args, **kwargs)
+        return calls.applied(self._held, self._model, *args, **kwargs)
 
     def eval(self):
         self._model.eval()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from transformers import modeling_layers
 
-from ...errors import PatchError
-from .. import compat, events
+from .. import calls, compat, events
 
 
 class GradientCheckpointing(events.Integration):
@@ -20,6 +21,9 @@ class GradientCheckpointing(events.Integration):
             _remove(state.model)
 
 
+_FUNCTION = "_gradient_checkpointing_func"
+
+
 def _install(model) -> None:
     if compat.missing("gradient checkpointing"):
         model.register_forward_pre_hook(_RefuseCheckpoints())
@@ -27,14 +31,27 @@ def _install(model) -> None:
     kind = modeling_layers.GradientCheckpointingLayer
     layers = [module for module in model.modules() if isinstance(module, kind)]
     if layers:
-        model.register_forward_pre_hook(_InputsRequireGrad(layers), with_kwargs=True)
+        for module in _called(model):
+            module.register_forward_pre_hook(_BeforeCheckpoints(layers), with_kwargs=True)
+
+
+def _called(model) -> list[nn.Module]:
+    """The model, and its body, which may be called alone."""
+    return list(dict.fromkeys((model, getattr(model, "base_model", model))))
 
 
 def _remove(model) -> None:
-    ours = (_InputsRequireGrad, _RefuseCheckpoints)
-    for key in [k for k, hook in model._forward_pre_hooks.items() if isinstance(hook, ours)]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in _called(model):
+        ours = [
+            k for k, h in module._forward_pre_hooks.items() if isinstance(h, (_BeforeCheckpoints, _RefuseCheckpoints))
+        ]
+        for key in ours:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.modules():
+        function = module.__dict__.get(_FUNCTION)
+        if isinstance(function, _Recomputing):
+            setattr(module, _FUNCTION, function.checkpoint)
 
 
 class _RefuseCheckpoints:
@@ -47,18 +64,24 @@ class _RefuseCheckpoints:
                 compat.require("gradient checkpointing")
 
 
-class _InputsRequireGrad:
+class _BeforeCheckpoints:
     """Forward pre-hook: lets gradients through re-entrant checkpoints of a model that is handed ``inputs_embeds``.
 
-    transformers sees to it where the model embeds token ids itself.
+    transformers sees to it where the model embeds token ids itself. Its checkpoints then recompute the layers as they
+    were in the forward (`_Recomputing`).
     """
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
 
     def __call__(self, module, args, kwargs):
-        _refuse_to_recompute_elsewhere(module, self.layers)
-        if not torch.is_grad_enabled() or not any(_reentrant(layer) for layer in self.layers):
+        if not torch.is_grad_enabled():
+            return None
+        layers = [layer for layer in self.layers if layer.gradient_checkpointing and layer.training]
+        if not torch.compiler.is_compiling():  # a compiled backward runs no Python of the model
+            for layer in layers:
+                _recompute_as_in_the_forward(layer)
+        if not any(map(_reentrant, layers)):
             return None
         changed = dict(kwargs)
         for name in ("inputs_embeds", "decoder_inputs_embeds"):
@@ -68,18 +91,27 @@ class _InputsRequireGrad:
         return args, changed
 
 
-def _refuse_to_recompute_elsewhere(model, layers: list[nn.Module]) -> None:
-    state = getattr(model, "_apt_state", None)
-    if state is None or state.enabled or not torch.is_grad_enabled():
-        return
-    if any(layer.gradient_checkpointing and layer.training for layer in layers):
-        raise PatchError(
-            "the prefix is disabled, and gradient checkpointing would recompute the layers with it in the backward; "
-            "use torch.no_grad() or model.eval() within apt_kernels.disabled, or model.gradient_checkpointing_disable()"
-        )
+def _recompute_as_in_the_forward(layer: nn.Module) -> None:
+    checkpoint = getattr(layer, _FUNCTION, None)
+    if checkpoint is not None and not isinstance(checkpoint, _Recomputing):
+        setattr(layer, _FUNCTION, _Recomputing(checkpoint))
+
+
+class _Recomputing:
+    """transformers' checkpoint function: the backward recomputes under what held in the thread of the forward."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint = checkpoint
+
+    @property
+    def keywords(self) -> dict:
+        return getattr(self.checkpoint, "keywords", {})
+
+    def __call__(self, function, *args, **kwargs):
+        if not torch.compiler.is_compiling():
+            function = functools.partial(calls.applied, calls.hold(), function)
+        return self.checkpoint(function, *args, **kwargs)
 
 
 def _reentrant(layer: nn.Module) -> bool:
-    if not (layer.gradient_checkpointing and layer.training):
-        return False
-    return getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
+    return getattr(getattr(layer, _FUNCTION, None), "keywords", {}).get("use_reentrant", True)

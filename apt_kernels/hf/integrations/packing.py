@@ -13,4 +13,4 @@ class Packing(events.Integration):
         if action == "unpatch":
             packing.remove(state.model)
         else:
-            packing.install(state.model, state.sites, state.prefixes.values())
+            packing.install(state.model, state.token, state.sites, state.prefixes.values())

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 import apt_kernels
-from apt_kernels.hf.attention import packing
+from apt_kernels.hf import calls
+from apt_kernels.hf.attention import packing, subclass
 from helpers import models
 from helpers.patched import randomise
 
@@ -92,7 +93,7 @@ def test_cu_seq_lens_alone(family):
     given, rows = collated(family, return_flash_attn_kwargs=True, return_position_ids=False)
     assert "position_ids" not in given
     check(tuned(family, "first"), given, rows)
-    assert not packing._running
+    assert calls.local.documents is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -117,7 +118,7 @@ def test_packed_documents_compile_whatever_the_cache(family, kind):
     model = tuned(family, "first")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
-    assert not packing._running
+    assert calls.local.documents is None
 
 
 BAD = [
@@ -136,7 +137,7 @@ def test_what_cannot_be_right_is_refused(given, message):
     model, ids = tuned("llama", "token"), models.inputs("llama", batch=1, length=16)["input_ids"]
     with pytest.raises(apt_kernels.PatchError, match=message):
         model(input_ids=ids, **given)
-    assert not packing._running
+    assert calls.local.documents is None
     assert model(input_ids=ids).logits.isfinite().all()
 
 
@@ -171,15 +172,13 @@ def test_attention_that_is_written_out_is_refused_where_it_would_leak():
                 model(**given)
 
 
-def hooks(model):
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
-    return [[len(getattr(module, kind)) for kind in kinds] for module in model.modules()]
-
-
-def test_hooks_go_with_the_patch():
+def test_what_reads_documents_goes_with_the_patch():
     model = models.build("llama")
-    before = hooks(model)
+    before = [type(module) for module in model.modules()]
     apt_kernels.patch(model)
+    assert not model.apt_documents.gated
     apt_kernels.add_adapter(model, "x", gate="first")
-    assert sum(isinstance(hook, packing.ReadDocuments) for hook in model._forward_pre_hooks.values()) == 1
-    assert hooks(apt_kernels.unpatch(model)) == before
+    assert model.apt_documents.gated
+    assert subclass.parts(type(model)) == (transformers.LlamaForCausalLM, (packing.Packed,))
+    assert [type(module) for module in apt_kernels.unpatch(model).modules()] == before
+    assert not hasattr(model, "apt_documents")

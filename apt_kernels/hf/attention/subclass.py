@@ -1,0 +1,121 @@
+"""Changing what one object does by its class: a subclass made on the fly, with a mixin in front of the base.
+
+Unlike a method that is set on the object, it follows copies, pickles and `nn.DataParallel`'s replicas, which share the
+object's ``__dict__``. Name, module and signature stay those of the base, for everything that looks them up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+
+import torch
+
+_made: dict[tuple[type, type], type] = {}
+_lock = threading.Lock()
+
+
+class Mixin:
+    """Base of the mixins. A mixin that defines ``forward`` calls ``super().forward``."""
+
+    outside_of_graphs: str | None = None  # why Dynamo must not trace its forward
+
+    def __reduce_ex__(self, protocol):
+        # The class is made on the fly: pickle its base and mixins, and make it again.
+        base, mixins = parts(type(self))
+        return _empty, (base, *mixins), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+def _empty(base: type, *mixins: type):
+    made = build(base, mixins)
+    return made.__new__(made)
+
+
+def parts(cls: type) -> tuple[type, tuple[type, ...]]:
+    """The class that was there first, and the mixins on it, the innermost first."""
+    mixins = []
+    while "apt_mixin" in vars(cls):
+        mixins.append(cls.apt_mixin)
+        cls = cls.__bases__[1]
+    return cls, tuple(reversed(mixins))
+
+
+def build(base: type, mixins) -> type:
+    """``base`` with the mixins on it."""
+    for mixin in mixins:
+        with _lock:
+            if (mixin, base) not in _made:
+                _made[mixin, base] = _make(mixin, base)
+            base = _made[mixin, base]
+    return base
+
+
+def _make(mixin: type, base: type) -> type:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    names["apt_mixin"] = mixin
+    if hasattr(mixin, "forward"):
+        forward = _like(mixin.forward, base.forward)
+        reason = mixin.outside_of_graphs
+        names["forward"] = forward if reason is None else torch.compiler.disable(forward, reason=reason)
+    return type(base.__name__, (mixin, base), names)
+
+
+def _like(function, original):
+    """A copy of ``function`` that shows the signature of ``original``, with code of its own: Dynamo counts by code."""
+    code = function.__code__.replace()
+    made = types.FunctionType(code, function.__globals__, original.__name__, None, function.__closure__)
+    made.__doc__ = original.__doc__
+    made.__qualname__, made.__module__ = original.__qualname__, original.__module__
+    # Not `__wrapped__`: accelerate would follow it and call the original past us.
+    made.__signature__ = inspect.signature(original)
+    return made
+
+
+class _OwnForward(Mixin):
+    """For an object whose ``forward`` was replaced on the object itself: the mixins around it come first."""
+
+    def forward(self, *args, **kwargs):
+        return self.apt_forward(*args, **kwargs)
+
+
+def add(thing, mixin: type) -> None:
+    """Put ``mixin`` on the class of ``thing``, once."""
+    base, mixins = parts(type(thing))
+    if mixin in mixins:
+        return
+    _change(thing, build(base, (*mixins, mixin)))
+    # accelerate's hook calls `_old_forward`, which is ours now: it may stay in front, it moves the inputs.
+    if "forward" in thing.__dict__ and not _is_ours(thing, "forward") and not _is_ours(thing, "_old_forward"):
+        thing.__dict__["apt_forward"] = thing.__dict__.pop("forward")
+        base, mixins = parts(type(thing))
+        _change(thing, build(base, (_OwnForward, *mixins)))
+
+
+def remove(thing, mixin: type) -> None:
+    """Undo `add`. Where a class was made of ours since (FSDP2's), it stays and does nothing any more."""
+    base, mixins = parts(type(thing))
+    if mixin not in mixins:
+        return
+    rest = [each for each in mixins if each is not mixin]
+    if rest == [_OwnForward]:
+        rest = []
+        thing.__dict__["forward"] = thing.__dict__.pop("apt_forward")
+    _change(thing, build(base, rest))
+
+
+def has(thing, mixin: type) -> bool:
+    """Whether `add` has put ``mixin`` on the class of ``thing``."""
+    return mixin in parts(type(thing))[1]
+
+
+def _is_ours(thing, name: str) -> bool:
+    method = thing.__dict__.get(name)
+    return isinstance(method, types.MethodType) and method.__func__ is getattr(type(thing), "forward", None)
+
+
+def _change(thing, cls: type) -> None:
+    ours = [name for name in ("forward", "_old_forward") if _is_ours(thing, name)]
+    thing.__class__ = cls
+    for name in ours:  # accelerate and its like keep the bound method
+        thing.__dict__[name] = types.MethodType(cls.forward, thing)

@@ -1,0 +1,162 @@
+"""The state of running forwards, one per thread: nothing of a call is kept on a module, a config or in a flag for all.
+
+Everything here is set in a ``try`` and set back in its ``finally``, so that an exception or an interrupt at any point
+leaves nothing behind. ``threading.local`` and not ``ContextVar``, because Dynamo traces and guards the former; asyncio
+tasks that share a thread are told apart by a ``ContextVar`` where a task called `disabling`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from ..errors import PatchError
+
+_numbers = itertools.count()
+
+
+class Token:
+    """Identifies a patched model; its modules and configs share one. A copy of the model gets its own."""
+
+    def __init__(self):
+        # A string: Dynamo guards its value, where it would take the identity of an object for granted.
+        self.number = f"model {next(_numbers)}"
+        self.warned = False  # that there are no attention weights
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = Token()
+        return made
+
+    def __reduce__(self):
+        return Token, ()
+
+
+class Call:
+    """A running forward of an attention module with a prefix."""
+
+    __slots__ = ("cache", "filled", "hidden_states", "module", "outer", "served")
+
+    def __init__(self, module, hidden_states: Tensor | None, cache, filled: bool, outer: Call | None):
+        self.module, self.hidden_states, self.cache, self.filled = module, hidden_states, cache, filled
+        self.outer = outer  # the call in which this one runs
+        self.served = False  # whether its attention went through the op
+
+
+class Disabling:
+    """One entry into `disabling`."""
+
+    def __init__(self, number: str, in_task: bool, implementation: str | None = None):
+        self.number, self.in_task, self.open = number, in_task, True
+        # The attention implementation to use meanwhile; None: the one from before the patch.
+        self.implementation = implementation
+
+
+class _State(threading.local):
+    def __init__(self):
+        self.call: Call | None = None
+        self.documents = None  # the innermost `packing.Running` model
+        self.disabled: tuple[Disabling, ...] = ()
+        self.observe: Callable | None = None  # called with (prefix, gate logits, real tokens) of every attention
+
+
+local = _State()
+# Entries into `disabling` by asyncio tasks, as the running task sees them.
+_of_task: ContextVar[tuple[Disabling, ...]] = ContextVar("apt_kernels_disabled", default=())
+
+
+def call_of(module) -> Call:
+    """The innermost running call of ``module``."""
+    call = local.call
+    while call is not None and call.module is not module:
+        call = call.outer
+    if call is None:
+        raise PatchError(f"{module.apt.name} attends outside its module's forward; its hidden states are unknown")
+    return call
+
+
+def disabling_of(token: Token | None) -> Disabling | None:
+    """The entry that disables the model of ``token`` here: in this thread and, inside asyncio, in this task."""
+    disabled = local.disabled
+    if not disabled or token is None:
+        return None
+    for entry in disabled:
+        if entry.number == token.number and entry.open and (not entry.in_task or _in_this_task(entry)):
+            return entry
+    return None
+
+
+@torch.compiler.disable(reason="apt_kernels.disabled was entered by an asyncio task, of which a graph sees nothing")
+def _in_this_task(entry: Disabling) -> bool:
+    return entry in _of_task.get()
+
+
+@contextmanager
+def disabling(token: Token) -> Iterator[None]:
+    """Disable the model of ``token`` in this thread; where an asyncio task enters, in it and the tasks it creates."""
+    entry = Disabling(token.number, _in_a_task())
+    try:
+        local.disabled = (*local.disabled, entry)
+        if entry.in_task:
+            _of_task.set((*_of_task.get(), entry))
+        yield
+    finally:
+        entry.open = False  # also where another thread leaves
+        local.disabled = tuple(each for each in local.disabled if each.open)
+        if entry.in_task:
+            _of_task.set(tuple(each for each in _of_task.get() if each.open))
+
+
+def _in_a_task() -> bool:
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:  # there is no event loop in this thread
+        return False
+
+
+class Held:
+    """What holds in a thread at one moment, to be applied in another one: a replica's, or that of a backward."""
+
+    __slots__ = ("disabled", "documents", "observe")
+
+    def __init__(self, disabled: tuple[Disabling, ...], documents, observe: Callable | None):
+        self.disabled, self.documents, self.observe = disabled, documents, observe
+
+
+def hold() -> Held:
+    """What holds now, here."""
+    disabled = local.disabled
+    if disabled:
+        disabled = tuple(
+            Disabling(entry.number, False, entry.implementation)
+            for entry in disabled
+            if entry.open and (not entry.in_task or _in_this_task(entry))
+        )
+    return Held(disabled, local.documents, local.observe)
+
+
+def applied(held: Held, function: Callable, *args, **kwargs):
+    """``function(*args, **kwargs)`` under what was held."""
+    before = local.disabled, local.documents, local.observe
+    try:
+        local.disabled, local.documents, local.observe = held.disabled, held.documents, held.observe
+        return function(*args, **kwargs)
+    finally:
+        local.disabled, local.documents, local.observe = before
+
+
+@contextmanager
+def observing(observe: Callable) -> Iterator[None]:
+    """``observe(prefix, gate, real_tokens)`` is called for every attention with a prefix in this thread."""
+    before = local.observe
+    try:
+        local.observe = observe
+        yield
+    finally:
+        local.observe = before
