@@ -31,13 +31,18 @@ def atomic(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(model, *args, **kwargs):
-        with _one_at_a_time:
-            before = _Snapshot(model)
-            try:
+        outermost, before = not _one_at_a_time._is_owned(), None
+        try:
+            with _one_at_a_time:
+                before = _Snapshot(model)
                 return function(model, *args, **kwargs)
-            except BaseException:
-                before.restore()
-                raise
+        except BaseException:
+            with _one_at_a_time:
+                if before is not None:
+                    before.restore()
+            while outermost and _one_at_a_time._is_owned():  # an interrupt as `with` ends skips its `__exit__`
+                _one_at_a_time.release()
+            raise
 
     return call
 

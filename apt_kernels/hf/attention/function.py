@@ -28,14 +28,12 @@ class Prefixed(subclass.Mixin):
 
     apt_token = apt_held = None
 
+    apt_around = None  # called as ``apt_around(forward, args, kwargs)`` in the place of the base's forward
+
     def forward(self, *args, **kwargs):
         if self.apt_held is not None:  # a replica, in a thread of nn.DataParallel
             return calls.applied(self.apt_held, _forward, self, super().forward, args, kwargs)
         return _forward(self, super().forward, args, kwargs)
-
-    def apt_attend(self, forward, args, kwargs):
-        """The forward of the base, once the call's state is set."""
-        return forward(*args, **kwargs)
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
@@ -45,18 +43,19 @@ class Prefixed(subclass.Mixin):
 
 def _forward(module, forward, args, kwargs):
     """``forward(*args, **kwargs)``, with what the attention function cannot see by itself at hand for it."""
-    prefix = getattr(module, "apt", None)
-    if prefix is None or calls.disabling_of(module.apt_token) is not None:
+    prefix, local = getattr(module, "apt", None), calls.local
+    if prefix is None or (local.disabled and calls.disabling_of(module.apt_token) is not None):
         return forward(*args, **kwargs)
     cache = filled = None
     if prefix.gate_entry.kept_in_cache:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         filled = cache is not None and _holds_tokens(cache, module)
-    hidden_states, local, outer = kwargs.get("hidden_states", args[0] if args else None), calls.local, calls.local.call
+    hidden_states, outer = kwargs.get("hidden_states", args[0] if args else None), local.call
     call = calls.Call(module, hidden_states, cache, bool(filled), outer)
     try:
         local.call = call
-        output = module.apt_attend(forward, args, kwargs)
+        around = module.apt_around
+        output = forward(*args, **kwargs) if around is None else around(forward, args, kwargs)
     finally:
         local.call = outer
     if not call.served:
@@ -100,10 +99,12 @@ def attention_forward(
     prefix = getattr(module, "apt", None)
     if cache is not None:
         key, value = paged_cache.update(module, cache, key, value, kwargs)
-    if prefix is None or calls.disabling_of(module.apt_token) is not None:
+    if prefix is None or (calls.local.disabled and calls.disabling_of(module.apt_token) is not None):
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
         return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
-    call = calls.call_of(module)
+    call = calls.local.call
+    if call is None or call.module is not module:
+        call = calls.call_of(module)
     call.served = True
     out = attention(
         query,

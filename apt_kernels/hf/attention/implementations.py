@@ -6,6 +6,7 @@ import copy
 import dataclasses
 
 import torch
+from transformers import PreTrainedConfig
 
 from ...errors import PatchError
 from .. import calls
@@ -35,12 +36,12 @@ class Switched(subclass.Mixin):
 
     @property
     def _attn_implementation_internal(self):
-        before = self.__dict__.get("apt_before")
-        if before is not None:
-            entry = calls.disabling_of(before.token)
+        fields = object.__getattribute__(self, "__dict__")  # past transformers' slower look-up
+        if calls.local.disabled and "apt_before" in fields:
+            entry = calls.disabling_of(fields["apt_before"].token)
             if entry is not None:
-                return entry.implementation or before.implementation
-        return self.__dict__[_FIELD]
+                return entry.implementation or fields["apt_before"].implementation
+        return fields[_FIELD]
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value):
@@ -51,6 +52,11 @@ class Switched(subclass.Mixin):
                 "apt_kernels.disabled, or call apt_kernels.unpatch(model) first"
             )
         self.__dict__[_FIELD] = value
+
+    # What modules read; transformers' own property would look up the other one.
+    _attn_implementation = property(
+        _attn_implementation_internal.fget, lambda self, value: PreTrainedConfig._attn_implementation.fset(self, value)
+    )
 
     def __deepcopy__(self, memo):
         # Models copy configs in their forward, and Dynamo traces that: no `__reduce_ex__`.

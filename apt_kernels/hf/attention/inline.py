@@ -162,7 +162,7 @@ class PrefixedInline(function.Prefixed):
     # Scores that are no tensors cannot be traced: what is compiled ends before such a module and begins after it.
     outside_of_graphs = "attention written inline runs outside of graphs"
 
-    def apt_attend(self, forward, args, kwargs):
+    def apt_around(self, forward, args, kwargs):
         with Deferring(_serve(self)):
             output = forward(*args, **kwargs)
         return without_deferred(output)

@@ -82,10 +82,11 @@ def _forward(module, forward, args, kwargs):
     if read is None:
         return forward(*args, **kwargs)
     found, ids = None, kwargs.get("input_ids", args[0] if args else None)
-    if calls.disabling_of(module.apt_token) is None:
+    if not local.disabled or calls.disabling_of(module.apt_token) is None:
         # The model around this body has read them already.
         inside = outer is not None and outer.is_around(module, module.apt_token, ids)
-        _warn_of_weights(module, kwargs)
+        if not module.apt_token.warned:
+            _warn_of_weights(module, kwargs)
         found, args, kwargs = read(outer.documents if inside else None, args, kwargs)
     try:
         local.documents = Running(module, module.apt_token, found, ids)
@@ -100,10 +101,10 @@ def _forward(module, forward, args, kwargs):
 
 def _warn_of_weights(module, kwargs: dict) -> None:
     """Warn once for a model whose attention weights are asked for."""
-    if torch.compiler.is_compiling() or module.apt_token.warned:
+    if torch.compiler.is_compiling():
         return
     asked = kwargs.get("output_attentions")
-    if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+    if asked or (asked is None and object.__getattribute__(module.config, "__dict__").get("_output_attentions")):
         module.apt_token.warned = True
         warnings.warn(
             "output_attentions=True: attention with a prefix is fused and computes no attention weights; those outputs "
