@@ -13,6 +13,7 @@ from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
 from . import compat, events, offload
 from .attention import attach as attaching
+from .attention import replaced
 from .attention.implementations import (
     forget,
     implementations,
@@ -148,7 +149,7 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
     for module in (model.get_submodule(site.name) for site in state.sites):
-        module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", "sdpa")
+        module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", None) or "sdpa"
     attach(state, built)
     for part, implementation in needed.items():
         set_implementation(model.get_submodule(part), implementation)
@@ -158,9 +159,9 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
 
 def attach(state: State, built: dict[str, AdaptivePrefix]) -> None:
     """Put the prefixes on their attention modules."""
-    for site in state.sites:
-        if site.name not in built:
-            continue
+    sites = [site for site in state.sites if site.name in built]
+    replaced.check(sites, state.model.get_submodule)
+    for site in sites:
         module = state.model.get_submodule(site.name)
         attaching.attach(module, built[site.name].train(module.training), state.token, site.inline)
 

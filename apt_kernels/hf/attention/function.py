@@ -8,13 +8,12 @@ from functools import cache as memoise
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
 from .. import calls
-from . import gate_cache, paged_cache, subclass
+from . import gate_cache, paged_cache, replaced, subclass
 from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
@@ -212,17 +211,21 @@ def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, positio
     return Mask(**{**mask.__dict__, "bias": bias})
 
 
-def attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple[Tensor, None]:
+def attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple:
     """An attention module that was left without a prefix attends as the model did before the patch."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if getattr(module, "apt_before", "sdpa") != "eager" and given["softcap"] is None and given["s_aux"] is None:
-        eager = None
-    function = eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    name = getattr(module, "apt_before", None) or "sdpa"
+    drops = given["softcap"] is not None or given["s_aux"] is not None
+    if name == "sdpa" and drops and replaced.eager_of(module) is not None:
+        name = "eager"  # some releases' sdpa function leaves out both in silence
     if isinstance(attention_mask, AttentionMask):
-        attention_mask = _as_tensor(attention_mask, query, additive=function is eager)
-    given = {name: option for name, option in given.items() if option is not None}
-    out, _ = function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
-    return out, None
+        # Flash attention reads packed documents from the keywords.
+        if attention_mask.packed and "flash" not in name:
+            attention_mask = _as_tensor(attention_mask, query, additive=name == "eager")
+        else:
+            attention_mask = replaced.mask_of(attention_mask, name)
+    given = {each: option for each, option in given.items() if option is not None}
+    function = replaced.function_of(module, name)
+    return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
 
 
 def _as_tensor(described: AttentionMask, query: Tensor, additive: bool) -> Tensor:

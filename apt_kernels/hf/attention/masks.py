@@ -30,19 +30,25 @@ class AttentionMask:
         padding: Tensor | None,
         kv_offset: int = 0,
         query_offset: int | Tensor = 0,
+        arguments: dict | None = None,
+        packed: bool = False,
     ):
         self.mask = mask
         self.shape = shape
         self.padding = padding  # [B, S], True at real tokens, whatever `mask` made of it
         self.kv_offset = kv_offset
         self.query_offset = query_offset  # of query 0 among the keys
+        self.arguments = arguments  # what the mask was asked for with, to ask another implementation for its own
+        self.packed = packed  # `mask` holds documents that are not in the arguments
+        self.others: dict[str, object] = {}  # what other implementations made of them
 
     def contiguous(self) -> AttentionMask:
         return self
 
     def to(self, *args, **kwargs) -> AttentionMask:
         padding = self.padding if self.padding is None else self.padding.to(*args, **kwargs).to(torch.bool)
-        return AttentionMask(self.mask.to(*args, **kwargs), self.shape, padding, self.kv_offset, self.query_offset)
+        mask = self.mask.to(*args, **kwargs)
+        return AttentionMask(mask, self.shape, padding, self.kv_offset, self.query_offset, self.arguments, self.packed)
 
     def dim(self) -> int:
         return self.ndim
@@ -80,6 +86,17 @@ def describe(
     """The mask function registered with transformers; arguments as for ``masking_utils.sdpa_mask``."""
     if isinstance(attention_mask, AttentionMask):
         return attention_mask
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "device": device,
+        **kwargs,
+    }
     shape = (batch_size, 1, q_length, kv_length)
     padding = _padding(attention_mask, kv_length, kv_offset)
     if torch.compiler.is_compiling():
@@ -90,9 +107,10 @@ def describe(
     offset = q_offset - kv_offset
     token = implementations.token_of(kwargs.get("config"))
     segments = packing.documents(token, parts is None or parts.causal, batch_size, q_length, kv_length)
+    packed = segments is not None
     if parts is None:
-        mask = Mask(dense=_dense(locals(), kwargs), query_segments=segments, key_segments=segments)
-        return AttentionMask(mask, shape, padding, kv_offset, offset)
+        mask = Mask(dense=_dense(arguments), query_segments=segments, key_segments=segments)
+        return AttentionMask(mask, shape, padding, kv_offset, offset, arguments, packed)
     segments = parts.segments if segments is None else segments
     mask = Mask(
         causal=parts.causal,
@@ -102,7 +120,7 @@ def describe(
         query_segments=segments,
         key_segments=segments,
     )
-    return AttentionMask(mask, shape, padding, kv_offset, offset)
+    return AttentionMask(mask, shape, padding, kv_offset, offset, arguments, packed)
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -117,14 +135,22 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
     return padding
 
 
-def _dense(arguments: dict, kwargs: dict) -> Tensor:
-    names = ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask")
+def _dense(arguments: dict) -> Tensor:
+    names = (
+        "batch_size",
+        "q_length",
+        "kv_length",
+        "q_offset",
+        "kv_offset",
+        "mask_function",
+        "attention_mask",
+        "device",
+    )
     return masking_utils.sdpa_mask(
         **{name: arguments[name] for name in names},
-        device=arguments["device"],
         allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False,
-        use_vmap=kwargs.get("use_vmap", False),
+        use_vmap=arguments.get("use_vmap", False),
     )
 
 

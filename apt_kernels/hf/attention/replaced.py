@@ -1,0 +1,115 @@
+"""Attention functions that a patch meets: layers without a prefix keep them, elsewhere they have to be plain."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionMaskInterface, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...errors import PatchError
+from ..site import Site
+from .masks import AttentionMask
+
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+# What transformers ships computes softmax(scale q k^T + mask) v, as the op does; so do hub kernels ("owner/name").
+_PLAIN = ("eager", "sdpa", "flex_attention")
+_TOKENS = 5
+# Functions may compute in half precision inside; what changes the scores differs by far more.
+_SAME = 2e-2
+
+
+def is_plain(name: str | None) -> bool:
+    """Whether the attention implementation ``name`` is known to compute plain attention."""
+    return name is None or name in _PLAIN or "flash" in name or "|" in name or "/" in name
+
+
+def eager_of(module: nn.Module) -> Callable | None:
+    """The function that the modeling code of ``module`` calls for the implementation "eager"."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def function_of(module: nn.Module, name: str | None) -> Callable:
+    """The attention function that ``module`` called for the implementation ``name``."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_of(module) or ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def mask_of(described: AttentionMask, name: str):
+    """The mask that the implementation ``name`` would have made; None where it takes none."""
+    if name not in AttentionMaskInterface._global_mapping:
+        return None
+    if name not in described.others:
+        described.others[name] = AttentionMaskInterface._global_mapping[name](**described.arguments)
+    return described.others[name]
+
+
+def check(sites: list[Site], module_of: Callable[[str], nn.Module]) -> None:
+    """Raise `PatchError` where a prefix would replace an attention function that is not plain attention.
+
+    ``module_of(name)`` gives a site's module, whose ``apt_before`` names the function. One of the user's
+    is called once for each name, with random tensors; where it is plain attention, a warning names it.
+    """
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        name = module_of(site.name).apt_before
+        if site.inline is None and not is_plain(name):
+            found.setdefault(name, []).append(site)
+    for name, replaced in found.items():
+        site = replaced[0]
+        if site.device.type != "meta" and site.mesh is None:
+            _compare(name, site, module_of(site.name))
+        warnings.warn(
+            f"the attention function {name!r} of {len(replaced)} modules ({site.name}, ...) is replaced by "
+            "apt_kernels.attention, which adds the prefix; modules without a prefix keep it",
+            stacklevel=4,
+        )
+
+
+def _compare(name: str, site: Site, module: nn.Module) -> None:
+    instead = (
+        "Leave these layers without a prefix (layers=...), or set another implementation before the patch, such as "
+        "model.set_attn_implementation('sdpa')"
+    )
+    generator = torch.Generator().manual_seed(0)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+    def draw(heads: int, size: int) -> Tensor:
+        return torch.randn(1, heads, _TOKENS, size, generator=generator).to(site.device, dtype)
+
+    query, key = draw(site.heads, site.head_dim), draw(site.kv_heads, site.head_dim)
+    value, scale = draw(site.kv_heads, site.value_head_dim), site.head_dim**-0.5
+    mask = AttentionMaskInterface._global_mapping.get(name)
+    if mask is not None:
+        kind = masking_utils.causal_mask_function if site.causal else masking_utils.bidirectional_mask_function
+        mask = mask(
+            batch_size=1,
+            q_length=_TOKENS,
+            kv_length=_TOKENS,
+            q_offset=0,
+            kv_offset=0,
+            mask_function=kind,
+            attention_mask=None,
+            device=site.device,
+            dtype=query.dtype,
+            config=module.config,
+        )
+    try:
+        with torch.no_grad():
+            out = ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, dropout=0.0, scaling=scale)[0]
+            key, value = (part.repeat_interleave(site.heads // site.kv_heads, dim=1) for part in (key, value))
+            plain = _sdpa(query, key, value, is_causal=site.causal, scale=scale).transpose(1, 2)
+            same = out.shape == plain.shape and torch.allclose(out.float(), plain.float(), rtol=_SAME, atol=_SAME)
+    except Exception as error:  # whatever the function says of these inputs
+        raise PatchError(
+            f"{site.name} attends by {name!r}, which is not known and cannot be compared with plain attention "
+            f"({type(error).__name__}: {error}); a prefix would replace it. {instead}"
+        ) from error
+    if not same:
+        raise PatchError(
+            f"{site.name} attends by {name!r}, which is not plain attention: it changes the scores or what is seen, "
+            f"and a prefix would replace it. {instead}"
+        )
