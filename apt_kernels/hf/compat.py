@@ -206,6 +206,7 @@ FEATURES = {
         {
             "accelerate.hooks": (
                 "_hf_hook",
+                "_old_forward",
                 "self.execution_device",
                 "self.hooks",
                 "self.offload",

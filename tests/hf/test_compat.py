@@ -21,7 +21,7 @@ TESTS = Path(__file__).parents[1]
 PACKAGE = Path(apt_kernels.__file__).parent
 SOURCES = sorted((PACKAGE / "hf").rglob("*.py"))
 # Private names of Python, and ends of names.
-ELSEWHERE = set("_fields _replace _on_ _patch_id _token_id _token_index".split())
+ELSEWHERE = set("_fields _is_owned _replace _on_ _patch_id _token_id _token_index".split())
 
 
 def trees():

@@ -36,7 +36,7 @@ class Switched(subclass.Mixin):
 
     @property
     def _attn_implementation_internal(self):
-        fields = object.__getattribute__(self, "__dict__")  # past transformers' slower look-up
+        fields = self.__dict__
         if calls.local.disabled and "apt_before" in fields:
             entry = calls.disabling_of(fields["apt_before"].token)
             if entry is not None:

@@ -103,8 +103,11 @@ def _warn_of_weights(module, kwargs: dict) -> None:
     """Warn once for a model whose attention weights are asked for."""
     if torch.compiler.is_compiling():
         return
-    asked = kwargs.get("output_attentions")
-    if asked or (asked is None and object.__getattribute__(module.config, "__dict__").get("_output_attentions")):
+    asked, read = kwargs.get("output_attentions"), module.apt_documents
+    if asked is None:
+        # transformers lets a config ask where it names eager attention, as those of models that attend inline do.
+        asked = read.asks_for_weights or (read.inline is not None and module.config.output_attentions)
+    if asked:
         module.apt_token.warned = True
         warnings.warn(
             "output_attentions=True: attention with a prefix is fused and computes no attention weights; those outputs "
@@ -116,7 +119,8 @@ def _warn_of_weights(module, kwargs: dict) -> None:
 class ReadDocuments:
     """What `Packed` reads of a forward's inputs."""
 
-    def __init__(self, sites, prefixes, encoder_decoder: bool):
+    def __init__(self, sites, prefixes, encoder_decoder: bool, asks_for_weights: bool):
+        self.asks_for_weights = asks_for_weights
         self.inline = next((site.name for site in sites if site.inline is not None), None)
         self.causal = any(site.causal and not site.cross for site in sites)
         self.gated = any(prefix.gate_entry.per_sequence for prefix in prefixes)
@@ -215,7 +219,8 @@ def _check(boundaries: Tensor, keys, tokens: int) -> None:
 def install(model, token: calls.Token, sites, prefixes) -> None:
     """Let the patched ``model`` and its body read documents; again: by the gates of the adapter's ``prefixes``."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    read = ReadDocuments(sites, prefixes, encoder_decoder)
+    asks_for_weights = bool(getattr(model.config, "output_attentions", False))
+    read = ReadDocuments(sites, prefixes, encoder_decoder, asks_for_weights)
     for module in _readers(model):
         module.apt_documents, module.apt_token = read, token
         subclass.add(module, Packed)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, masking_utils
+from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import PatchError
@@ -40,10 +40,10 @@ def function_of(module: nn.Module, name: str | None) -> Callable:
 
 def mask_of(described: AttentionMask, name: str):
     """The mask that the implementation ``name`` would have made; None where it takes none."""
-    if name not in AttentionMaskInterface._global_mapping:
+    if name not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     if name not in described.others:
-        described.others[name] = AttentionMaskInterface._global_mapping[name](**described.arguments)
+        described.others[name] = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name](**described.arguments)
     return described.others[name]
 
 
@@ -82,7 +82,7 @@ def _compare(name: str, site: Site, module: nn.Module) -> None:
 
     query, key = draw(site.heads, site.head_dim), draw(site.kv_heads, site.head_dim)
     value, scale = draw(site.kv_heads, site.value_head_dim), site.head_dim**-0.5
-    mask = AttentionMaskInterface._global_mapping.get(name)
+    mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(name)
     if mask is not None:
         kind = masking_utils.causal_mask_function if site.causal else masking_utils.bidirectional_mask_function
         mask = mask(

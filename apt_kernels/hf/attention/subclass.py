@@ -81,9 +81,9 @@ class _OwnForward(Mixin):
 
 def add(thing, mixin: type) -> None:
     """Put ``mixin`` on the class of ``thing``, once."""
-    base, mixins = parts(type(thing))
-    if mixin in mixins:
+    if isinstance(thing, mixin):  # FSDP2 may have made a class of ours since
         return
+    base, mixins = parts(type(thing))
     _change(thing, build(base, (*mixins, mixin)))
     # accelerate's hook calls `_old_forward`, which is ours now: it may stay in front, it moves the inputs.
     if "forward" in thing.__dict__ and not _is_ours(thing, "forward") and not _is_ours(thing, "_old_forward"):
@@ -102,11 +102,6 @@ def remove(thing, mixin: type) -> None:
         rest = []
         thing.__dict__["forward"] = thing.__dict__.pop("apt_forward")
     _change(thing, build(base, rest))
-
-
-def has(thing, mixin: type) -> bool:
-    """Whether `add` has put ``mixin`` on the class of ``thing``."""
-    return mixin in parts(type(thing))[1]
 
 
 def _is_ours(thing, name: str) -> bool:
