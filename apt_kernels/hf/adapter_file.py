@@ -12,6 +12,7 @@ import hmac
 import json
 import math
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -25,9 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import patterns
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError
-from .untrusted import JSON_LIMIT, opened, parse_json, read_exactly, read_json_file, shown
+from .untrusted import JSON_LIMIT, opened, parse_json, read_exactly, read_json_file, shortened, shown
 
 try:
     import fcntl
@@ -41,6 +43,10 @@ _SETTINGS, _CHECKSUM = "apt_kernels", "apt_kernels.checksum"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TEMPORARY = ".tmp"
+# Temporary files of what a save writes, `save_pretrained` included; those without the suffix are of release 0.1.
+_OURS = re.compile(
+    r"\.((adapter|model)\.safetensors|(apt_)?config\.json)\.\w+\.tmp|\.(adapter\.safetensors|apt_config\.json)\.\w{8}"
+)
 # A temporary file that nobody can be asked about (no lock on this file system, or of an older release) is left this
 # long, in seconds.
 _ABANDONED = 3600
@@ -64,13 +70,13 @@ class AdapterFile:
     Attributes:
         settings: the JSON object of the settings.
         entries: the tensors by name.
-        versioned: whether the settings are in the weights' own file; False for what release 0.1 wrote.
+        config: the `AptConfig` in ``settings``.
     """
 
     def __init__(self, path: Path, file, entries: dict[str, Entry], settings: dict, text: str, checksum: str | None):
         self.path, self._file, self.entries, self.settings = path, file, entries, settings
         self._text, self._checksum, self._data = text, checksum, file.tell()
-        self.versioned = checksum is not None
+        self.config = read_config(settings, path if checksum else path.with_name(CONFIG))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name. Raises `AdapterError` if the checksum is not that of the contents."""
@@ -137,6 +143,7 @@ def _check_copy(path: Path, settings: dict) -> None:
         return
     if not isinstance(copy, dict):
         raise AdapterError(f"{path}: the config is a {type(copy).__name__}; it needs a JSON object")
+    read_config(copy, path)
     if copy.get("save_id") == settings["save_id"] and copy != settings:
         different = next(
             key for key in sorted({*copy, *settings}) if key not in copy or copy[key] != settings.get(key, copy)
@@ -145,10 +152,23 @@ def _check_copy(path: Path, settings: dict) -> None:
             f"{path} differs from the settings in {WEIGHTS} ({shown(different)}), of which it is a copy; delete it, "
             "or save the adapter again"
         )
+
+
+def read_config(settings: dict, path: Path) -> AptConfig:
+    """The `AptConfig` in the settings of the file ``path``; `AdapterError` where a value is out of range."""
+    settings = {name: value for name, value in settings.items() if name != "implementation"}
     try:
-        AptConfig.from_json(copy)
+        if settings.get("reparameterisation") is not None:
+            raise ConfigError("reparameterisation is set; a saved adapter has none")
+        # Before they are compiled: that alone may take long.
+        for name in ("layers", "trainable"):
+            entries = settings.get(name)
+            for entry in entries if isinstance(entries, list) else [entries]:
+                if isinstance(entry, str):
+                    patterns.check(name, entry)
+        return AptConfig.from_json(settings)
     except ConfigError as error:
-        raise AdapterError(f"{path}: {error}") from error
+        raise AdapterError(f"{path}: {shortened(str(error))}") from error
 
 
 def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -321,8 +341,8 @@ def _locked(descriptor: int, wait: bool = False) -> bool | None:
 
 def clean(folder: Path) -> None:
     """Delete the temporary files of saves whose process has ended."""
-    for name in (WEIGHTS, CONFIG):
-        for path in folder.glob(f".{name}.*"):
+    for path in folder.glob(".*"):
+        if _OURS.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 _delete_if_abandoned(path)
 

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import tempfile
+import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import patterns
 from ..config import AptConfig
 from ..errors import AdapterError, ConfigError, PatchError
-from . import events, hub, offload, weights
-from .patching import patch
-from .state import inner, is_patched, named_parameters, prefixes, state_of
+from ..prefix.adaptive import AdaptivePrefix
+from . import base_record, events, hub, offload, weights
+from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adapter, write_tensors
+from .adapters import adapters, add_adapter, rename, set_adapter
+from .discovery.selection import lengths_of
+from .patching import patch_checked
+from .state import State, inner, is_as_made, is_patched, named_parameters, own_name, state_of
+from .trainable import trainable_names
 from .transaction import atomic
-
-WEIGHTS = "adapter.safetensors"
-CONFIG = "apt_config.json"
+from .untrusted import shown
 
 
 def save(
     model,
     folder: str | os.PathLike | None = None,
     *,
+    adapter: str | None = None,
     repo_id: str | None = None,
     private: bool | None = None,
     commit_message: str | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the trained weights of a patched model (prefixes, and every other trainable parameter).
+    """Write an adapter of a patched model: its prefixes, what `patch` made trainable beside them (frozen since or not),
+    every other trainable parameter, and weights into which PEFT merged an adapter since the patch.
 
     A reparameterised prefix is written as the key and value that it gives; the model keeps its MLP.
 
-    Both files are written beside their places and then moved there, so that a crash leaves the old ones whole.
+    ``adapter.safetensors`` holds the weights, the settings and for which base model they are; it is replaced in one
+    rename, so that every reader has the old adapter or the new one. ``apt_config.json`` is a copy of the settings.
 
     Where processes share the weights, each of them has to call this, with a folder of its own or the same one.
 
     Args:
         model: a patched model.
         folder: where to write; it is made if need be. May be left out where ``repo_id`` is given.
+        adapter: which adapter, active or not; None: the active one.
         repo_id: a repository of the Hugging Face hub, ``owner/name``, to upload the two files to; it is made if need
             be, ``private`` or not, and gets one commit. Of several processes the first uploads.
         private, commit_message: of the repository, and of the commit.
@@ -51,13 +60,14 @@ def save(
 
     Raises:
         PatchError: the model is not patched.
+        ConfigError: it has no adapter of that name.
         AdapterError: ``state_dict`` lacks a trained weight, the hub refuses the upload, or other processes that hold
             parts of the weights have not called this within ten minutes.
     """
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        _write(model, Path(place), state_dict)
+        _write(model, Path(place), adapter, state_dict)
         if repo_id is not None and _is_first_process():
             hub.publish(Path(place), [WEIGHTS, CONFIG], repo_id, private, commit_message)
 
@@ -70,25 +80,90 @@ def _is_first_process() -> bool:
     )
 
 
-def _write(model, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+@dataclass(frozen=True)
+class _Adapter:
+    """One adapter of a model, active or not: its parameters by the names that they have in the model."""
+
+    config: AptConfig
+    prefixes: dict[str, AdaptivePrefix]
+    own: dict[str, Tensor]  # of the prefixes
+    beside: dict[str, Tensor]  # what its settings name beside them
+    others: dict[str, Tensor]  # what else trains, or was merged into the base model
+
+    @property
+    def all(self) -> dict[str, Tensor]:
+        return {**self.own, **self.beside, **self.others}
+
+
+def _adapter(state: State, name: str | None = None) -> _Adapter:
+    if name is not None and name not in adapters(state.model):
+        names = ", ".join(map(repr, adapters(state.model)))
+        raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")
+    active = name in (None, state.adapter)
+    held = state if active else state.parked[name]
+    own = {f"{site}.apt.{n}": p for site, prefix in held.prefixes.items() for n, p in prefix.named_parameters()}
+    if not active:
+        return _Adapter(held.config, held.prefixes, own, held.values, {})
+    parameters, added = state.parameters, events.added_parameters(state.model)
+    ours = {id(parameter) for parameter in own.values()}
+    own = {name: p for name, p in parameters.items() if id(p) in ours}
+    named = {own_name(name) for name in trainable_names(state.model, state.config)}
+    beside = {name: p for name, p in parameters.items() if name in named}
+    others = {
+        name: p
+        for name, p in parameters.items()
+        if (p.requires_grad or name in state.merged) and id(p) not in added and name not in own and name not in beside
+    }
+    return _Adapter(state.config, state.prefixes, own, beside, others)
+
+
+def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] | None) -> None:
     state = state_of(model)
-    tensors = _folded(model, trained_weights(model) if state_dict is None else _given(model, state_dict))
-    folder.mkdir(parents=True, exist_ok=True)
-    lengths = {name: prefix.length for name, prefix in prefixes(model).items()}
-    config = {**state.config.to_json(), "model": type(inner(model)).__name__, "lengths": lengths}
-    config["reparameterisation"] = None  # folded away
-    del config["implementation"]  # a choice of this machine, not of the adapter
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+    saved = _adapter(state, name)
+    if state_dict is not None and name not in (None, state.adapter):
+        raise AdapterError(f"state_dict holds the weights of {state.adapter!r}, the active adapter, not of {name!r}")
+    found = _gathered(model, saved) if state_dict is None else _given(saved, state_dict)
+    tensors = _folded(saved.prefixes, found)
+    broken = next((n for n, tensor in tensors.items() if not _is_finite(tensor)), None)
+    if broken is not None:
+        warnings.warn(f"{broken} has values that are not finite; load refuses them by default", stacklevel=4)
+    write_adapter(folder, tensors, _settings(state, saved, name or state.adapter))
+
+
+def _settings(state: State, saved: _Adapter, name: str) -> dict:
+    """What the file says of the adapter beside its weights. JSON-ready."""
+    settings = saved.config.to_json()
+    settings["reparameterisation"] = None  # folded away
+    del settings["implementation"]  # a choice of this machine, not of the adapter
+    trained = sorted({*saved.beside, *saved.others})
+    if saved.others:
+        # Made trainable by the user, or merged, since the patch: named, so that a load trains and restores them too.
+        settings["trainable"] = [f"^{re.escape(each)}$" for each in trained]
+    for pattern in settings["trainable"] or ():
+        patterns.check("trainable", pattern)
+    for entry in settings["layers"] or ():
+        if isinstance(entry, str):
+            patterns.check("layers", entry)
+    return {
+        **settings,
+        "model": type(state.model).__name__,
+        "adapter": name,
+        "lengths": {site: prefix.length for site, prefix in saved.prefixes.items()},
+        "trained": trained,
+        "base": base_record.of(state),
+    }
 
 
 def trained_weights(model) -> dict[str, Tensor]:
-    """Copies of the trained weights on the CPU, by name, gathered: each process that holds a part has to call this."""
-    trained = _trained(model)
-    weights.meet(model, trained.values())
-    with weights.gathered(model, trained.values()):
+    """Copies of the active adapter's weights on the CPU, by name, gathered: all that hold a part have to call this."""
+    return _gathered(model, _adapter(state_of(model)))
+
+
+def _gathered(model, saved: _Adapter) -> dict[str, Tensor]:
+    weights.meet(model, saved.all.values())
+    with weights.gathered(model, saved.all.values()):
         base = inner(model)
-        return {name: whole(offload.read(base, name, tensor)) for name, tensor in trained.items()}
+        return {name: whole(offload.read(base, name, tensor)) for name, tensor in saved.all.items()}
 
 
 def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
@@ -101,13 +176,12 @@ def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor]
     return state_dict if is_main_process else None
 
 
-def _given(model, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trained weights out of ``state_dict``."""
-    names = list(_trained(model))
-    for name in names:
+def _given(saved: _Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's weights out of ``state_dict``."""
+    for name in saved.all:
         if name not in state_dict:
             raise AdapterError(f"state_dict lacks {name}, which was trained")
-    return {name: whole(state_dict[name]) for name in names}
+    return {name: whole(state_dict[name]) for name in saved.all}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -116,44 +190,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _replace(path: Path, write) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _trained(model) -> dict[str, Tensor]:
-    """Prefix parameters, frozen by the user or not, and all that is trainable beside them, by parameter name.
-
-    What PEFT added to the model is PEFT's to save.
-    """
-    ours = {id(parameter) for prefix in prefixes(model).values() for parameter in prefix.parameters()}
-    theirs, parameters = events.added_parameters(inner(model)), named_parameters(model)
-    return {n: p for n, p in parameters.items() if id(p) in ours or (p.requires_grad and id(p) not in theirs)}
-
-
 def save_unfolded(model, path: Path, state_dict: dict[str, Tensor], others: dict[str, Tensor]) -> None:
     """Write the trained weights and ``others``, reparameterisations as they are, for training to be resumed."""
-    tensors = {**_given(model, state_dict), **others}
-    _replace(path, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_tensors(path, {**_given(_adapter(state_of(model)), state_dict), **others})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 @torch.no_grad()
-def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _folded(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """``tensors``, with the key and value of reparameterised prefixes in the place of what makes them."""
-    for name, prefix in prefixes(model).items():
+    for name, prefix in prefixes.items():
         if prefix.mlp is None:
             continue
         start = f"{name}.apt.mlp."
@@ -165,44 +214,121 @@ def _folded(model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @atomic
-def load(model, folder: str | os.PathLike, *, revision: str | None = None, example_inputs: dict | None = None):
+def load(
+    model,
+    folder: str | os.PathLike,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    example_inputs: dict | None = None,
+    allow_non_finite: bool = False,
+):
     """Load what `save` wrote into ``model``, patching it first if it is not; the weights keep the model's dtypes.
 
-    Everything is checked before anything changes: on an error the model is as it was.
+    Everything is checked before anything changes: on an error the model is as it was. The loaded adapter becomes the
+    active one. One of its name is replaced, with a warning unless it is as `patch` or `add_adapter` made it; else it
+    is added to those there.
 
     Args:
         model: a transformers model, patched or not.
         folder: where `save` wrote, or a repository of the Hugging Face hub, ``owner/name``; a folder of that name goes
             first.
+        adapter: the adapter's name on this model; None: ``"default"``.
         revision: a branch, tag or commit of the repository.
         example_inputs: as for `patch`.
+        allow_non_finite: load weights that are infinite or NaN, too.
 
     Returns:
         The same model.
 
     Raises:
-        AdapterError: a file is missing, damaged, of a newer format, or its first mismatching weight is named.
-        PatchError: the model cannot be patched, or is patched with other settings.
+        AdapterError: a file is missing, damaged, of a newer format, or for another base model; or its first
+            mismatching weight is named.
+        PatchError: the model cannot be patched, or has an adapter of that name with other settings.
+        ConfigError: ``adapter`` is no name.
+
+    Example:
+        >>> apt_kernels.load(model, "first")
+        >>> apt_kernels.load(model, "second", adapter="b")  # beside "default", and active
     """
+    name = "default" if adapter is None else adapter
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"adapter is {adapter!r}; it needs a string that is not empty, or None")
     folder = hub.fetch(folder, [WEIGHTS, CONFIG], revision) if hub.is_repository(folder) else Path(folder)
-    config = read_config(folder / CONFIG)
-    events.check("load", model)
-    fresh = not is_patched(model)
-    if not fresh and _shape_of(state_of(model).config) != _shape_of(config):
-        raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
-    if fresh:
-        try:
-            patch(model, config, example_inputs=example_inputs)
-        except ConfigError as error:
-            raise AdapterError(f"{folder} does not fit the {type(inner(model)).__name__}: {error}") from error
-    tensors = _read_weights(folder / WEIGHTS)
-    targets, trained = named_parameters(model), _trained(model)
-    with weights.gathered(model, trained.values(), changed=True), torch.no_grad():
-        _check(tensors, targets, trained, folder)
-        for name, tensor in tensors.items():
-            offload.write(inner(model), name, targets[name], weights.placed_like(targets[name], tensor))
-    events.changed("load", state_of(model))
+    with open_adapter(folder) as file:
+        config = file.config
+        base_record.refuse_other(model, file.settings.get("base"), file.path)
+        _refuse_patterns(model, config, file.path)
+        events.check("load", model)
+        _make_room(model, name, config, file, example_inputs)
+        state = state_of(model)
+        _fill(model, _adapter(state), file, allow_non_finite)
+    base_record.warn_if_changed(state, file.settings.get("base"), file.path)
+    events.changed("load", state)
     return model
+
+
+def _make_room(model, name: str, config: AptConfig, file: AdapterFile, example_inputs: dict | None) -> None:
+    """Make the adapter ``name`` the active one; one of the file's settings that is made if there is none."""
+    if not is_patched(model):
+        try:
+            patch_checked(model, config, example_inputs, lambda lengths, sites: _check_lengths(file, lengths, sites))
+        except ConfigError as error:
+            raise AdapterError(f"{file.path} does not fit the {type(inner(model)).__name__}: {error}") from error
+        if name != state_of(model).adapter:
+            rename(state_of(model), name)
+        return
+    state, known = state_of(model), adapters(model)
+    if name not in known:
+        config = replace(config, implementation=state.config.implementation)
+        try:
+            _check_lengths(file, lengths_of(config, state.sites), state.sites)
+            add_adapter(model, name, config)
+        except ConfigError as error:
+            raise AdapterError(f"{file.path} does not fit the {type(inner(model)).__name__}: {error}") from error
+        return
+    try:
+        trained = trainable_names(state.model, config)
+    except ConfigError as error:
+        raise AdapterError(f"{file.path} does not fit the {type(inner(model)).__name__}: {error}") from error
+    if _shape_of(known[name]) != _shape_of(config) or trained != trainable_names(state.model, known[name]):
+        raise PatchError(
+            f"the model's adapter {name!r} has other settings than {file.path.parent}; load it under another name "
+            "(adapter=...), or call apt_kernels.unpatch(model) first"
+        )
+    if name != state.adapter:
+        set_adapter(model, name)
+    if not all(is_as_made(prefix) for prefix in state.prefixes.values()):
+        warnings.warn(
+            f"the adapter {name!r} is replaced by {file.path.parent}; load(..., adapter=...) keeps both", stacklevel=5
+        )
+
+
+def _check_lengths(file: AdapterFile, lengths: list[int], sites: list) -> None:
+    """Raise `AdapterError` before prefixes are made that have other lengths than the file's weights."""
+    for site, length in zip(sites, lengths):
+        entry = file.entries.get(f"{site.name}.apt.key")
+        found = entry.shape[1] if entry is not None and len(entry.shape) == 3 else 0
+        if length != found:
+            raise AdapterError(
+                f"{file.path}: prefix_length gives {site.name} {length} tokens; its weights there have {found}"
+            )
+
+
+def _fill(model, target: _Adapter, file: AdapterFile, allow_non_finite: bool) -> None:
+    """Check the file's weights, then write them to the adapter's parameters."""
+    parameters = target.all
+    with weights.gathered(model, parameters.values(), changed=True), torch.no_grad():
+        _check(file, target, named_parameters(model))
+        tensors = file.tensors()
+        for name, tensor in tensors.items():
+            # In the model's dtype: a large number of a wide dtype is infinite in a narrow one.
+            if not allow_non_finite and not _is_finite(tensor.to(parameters[name].dtype)):
+                raise AdapterError(
+                    f"{file.path}: {name} has values that are not finite; load(..., allow_non_finite=True) loads them"
+                )
+        for name, tensor in tensors.items():
+            offload.write(inner(model), name, parameters[name], tensor)
 
 
 def _shape_of(config: AptConfig) -> tuple:
@@ -210,39 +336,34 @@ def _shape_of(config: AptConfig) -> tuple:
     return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation, config.layers
 
 
-def read_config(path: Path) -> AptConfig:
+def _refuse_patterns(model, config: AptConfig, path: Path) -> None:
+    """Raise `AdapterError` where the file's patterns take too much work on the names of this model."""
+    base, budget = inner(model), patterns.Budget()
+    modules = [name for name, _ in base.named_modules()] if isinstance(base, nn.Module) else []
+    parameters = [name for name, _ in base.named_parameters()] if isinstance(base, nn.Module) else []
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} has no {path.name}; it is not an adapter folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
-    if isinstance(data, dict):
-        data = {name: value for name, value in data.items() if name not in ("model", "lengths")}
-    try:
-        return AptConfig.from_json(data)
-    except ConfigError as error:
+        for found, names in ((config.layers or (), modules), (config.trainable or (), parameters)):
+            for pattern in {entry for entry in found if isinstance(entry, str)}:
+                for name in names:
+                    patterns.search(pattern, name, budget)
+    except patterns.TooMuchWork as error:
         raise AdapterError(f"{path}: {error}") from error
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors handle)
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} has no {path.name}; it is not an adapter folder") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is damaged: {error}") from error
-
-
-def _check(tensors: dict, targets: dict, needed: dict, folder: Path) -> None:
-    for name, tensor in tensors.items():
-        if name not in targets:
-            raise AdapterError(f"{folder} holds {name}, which the model does not have")
-        if tensor.shape != targets[name].shape:
-            raise AdapterError(f"{folder}: {name} is {list(tensor.shape)}; the model's is {list(targets[name].shape)}")
-        if tensor.is_floating_point() != targets[name].is_floating_point():
-            raise AdapterError(f"{folder}: {name} is {tensor.dtype}; the model's is {targets[name].dtype}")
-    missing = [name for name in needed if name not in tensors]
-    if missing:
-        raise AdapterError(f"{folder} lacks {missing[0]}, which the model needs")
+def _check(file: AdapterFile, target: _Adapter, parameters: Mapping[str, Tensor]) -> None:
+    """Raise `AdapterError` unless the file has the weights that the adapter needs, and no others."""
+    wanted = {**target.own, **target.beside}
+    for name, entry in file.entries.items():
+        if name not in parameters:
+            raise AdapterError(f"{file.path} holds {shown(name)}, which the model does not have")
+        if name not in wanted:
+            raise AdapterError(
+                f"{file.path} holds {shown(name)}, which the adapter's settings do not train (trainable is "
+                f"{shown(target.config.trainable)}): it would overwrite the base model's"
+            )
+        shape = list(wanted[name].shape)
+        if list(entry.shape) != shape:
+            raise AdapterError(f"{file.path}: {name} is {list(entry.shape)}; the model's is {shape}")
+    missing = next((name for name in wanted if name not in file.entries), None)
+    if missing is not None:
+        raise AdapterError(f"{file.path} lacks {missing}, which the model needs")

@@ -190,6 +190,18 @@ FEATURES = {
         {"peft.peft_model": ("PeftModel.load_adapter", "PeftModel.save_pretrained")},
         without="PEFT saves and loads its own adapter without the prefixes: call apt_kernels.save and load as well",
     ),
+    "base record": Feature(
+        "recording the revision of an adapter's base model",
+        "transformers",
+        instances={"transformers.configuration_utils": ("_commit_hash",)},
+        without="Saved adapters do not record the revision of their base model",
+    ),
+    "peft, merging": Feature(
+        "saving weights into which PEFT merged an adapter",
+        "peft",
+        {"peft.tuners.tuners_utils": ("BaseTuner.merge_and_unload",)},
+        without="After merge_and_unload, save the base model as well: apt_kernels.unpatch(model).save_pretrained(...)",
+    ),
     "peft, names": Feature(
         "switching prefixes with PEFT's adapters",
         "peft",

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..config import AptConfig
-from ..errors import AdapterError, ConfigError, PatchError
+from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
 from . import compat, patching
 from .attention import function
 from .attention.implementations import implementations, restore_implementations, set_implementation
@@ -63,8 +63,9 @@ def patch_from_text(model, input_ids: Tensor | Sequence[int], config: AptConfig 
     Raises:
         PatchError: the copy could not be exact; the message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
+        ArgumentError: ``input_ids`` are not the token ids of one text, or the model has no such token.
     """
-    ids = torch.as_tensor(input_ids).reshape(1, -1)
+    ids = _token_ids(model, input_ids)
     length = ids.shape[1]
     config = _starting_config(model, config, settings, length)
     _refuse_lengths(model)
@@ -96,10 +97,16 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
 
     Raises:
         AdapterError: the folder holds no such checkpoint, or one for a model of another shape.
+        ArgumentError: ``folder`` is no path.
         PatchError: the copy could not be exact; the message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
     """
     compat.require("patch_from_peft")
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(
+            f"folder is a {type(folder).__name__}; it needs the path of a saved checkpoint: call the PeftModel's "
+            "save_pretrained(folder) first"
+        )
     flat, layers = _read_peft(Path(folder))
     length = flat.shape[0]
     config = _starting_config(model, config, settings, length)
@@ -120,6 +127,29 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
         positions = torch.arange(length, length + 4, device=device)[None]
         expected = model(input_ids=probe.T, position_ids=positions, past_key_values=source).logits
     return _patch_with(model, config, tokens, probe.T, expected)
+
+
+def _token_ids(model, given) -> Tensor:
+    """``given`` as ``[1, M]``."""
+    needs = "it needs the token ids of one text, [M] or [1, M]"
+    if isinstance(given, (str, bytes)):
+        raise ArgumentError(f"input_ids is a {type(given).__name__}; {needs}: tokenizer(text).input_ids")
+    if isinstance(given, Mapping):
+        raise ArgumentError(f"input_ids is a {type(given).__name__}; {needs}: its ['input_ids']")
+    try:
+        ids = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"input_ids is a {type(given).__name__}; {needs} ({error})") from None
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ArgumentError(f"input_ids is {ids.dtype}; {needs}")
+    if not (ids.ndim == 1 or (ids.ndim == 2 and ids.shape[0] == 1)) or not ids.numel():
+        raise ArgumentError(f"input_ids has the shape {list(ids.shape)}; {needs}")
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    count = getattr(getattr(embeddings, "weight", None), "shape", [None])[0]
+    if count is not None and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise ArgumentError(f"input_ids has {wrong}; the model has tokens from 0 to {count - 1}")
+    return ids.reshape(1, -1)
 
 
 def _starting_config(model, config: AptConfig | None, settings: dict, length: int) -> AptConfig:
@@ -267,7 +297,7 @@ def _read_peft(folder: Path) -> tuple[Tensor, int]:
     if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
         raise AdapterError(f"{folder} has the peft_type {kind!r}; it needs 'PREFIX_TUNING' or 'CARTRIDGE'")
     flat, layers = tensors.get("prompt_embeddings"), given.get("num_layers")
-    if flat is None or flat.ndim != 2 or not isinstance(layers, int) or flat.shape[1] % (2 * layers):
+    if flat is None or flat.ndim != 2 or type(layers) is not int or layers < 1 or flat.shape[1] % (2 * layers):
         shape = None if flat is None else list(flat.shape)
         raise AdapterError(
             f"{folder} has prompt_embeddings of {shape} for {layers} layers; it needs [M, layers * 2 * d]"

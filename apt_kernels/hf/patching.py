@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ from .discovery.meshes import shared_generator, with_meshes
 from .discovery.recording import record
 from .discovery.selection import lengths_of
 from .site import Site
-from .state import State, inner, is_patched, state_of
+from .state import State, inner, is_patched, remember_start, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
@@ -53,7 +54,13 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
         PatchError: the model has no attention that can be patched, or is patched with other settings.
         ImplementationError: there is no implementation of that name.
     """
-    config = make_config(config, settings)
+    return patch_checked(model, make_config(config, settings), example_inputs)
+
+
+def patch_checked(
+    model, config: AptConfig, example_inputs: dict | None, check: Callable[[list[int], list[Site]], None] | None = None
+):
+    """`patch`; ``check`` gets the length at each site before anything is allocated for it, and may raise."""
     wrapped, model = model, inner(model)
     if not isinstance(model, PreTrainedModel):
         raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
@@ -69,6 +76,8 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
     own_configs(model)  # before anything is set there
     sites, needed = _sites(model, example_inputs)
     sites = with_meshes(model, sites)
+    if check is not None:
+        check(lengths_of(config, sites), sites)
     state = State(model, config, before, sites=sites)
     _commit(state, build(config, sites), needed)
     return wrapped
@@ -125,6 +134,7 @@ def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dic
             from ..prefix.sharding import shard_heads
 
             shard_heads(prefix, site.mesh)
+        remember_start(prefix)
         built[site.name] = prefix
     return built
 

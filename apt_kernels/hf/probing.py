@@ -19,6 +19,8 @@ from .state import state_of
 from .transaction import atomic
 
 BINS = 20
+# So many layers are printed at most.
+_SHOWN = 12
 
 
 class Lengths(tuple):
@@ -40,7 +42,7 @@ class Lengths(tuple):
         return tuple(self), self.keep
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerProbe:
     """Statistics of one attention module's gate over the batches; lists have one entry per prefix token (M).
 
@@ -64,6 +66,10 @@ class LayerProbe:
     histogram: list[list[float]]
     effective: list[float]
 
+    def __repr__(self) -> str:
+        scale = f"layer_scale={self.layer_scale:.3g}, weight={self.weight:.3g}"
+        return f"LayerProbe({self.name!r}, gate={self.gate!r}, length={self.length}, {scale})"
+
     @property
     def length(self) -> int:
         return len(self.effective)
@@ -74,13 +80,25 @@ class LayerProbe:
         return sum(map(abs, self.effective)) / self.length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Probe:
     """The result of `probe`: the layers that have a prefix, in model order."""
 
     layers: list[LayerProbe]
     modules: list[str]
     examples: int
+
+    def __repr__(self) -> str:
+        """The layers' weights in short; `table` gives all figures."""
+        shown = self.layers if len(self.layers) <= _SHOWN else self.layers[: _SHOWN - 1]
+        width = max((len(layer.name) for layer in shown), default=0)
+        rows = [
+            f"  {layer.name:<{width}}  {layer.gate:<6}  {layer.length} tokens, mean weight {layer.weight:.3f}"
+            for layer in shown
+        ]
+        if len(shown) < len(self.layers):
+            rows.append(f"  ... and {len(self.layers) - len(shown)} more")
+        return "\n".join([f"Probe of {len(self.layers)} layers on {self.examples} examples:", *rows])
 
     def table(self) -> str:
         """Markdown, one row for each layer."""
@@ -134,7 +152,14 @@ class Probe:
             ArgumentError: neither or both are given, or the budget exceeds the current total without ``grow``.
         """
         if (budget is None) == (threshold is None):
-            raise ArgumentError("lengths needs exactly one of budget and threshold")
+            given = "neither" if budget is None else "both"
+            raise ArgumentError(f"lengths needs exactly one of budget and threshold; {given} is given")
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf
+        ):
+            raise ArgumentError(f"threshold is {threshold!r}; it needs a finite number of at least 0")
+        if not isinstance(grow, bool):
+            raise ArgumentError(f"grow is {grow!r}; it needs True or False")
         if budget is None:
             found = [sum(abs(weight) >= threshold for weight in layer.effective) for layer in self.layers]
         else:

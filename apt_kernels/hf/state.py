@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,8 @@ class State:
     parked: dict[str, Parked] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
     token: calls.Token = field(default_factory=calls.Token)
+    # Weights of the base model into which PEFT merged an adapter since the patch: saved with the prefixes.
+    merged: set[str] = field(default_factory=set)
     loaded: list[offload.Loaded] = field(default_factory=list)  # what trains, taken out of accelerate's offloading
 
     @property
@@ -94,3 +97,31 @@ def state_of(model) -> State:
 def prefixes(model) -> dict[str, AdaptivePrefix]:
     """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
     return state_of(model).prefixes
+
+
+def remember_start(prefix: AdaptivePrefix) -> None:
+    """Keep a few elements of each parameter of a new prefix, by which `is_as_made` sees that it changed."""
+    prefix.start = _samples(prefix)
+
+
+def is_as_made(prefix: AdaptivePrefix) -> bool:
+    """Whether the prefix has the values that it was made with: neither trained nor loaded since."""
+    now = _samples(prefix)
+    return prefix.start.keys() == now.keys() and all(_same(prefix.start[name], now[name]) for name in now)
+
+
+def _samples(prefix: AdaptivePrefix) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in prefix.named_parameters():
+        held = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if held.device.type != "meta":
+            found[name] = held.detach().reshape(-1)[:8].cpu().clone()
+    return found
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    if not len(before) or not len(now):
+        return True  # held in pieces by other processes
+    if before.dtype != now.dtype:  # cast since
+        return before.shape == now.shape and torch.allclose(before.float(), now.float(), rtol=1e-2, atol=1e-6)
+    return torch.equal(before, now)

@@ -7,6 +7,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import patterns
 from ..config import AptConfig
 from ..errors import ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
@@ -21,10 +22,10 @@ def trainable_names(model, config: AptConfig) -> set[str]:
     owned |= events.added_parameters(model)
     names = [name for name, parameter in model.named_parameters() if id(parameter) not in owned]
     if config.trainable is not None:
-        unused = [pattern for pattern in config.trainable if not any(re.search(pattern, name) for name in names)]
+        unused = [pattern for pattern in config.trainable if not any(patterns.search(pattern, name) for name in names)]
         if unused:
             raise ConfigError(f"trainable has {unused[0]!r}; no parameter's name matches it")
-        return {name for name in names if any(re.search(pattern, name) for pattern in config.trainable)}
+        return {name for name in names if any(patterns.search(pattern, name) for pattern in config.trainable)}
     inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
     # PEFT's `modules_to_save` trains copies of the modules that it names.
     outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}

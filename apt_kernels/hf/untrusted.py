@@ -86,13 +86,13 @@ def parse_json(text: bytes | str, where: str):
         # An unpaired surrogate has no place in a name, and cannot be printed.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where} is not valid JSON: {_reason(error)}") from error
+        raise AdapterError(f"{where} is not valid JSON: {shortened(str(error))}") from error
     return value
 
 
-def _reason(error: Exception) -> str:
-    text = str(error)
-    return text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."
+def shortened(text: str) -> str:
+    """A message that quotes a file, of bounded length."""
+    return text if len(text) <= 3 * _SHOWN else f"{text[: 3 * _SHOWN]}..."
 
 
 def _integer(digits: str) -> int:

@@ -99,9 +99,20 @@ def info() -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {
-        "versions": versions,
-        "threads": torch.get_num_threads(),
-        "asked": os.environ.get(VARIABLE) or "auto",
-        "implementations": {name: _usability(backend) for name, backend in _BACKENDS.items()},
-    }
+    return Info(
+        versions=versions,
+        threads=torch.get_num_threads(),
+        asked=os.environ.get(VARIABLE) or "auto",
+        implementations={name: _usability(backend) for name, backend in _BACKENDS.items()},
+    )
+
+
+class Info(dict):
+    """What `info` found: a dict that prints as a few lines."""
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in self["versions"].items())
+        width = max(map(len, self["implementations"]))
+        rows = [f"  {name:<{width}}  {state}" for name, state in self["implementations"].items()]
+        asked = f"implementations (asked for: {self['asked']}, {self['threads']} threads):"
+        return "\n".join([versions, asked, *rows])

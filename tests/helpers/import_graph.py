@@ -14,18 +14,19 @@ PACKAGE = apt_kernels.__name__
 LAYERS = {
     "errors": (),
     "mask": ("errors",),
+    "patterns": ("errors",),
     "config": ("errors", "prefix"),
     "impl": ("errors", "mask"),
     "ops": ("errors", "mask", "impl"),
     "prefix": ("errors",),
-    "hf": ("errors", "mask", "config", "ops", "prefix"),
+    "hf": ("errors", "mask", "patterns", "config", "ops", "prefix"),
 }
 # The same inside hf: a part may import those above it in this list, and others of its own line.
 HF_LAYERS = (
     ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
     ("attention",),
-    ("discovery", "trainable", "transaction"),
+    ("discovery", "trainable", "transaction", "base_record"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise"),

@@ -1,12 +1,18 @@
 """Saving and loading: trained weights only, whole or not at all, never unpickled."""
 
 import json
+import time
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import apt_kernels
+from apt_kernels.hf import base_record
+from apt_kernels.hf.adapter_file import open_adapter, write_adapter
 from helpers import models
 from helpers.patched import assert_unchanged, randomise, snapshot
 
@@ -65,13 +71,12 @@ def test_saving_again_replaces_and_a_crash_leaves_the_old_files(tmp_path, monkey
     old = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     randomise(model, seed=7)
 
-    def crash(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
+    def crash(file, tensors, metadata):
+        file.write(b"half")
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("apt_kernels.hf.checkpoint.save_file", crash)
+        patched.setattr("apt_kernels.hf.adapter_file._serialise", crash)
         with pytest.raises(OSError, match="disk full"):
             apt_kernels.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
@@ -79,43 +84,68 @@ def test_saving_again_replaces_and_a_crash_leaves_the_old_files(tmp_path, monkey
     assert (tmp_path / "adapter.safetensors").read_bytes() != old["adapter.safetensors"]
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
 def edit(path, change):
+    """Change the copy of the settings."""
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-10])
+def forge(**changes):
+    """Change the settings in the weights' file, with a checksum that fits, and the copy."""
+
+    def harm(folder):
+        with open_adapter(folder) as file:
+            settings, tensors = file.settings, file.tensors()
+        write_adapter(folder, tensors, {name: v for name, v in {**settings, **changes}.items() if v is not ...})
+
+    return harm
+
+
+def as_release_0_1(folder):
+    """Write the files as release 0.1 did: no metadata, settings in apt_config.json alone."""
+    save_file(load_file(folder / "adapter.safetensors"), folder / "adapter.safetensors", metadata={"format": "pt"})
+    new = ("save_id", "adapter", "trained", "base")
+    edit(folder / "apt_config.json", lambda data: (data.update(format=1), [data.pop(name) for name in new]))
 
 
 DAMAGE = {
     "truncated weights": (lambda d: truncate(d / "adapter.safetensors"), "damaged"),
     "not safetensors": (lambda d: (d / "adapter.safetensors").write_bytes(b"\x80\x04pickle" * 9), "damaged"),
-    "no weights": (lambda d: (d / "adapter.safetensors").unlink(), "no adapter.safetensors"),
-    "no config": (lambda d: (d / "apt_config.json").unlink(), "no apt_config.json"),
+    "no weights": (lambda d: (d / "adapter.safetensors").unlink(), r"no adapter\.safetensors"),
+    "an old adapter without its config": (
+        lambda d: (as_release_0_1(d), (d / "apt_config.json").unlink()),
+        r"no apt_config\.json",
+    ),
     "broken config": (lambda d: truncate(d / "apt_config.json"), "not valid JSON"),
     "not an object": (lambda d: (d / "apt_config.json").write_text("[]"), "needs a JSON object"),
-    "newer format": (lambda d: edit(d / "apt_config.json", lambda c: c.update(format=99)), "newer apt_kernels"),
-    "no format": (lambda d: edit(d / "apt_config.json", lambda c: c.pop("format")), "format is None"),
-    "unknown key": (lambda d: edit(d / "apt_config.json", lambda c: c.update(colour="red")), "unknown key 'colour'"),
-    "bad value": (lambda d: edit(d / "apt_config.json", lambda c: c.update(gate="last")), "gate is 'last'"),
-    "other length": (
-        lambda d: edit(d / "apt_config.json", lambda c: c.update(prefix_length=7)),
-        r"layer\.0\.attention\.self\.apt\.(key|gate_weight) is \[",
-    ),
-    "other count": (
-        lambda d: edit(d / "apt_config.json", lambda c: c.update(prefix_length=[3, 3, 3])),
-        "3 entries; the model has 2",
-    ),
-    "other gate": (
-        lambda d: edit(d / "apt_config.json", lambda c: c.update(gate="none")),
-        "gate_weight, which the model does not have",
-    ),
-    "missing weight": (
-        lambda d: edit(d / "apt_config.json", lambda c: c.update(prefix_length=[3, 3], gate="static")),
-        "which the model",
-    ),
+    "newer copy": (lambda d: edit(d / "apt_config.json", lambda c: c.update(format=99)), "newer apt_kernels"),
+    "bad value in the copy": (lambda d: edit(d / "apt_config.json", lambda c: c.update(gate="last")), "gate is 'last'"),
+    "other copy": (lambda d: edit(d / "apt_config.json", lambda c: c.update(gate="none")), "differs from the settings"),
+    "newer format": (forge(format=99), "newer apt_kernels"),
+    "no format": (forge(format=...), "format is None"),
+    "unknown key": (forge(colour="red"), "unknown key 'colour'"),
+    "bad value": (forge(gate="last"), "gate is 'last'"),
+    "a list for a gate": (forge(gate=[]), r"gate is \[\]"),
+    "a number for patterns": (forge(trainable=5), "trainable is 5"),
+    "numbers for patterns": (forge(trainable=[5]), "trainable has 5"),
+    "an object for layers": (forge(layers={}), "layers is {}"),
+    "lists for lengths": (forge(prefix_length=[[3], [3]]), "prefix_length is"),
+    "a wide MLP": (forge(reparameterisation=10**9), "reparameterisation is set"),
+    "a pattern on which re takes for ever": (forge(layers=[r"((\w+\.?)+)+!"]), "layers has"),
+    "such a pattern for what trains": (forge(trainable=[r"((\w+\.?)+)+!"]), "trainable has"),
+    "a pattern that is huge": (forge(trainable=["a" * 10**5]), "pattern of 100000 characters"),
+    "other length": (forge(prefix_length=7), r"layer\.0\.attention\.self 7 tokens; its weights there have 3"),
+    "a length out of proportion": (forge(prefix_length=10**7), "10000000 tokens; its weights there have 3"),
+    "other count": (forge(prefix_length=[3, 3, 3]), "3 entries; the model has 2"),
+    "other gate": (forge(gate="none"), "gate_weight', which the model does not have"),
+    "missing weight": (forge(prefix_length=[3, 3], gate="static"), "which the model"),
+    "a base of another kind": (forge(base=3), "its base is a int"),
+    "a base that is malformed": (forge(base={"sizes": []}), "of another type"),
 }
 
 
@@ -130,16 +160,195 @@ def test_a_bad_adapter_names_its_fault_and_changes_nothing(damage, patched, tmp_
         apt_kernels.patch(model, prefix_length=3)
     before = snapshot(model)
     error = (apt_kernels.AdapterError, apt_kernels.PatchError) if patched else apt_kernels.AdapterError
+    start = time.monotonic()
     with pytest.raises(error, match=f"({message}|other settings)" if patched else message):
         apt_kernels.load(model, tmp_path)
+    assert time.monotonic() - start < 2
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("copy", ["kept", "missing", "earlier"])
+def test_files_of_release_0_1_and_a_copy_of_an_earlier_save_load(copy, tmp_path):
+    model, given = trained("bert", prefix_length=3), models.inputs("bert")
+    if copy == "kept":
+        apt_kernels.save(model, tmp_path)
+        as_release_0_1(tmp_path)
+    else:
+        apt_kernels.save(trained("bert", prefix_length=2), tmp_path)
+        old = (tmp_path / "apt_config.json").read_bytes()
+        apt_kernels.save(model, tmp_path)
+        (tmp_path / "apt_config.json").unlink() if copy == "missing" else (tmp_path / "apt_config.json").write_bytes(
+            old
+        )
+    loaded = apt_kernels.load(models.build("bert"), tmp_path)
+    assert torch.equal(loaded(**given).logits, model(**given).logits)
+
+
+def test_a_config_of_a_saved_adapter_is_read_back(tmp_path):
+    config = apt_kernels.AptConfig(prefix_length=3, layers="self", gate="static")
+    apt_kernels.save(apt_kernels.patch(models.build("bert"), config), tmp_path)
+    assert apt_kernels.AptConfig.from_json(json.loads((tmp_path / "apt_config.json").read_text())) == config
+
+
+HEAD = "AutoModelForSequenceClassification"
+
+
+def test_what_the_patch_made_trainable_is_saved_whatever_trains_now(tmp_path):
+    model = trained("bert", HEAD, prefix_length=3)
+    with torch.no_grad():
+        model.classifier.weight.fill_(0.5)
+    model.requires_grad_(False)
+    apt_kernels.save(model, tmp_path)
+    loaded = apt_kernels.load(models.build("bert", HEAD), tmp_path)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+
+
+def test_what_the_user_made_trainable_is_saved_and_unpatch_gives_the_base_back(tmp_path):
+    model, given = trained("llama", prefix_length=3), models.inputs("llama")
+    model.lm_head.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    apt_kernels.save(model, tmp_path)
+    fresh = models.build("llama")
+    before = snapshot(fresh)
+    apt_kernels.load(fresh, tmp_path)
+    assert torch.equal(fresh(**given).logits, model(**given).logits)
+    assert_unchanged(apt_kernels.unpatch(fresh), before)
+
+
+def test_a_weight_that_the_settings_do_not_name_is_refused(tmp_path):
+    model = trained("llama", prefix_length=3)
+    model.lm_head.weight.requires_grad_(True)
+    apt_kernels.save(model, tmp_path)
+    forge(trainable=None)(tmp_path)
+    fresh = models.build("llama")
+    before = snapshot(fresh)
+    with pytest.raises(apt_kernels.AdapterError, match=r"holds 'lm_head\.weight', which the adapter's settings do not"):
+        apt_kernels.load(fresh, tmp_path)
+    assert_unchanged(fresh, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_are_not_finite_are_refused_unless_asked_for(value, tmp_path):
+    model = trained("bert", prefix_length=3)
+    prefix = next(iter(apt_kernels.prefixes(model).values()))
+    with torch.no_grad():
+        prefix.key[0, 0, 0] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if value != 1e30 else "error")
+        apt_kernels.save(model, tmp_path)
+    fresh = apt_kernels.patch(models.build("bert"), prefix_length=3)
+    if value == 1e30:  # finite in the file, infinite in the model's dtype
+        fresh.half()
+    before = snapshot(fresh)
+    with pytest.raises(apt_kernels.AdapterError, match=r"apt\.key has values that are not finite"):
+        apt_kernels.load(fresh, tmp_path)
+    assert_unchanged(fresh, before)
+    apt_kernels.load(fresh, tmp_path, allow_non_finite=True)
+    assert not torch.isfinite(next(iter(apt_kernels.prefixes(fresh).values())).key).all()
+
+
+def test_saving_what_is_not_finite_warns(tmp_path):
+    model = trained("bert", prefix_length=3)
+    with torch.no_grad():
+        next(iter(apt_kernels.prefixes(model).values())).layer_scale.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="layer_scale has values that are not finite"):
+        apt_kernels.save(model, tmp_path)
+
+
+def test_adapters_are_saved_and_loaded_by_name(tmp_path):
+    model, given = trained("bert", HEAD, prefix_length=3), models.inputs("bert")
+    first = model(**given).logits
+    apt_kernels.add_adapter(model, "b", prefix_length=2, gate="static")
+    randomise(model, seed=5)
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    second = model(**given).logits
+    apt_kernels.save(model, tmp_path / "a", adapter="default")
+    apt_kernels.save(model, tmp_path / "b")
+    assert list(apt_kernels.adapters(model)) == ["b", "default"]
+    apt_kernels.set_adapter(model, "default")
+    apt_kernels.save(model, tmp_path / "b2", adapter="b")
+    assert (
+        load_file(tmp_path / "b" / "adapter.safetensors").keys()
+        == load_file(tmp_path / "b2" / "adapter.safetensors").keys()
+    )
+    fresh = models.build("bert", HEAD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apt_kernels.load(fresh, tmp_path / "a")
+        assert torch.equal(fresh(**given).logits, first)
+        apt_kernels.load(fresh, tmp_path / "b2", adapter="b")
+    assert list(apt_kernels.adapters(fresh)) == ["b", "default"]
+    assert torch.equal(fresh(**given).logits, second)
+    apt_kernels.set_adapter(fresh, "default")
+    assert torch.equal(fresh(**given).logits, first)
+    with pytest.raises(apt_kernels.ConfigError, match="adapter is 'c'; the model has the adapters"):
+        apt_kernels.save(model, tmp_path, adapter="c")
+    with pytest.raises(apt_kernels.PatchError, match="adapter 'default' has other settings"):
+        apt_kernels.load(fresh, tmp_path / "b")
+    alone = apt_kernels.load(models.build("bert", HEAD), tmp_path / "b", adapter="b")
+    assert list(apt_kernels.adapters(alone)) == ["b"]
+    assert {prefix.adapter for prefix in apt_kernels.prefixes(alone).values()} == {"b"}
+
+
+def test_an_adapter_that_is_replaced_warns_and_a_new_one_is_filled(tmp_path):
+    model = trained("bert", prefix_length=3)
+    apt_kernels.save(model, tmp_path)
+    with pytest.warns(UserWarning, match="the adapter 'default' is replaced"):
+        apt_kernels.load(model, tmp_path)
+    fresh = apt_kernels.patch(models.build("bert"), prefix_length=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apt_kernels.load(fresh, tmp_path)
+    with pytest.warns(UserWarning, match="the adapter 'default' is replaced"):
+        apt_kernels.load(fresh, tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused_or_warned_about(tmp_path):
+    apt_kernels.save(trained("llama", prefix_length=3), tmp_path)
+    base = json.loads((tmp_path / "apt_config.json").read_text())["base"]
+    assert base["model_type"] == "llama"
+    assert base["sizes"]["hidden_size"] == 32
+    assert base["fingerprint"]
+    other = models.build("mistral")
+    before = snapshot(other)
+    with pytest.raises(apt_kernels.AdapterError, match="of the type 'llama'; this one is 'mistral'"):
+        apt_kernels.load(other, tmp_path)
+    assert_unchanged(other, before)
+    with pytest.raises(apt_kernels.AdapterError, match="intermediate_size 48; this one has 64"):
+        apt_kernels.load(models.build("llama", intermediate_size=64), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (models.build("llama"), models.build("llama").bfloat16(), models.build("llama").half()):
+            apt_kernels.load(same, tmp_path)
+        torch.manual_seed(0)
+        apt_kernels.load(type("Mine", (LlamaForCausalLM,), {})(models.config("llama")), tmp_path)
+    changed = models.build("llama")
+    with torch.no_grad():
+        changed.model.embed_tokens.weight.add_(0.1)
+    with pytest.warns(UserWarning, match=r"trained on other weights.*embed_tokens.*1 more|embed_tokens"):
+        apt_kernels.load(changed, tmp_path)
+    with torch.device("meta"):
+        nowhere = models.build("llama")
+    apt_kernels.save(apt_kernels.load(models.build("llama"), tmp_path), tmp_path)
+    assert base_record.of(SimpleNamespace(model=nowhere, prefixes={}, start={}))["fingerprint"] is None
+
+
+def test_a_record_is_the_same_in_a_narrower_dtype_and_behind_peft():
+    def record(model):
+        return base_record.of(SimpleNamespace(model=model, prefixes={}, start={}))["fingerprint"]
+
+    wide, narrow = record(models.build("llama")), record(models.build("llama").bfloat16())
+    assert narrow == {name: {"bfloat16": hashes["bfloat16"]} for name, hashes in wide.items()}
+    assert len(wide) == 11
 
 
 def test_a_model_of_another_shape_is_named(tmp_path):
     apt_kernels.save(trained("bert", prefix_length=3), tmp_path)
     model = models.build("bert", num_attention_heads=2)
     before = snapshot(model)
-    with pytest.raises(apt_kernels.AdapterError, match=r"apt\.key is \[4, 3, 8\]; the model's is \[2, 3, 16\]"):
+    with pytest.raises(apt_kernels.AdapterError, match="num_attention_heads 4; this one has 2"):
         apt_kernels.load(model, tmp_path)
     assert_unchanged(model, before)
 

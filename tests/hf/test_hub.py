@@ -112,8 +112,8 @@ def test_what_the_hub_lacks_is_named_and_changes_nothing(hub):
     apt_kernels.save(trained("llama"), repo_id="someone/adapter")
     with pytest.raises(apt_kernels.AdapterError, match="at revision 'v9'"):
         apt_kernels.load(model, "someone/adapter", revision="v9")
-    (hub.root / "someone/adapter/main/apt_config.json").unlink()
-    with pytest.raises(apt_kernels.AdapterError, match=r"has no apt_config\.json"):
+    (hub.root / "someone/adapter/main/adapter.safetensors").unlink()
+    with pytest.raises(apt_kernels.AdapterError, match=r"has no adapter\.safetensors"):
         apt_kernels.load(model, "someone/adapter")
     for path in ("./someone/adapter", "a/b/c", "adapter"):
         with pytest.raises(apt_kernels.AdapterError, match=r"has no apt_config\.json"):

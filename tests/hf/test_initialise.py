@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
@@ -198,3 +199,30 @@ def test_a_bad_checkpoint_names_its_fault(harm, message, tmp_path):
     with pytest.raises(apt_kernels.AdapterError, match=message):
         apt_kernels.patch_from_peft(model, tmp_path)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a text", r"input_ids is a str; it needs the token ids of one text.*tokenizer\(text\)"),
+        ({"input_ids": [1, 2]}, r"input_ids is a dict; .*its \['input_ids'\]"),
+        (transformers.BatchEncoding({"input_ids": [1, 2]}), r"input_ids is a BatchEncoding; .*its \['input_ids'\]"),
+        (["a", "b"], "input_ids is a list; it needs the token ids"),
+        (torch.ones(2, 5, dtype=torch.long), r"input_ids has the shape \[2, 5\]; it needs .* one text"),
+        (torch.ones(5), "input_ids is torch.float32"),
+        ([], r"input_ids is torch.float32|shape \[0\]"),
+        ([1, 99999], "input_ids has 99999; the model has tokens from 0 to 98"),
+        ([1, -2], "input_ids has -2"),
+    ],
+)
+def test_what_is_not_the_token_ids_of_a_text_is_named(given, message):
+    model = models.build("llama")
+    before = snapshot(model)
+    with pytest.raises(apt_kernels.ArgumentError, match=message):
+        apt_kernels.patch_from_text(model, given)
+    assert_unchanged(model, before)
+
+
+def test_a_model_in_the_place_of_a_folder_is_named():
+    with pytest.raises(apt_kernels.ArgumentError, match=r"folder is a Linear; it needs the path.*save_pretrained"):
+        apt_kernels.patch_from_peft(models.build("llama"), torch.nn.Linear(2, 2))

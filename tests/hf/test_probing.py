@@ -147,6 +147,10 @@ def test_a_budget_is_spent_to_the_token(budget):
         ({"budget": 0}, "budget is 0"),
         ({"budget": 9}, "budget is 9; the layers have 8 tokens"),
         ({"threshold": 2.0}, "threshold is 2.0"),
+        ({"threshold": "0.1"}, "threshold is '0.1'; it needs a finite number"),
+        ({"threshold": float("nan")}, "threshold is nan; it needs"),
+        ({"threshold": True}, "threshold is True"),
+        ({"budget": 2, "grow": 1}, "grow is 1"),
     ],
 )
 def test_lengths_that_cannot_be(given, message):
@@ -311,3 +315,15 @@ def test_a_model_in_a_wrapper_is_probed_and_pruned(wrap):
     assert apt_kernels.prune(wrapped, found) is wrapped
     apt_kernels.prune(twin, expected)
     assert torch.equal(model(**models.inputs("llama")).logits, twin(**models.inputs("llama")).logits)
+
+
+def test_a_probe_prints_in_a_few_short_lines():
+    model = apt_kernels.patch(models.build("bert"), prefix_length=3)
+    found = apt_kernels.probe(model, [models.inputs("bert")])
+    lines = str(found).splitlines()
+    assert lines[0] == "Probe of 2 layers on 3 examples:"
+    assert len(lines) == 3
+    assert all("3 tokens, mean weight" in line and len(line) < 100 for line in lines[1:])
+    many = type(found)(found.layers * 30, found.modules * 30, 3)
+    assert str(many).splitlines()[-1] == "  ... and 49 more"
+    assert len(repr(found.layers[0])) < 150

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
+from ... import patterns
 from ...config import AptConfig
 from ...errors import ConfigError
 from ..site import Site
@@ -44,5 +43,5 @@ def lengths_of(config: AptConfig, sites: list[Site]) -> list[int]:
 def _meant(entry: int | str, sites: list[Site]) -> set[int]:
     if isinstance(entry, int):
         return {entry % len(sites)} if -len(sites) <= entry < len(sites) else set()
-    matches = KINDS.get(entry, lambda site: re.search(entry, site.name))
+    matches = KINDS.get(entry, lambda site: patterns.search(entry, site.name))
     return {i for i, site in enumerate(sites) if matches(site)}

@@ -8,15 +8,14 @@ import inspect
 import os
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub
-from ..adapters import adapters, add_adapter, delete_adapter, rename, set_adapter
-from ..checkpoint import CONFIG, WEIGHTS, load, read_config, save, weights_to_write
+from ..adapters import adapters, delete_adapter, set_adapter
+from ..checkpoint import CONFIG, WEIGHTS, load, save, weights_to_write
 from ..patching import unpatch
-from ..state import is_patched, state_of
+from ..state import inner, is_patched, state_of
 from ..transaction import atomic
 
 
@@ -88,6 +87,8 @@ def join_peft() -> None:
     if compat.available("peft, saving"):
         _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
         _wrap(models.PeftModel, "load_adapter", _load_adapter)
+    if compat.available("peft, merging"):
+        _wrap(tuners.BaseTuner, "merge_and_unload", _merge_and_unload)
     if compat.available("peft, names"):
         _wrap(models.PeftModel, "set_adapter", _set_adapter)
         _wrap(models.PeftModel, "delete_adapter", _delete_adapter)
@@ -147,6 +148,16 @@ def _setup_prompt_encoder(original, self, *args, **kwargs):
     return _keeping_trainable(lambda _: original(self, *args, **kwargs), self.base_model)
 
 
+def _merge_and_unload(original, self, *args, **kwargs):
+    base = inner(self.model)
+    layers = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, _peft_layers()))
+    result = original(self, *args, **kwargs)
+    if is_patched(base):
+        state = state_of(base)
+        state.merged |= {name for name in state.parameters if name.startswith(layers)}
+    return result
+
+
 def _save_pretrained(original, self, save_directory, *args, **kwargs):
     result = original(self, save_directory, *args, **kwargs)
     if not _has_prefix(self):
@@ -188,7 +199,7 @@ def _load_adapter(original, self, model_id, adapter_name, *args, **kwargs):
     folder = model_id
     if hub.is_repository(model_id):
         folder = hub.fetch(model_id, [WEIGHTS, CONFIG], kwargs.get("revision"))
-    if os.path.isfile(os.path.join(folder, CONFIG)):
+    if os.path.isfile(os.path.join(folder, WEIGHTS)):
         _load_prefix(self, Path(folder), adapter_name)
     return result
 
@@ -197,17 +208,11 @@ def _load_adapter(original, self, model_id, adapter_name, *args, **kwargs):
 def _load_prefix(model, folder: Path, name: str) -> None:
     """Load the prefix of ``folder`` beside PEFT's adapter ``name``; the active one is that beside PEFT's active one."""
     if not is_patched(model):
-        load(model, folder)
-        rename(state_of(model), name)
+        load(model, folder, adapter=name)
         return
     state = state_of(model)
     active, beside = state.adapter, _prefix_beside(model, name)
-    if beside is None:
-        config = read_config(folder / CONFIG)
-        add_adapter(model, name, replace(config, implementation=state.config.implementation))
-    else:
-        set_adapter(model, beside)
-    load(model, folder)
+    load(model, folder, adapter=beside or name)
     set_adapter(model, _prefix_beside(model, model.active_adapter) or active)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ...errors import AdapterError, PatchError
 from .. import compat, events, offload, weights
+from ..adapter_file import replacing
+from ..adapters import adapters, set_adapter
 from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write, whole
 from ..state import named_parameters, state_of
 from ..trainable import trainable_names
@@ -18,6 +22,8 @@ from ..trainable import trainable_names
 # What Trainer looks for when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
 _MODEL_WEIGHTS = (TRAINER_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Beside an adapter of another name than "default", an empty tensor of this name and the adapter's.
+_ADAPTER = "apt_kernels.adapter."
 # In the place of a model's config: the folder holds no model, and a model class would else make a random one.
 NO_MODEL = {
     "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
@@ -49,6 +55,7 @@ class SavePretrained:
 
     def __init__(self, model):
         self.model = model
+        self.hook = model.register_load_state_dict_pre_hook(_into_its_adapter)
         self.before = {name: model.__dict__[name] for name in _ATTRIBUTES if name in model.__dict__}
 
     def __call__(
@@ -71,16 +78,42 @@ class SavePretrained:
         hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
         save(self.model, folder, state_dict=state_dict, **hub)
-        (folder / "config.json").write_text(json.dumps(NO_MODEL, indent=2) + "\n")
+        with replacing(folder / "config.json") as file:
+            file.write((json.dumps(NO_MODEL, indent=2) + "\n").encode())
         link = folder / TRAINER_WEIGHTS
-        if theirs or any(prefix.mlp is not None for prefix in state_of(self.model).prefixes.values()):
+        state = state_of(self.model)
+        if state.adapter != "default":
+            theirs[f"{_ADAPTER}{state.adapter}"] = torch.empty(0)
+        if theirs or any(prefix.mlp is not None for prefix in state.prefixes.values()):
             save_unfolded(self.model, link, state_dict, theirs)
             return
-        link.unlink(missing_ok=True)
-        try:
-            os.link(folder / WEIGHTS, link)
-        except OSError:
-            shutil.copyfile(folder / WEIGHTS, link)
+        _link(folder / WEIGHTS, link)
+
+
+def _into_its_adapter(model, state_dict: dict, prefix: str, *_) -> None:
+    """Before a checkpoint is loaded: make the adapter that it was saved from the active one."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}{_ADAPTER}")]:
+        del state_dict[key]
+        name, known = key.removeprefix(f"{prefix}{_ADAPTER}"), adapters(model)
+        if name not in known:
+            raise AdapterError(
+                f"the checkpoint was saved from the adapter {name!r}; the model has {', '.join(map(repr, known))}. "
+                "Add it first (apt_kernels.add_adapter), or load the checkpoint with apt_kernels.load"
+            )
+        set_adapter(model, name)
+
+
+def _link(source: Path, link: Path) -> None:
+    """Make ``link`` the same file as ``source`` in one rename, or a copy where the file system has no hard links."""
+    temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, link)
+    except OSError:
+        with open(source, "rb") as file, replacing(link) as copy:
+            shutil.copyfileobj(file, copy)
+    finally:
+        temporary.unlink(missing_ok=True)  # a rename onto the same file does nothing
 
 
 def _refuse_base_model(folder: Path) -> None:
@@ -139,6 +172,7 @@ def _expect_missing(state) -> None:
 def _remove(model) -> None:
     """Undo `_install`."""
     before = model.save_pretrained.before
+    model.save_pretrained.hook.remove()
     for name in _ATTRIBUTES:
         model.__dict__.pop(name, None)
     model.__dict__.update(before)

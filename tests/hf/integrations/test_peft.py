@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import apt_kernels
 from helpers import models
-from helpers.patched import randomise
+from helpers.patched import assert_unchanged, randomise, snapshot
 from helpers.training import trainer
 
 peft = pytest.importorskip("peft", reason="the package peft is not installed")
@@ -178,3 +178,18 @@ def test_a_folder_that_holds_a_base_model_is_not_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     model.save_pretrained(tmp_path / "other")
     model.save_pretrained(tmp_path / "other")
+
+
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+def test_weights_that_peft_merged_are_saved_and_unpatch_gives_the_base_back(way, tmp_path):
+    base, given = models.build("llama"), models.inputs("llama")
+    before = snapshot(base)
+    settings = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(apt_kernels.patch(models.build("llama"), prefix_length=3), settings)
+    randomise(model)
+    merged = model.merge_and_unload()
+    expected = merged(**given).logits
+    apt_kernels.save(merged, tmp_path) if way == "save" else merged.save_pretrained(tmp_path)
+    apt_kernels.load(base, tmp_path)
+    assert torch.equal(base(**given).logits, expected)
+    assert_unchanged(apt_kernels.unpatch(base), before)

@@ -129,3 +129,26 @@ def test_accelerate(family, tmp_path):
     randomise(accelerator.unwrap_model(model), seed=5)
     accelerator.load_state(tmp_path / "state")
     assert all(torch.equal(p, want[n]) for n, p in model.named_parameters())
+
+
+def test_a_resumed_checkpoint_goes_into_the_adapter_that_it_was_saved_from(tmp_path):
+    def two():
+        model = apt_kernels.patch(models.build("bert"), prefix_length=3)
+        return apt_kernels.add_adapter(model, "b", prefix_length=3)
+
+    model, given = randomise_and_return(two(), 5), models.inputs("bert")
+    model.save_pretrained(tmp_path)
+    other = two()
+    apt_kernels.set_adapter(other, "default")
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert not found.unexpected_keys
+    assert next(iter(apt_kernels.adapters(other))) == "b"
+    assert torch.equal(other(**given).logits, model(**given).logits)
+    alone = apt_kernels.patch(models.build("bert"), prefix_length=3)
+    with pytest.raises(apt_kernels.AdapterError, match="saved from the adapter 'b'; the model has 'default'"):
+        alone.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+
+
+def randomise_and_return(model, seed):
+    randomise(model, seed)
+    return model
