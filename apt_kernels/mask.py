@@ -70,42 +70,53 @@ class Mask:
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
         """Raise `ArgumentError` unless every part fits ``[B, Hq, T, S]`` on ``device``."""
+        if not isinstance(self.causal, int) or self.causal not in (0, 1):
+            raise ArgumentError(f"mask.causal is {self.causal!r}; it needs True or False")
         if self.window is not None:
             if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
                 raise ArgumentError(f"mask.window is {self.window!r}; it needs a pair (left, right)")
             for side in self.window:
-                if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
+                if side is not None and (not _is_int(side) or side < 0):
                     raise ArgumentError(f"mask.window is {self.window!r}; each side needs an int >= 0 or None")
-        if isinstance(self.query_offset, Tensor):
-            _check_integer("mask.query_offset", self.query_offset)
-            if tuple(self.query_offset.shape) not in ((), (1,), (batch,)):
-                raise ArgumentError(
-                    f"mask.query_offset has shape {list(self.query_offset.shape)}; it needs [], [1] or [B] = [{batch}]"
-                )
-            _check_device("mask.query_offset", self.query_offset, device)
-        for name, length in (("key_padding", keys), ("query_segments", queries), ("key_segments", keys)):
+        self._check_offset(batch, device)
+        for name in ("key_padding", "query_segments", "key_segments", "dense", "bias"):
             part = getattr(self, name)
             if part is None:
                 continue
-            if tuple(part.shape) != (batch, length):
-                raise ArgumentError(f"mask.{name} has shape {list(part.shape)}; it needs [{batch}, {length}]")
-            if name == "key_padding":
-                _check_bool("mask.key_padding", part)
+            if not isinstance(part, Tensor):
+                raise ArgumentError(f"mask.{name} is a {type(part).__name__}; it needs a torch.Tensor or None")
+            self._check_shape(name, part, batch, heads, queries, keys)
+            if name in ("key_padding", "dense"):
+                _check_bool(f"mask.{name}", part)
+            elif name == "bias":
+                if not part.is_floating_point():
+                    raise ArgumentError(f"mask.bias has dtype {part.dtype}; it needs a floating-point dtype")
             else:
                 _check_integer(f"mask.{name}", part)
             _check_device(f"mask.{name}", part, device)
         if (self.query_segments is None) != (self.key_segments is None):
             raise ArgumentError("mask.query_segments and mask.key_segments need each other: only one is given")
-        for name in ("dense", "bias"):
-            part = getattr(self, name)
-            if part is None:
-                continue
+
+    def _check_offset(self, batch: int, device: torch.device) -> None:
+        offset = self.query_offset
+        if isinstance(offset, Tensor):
+            _check_integer("mask.query_offset", offset)
+            if tuple(offset.shape) not in ((), (1,), (batch,)):
+                raise ArgumentError(
+                    f"mask.query_offset has shape {list(offset.shape)}; it needs [], [1] or [B] = [{batch}]"
+                )
+            _check_device("mask.query_offset", offset, device)
+        elif offset is not None and not _is_int(offset):
+            raise ArgumentError(f"mask.query_offset is {offset!r}; it needs an int, an integer tensor or None")
+
+    @staticmethod
+    def _check_shape(name: str, part: Tensor, batch: int, heads: int, queries: int, keys: int) -> None:
+        if name in ("dense", "bias"):
             _check_broadcast(f"mask.{name}", part, (batch, heads, queries, keys))
-            _check_device(f"mask.{name}", part, device)
-        if self.dense is not None:
-            _check_bool("mask.dense", self.dense)
-        if self.bias is not None and not self.bias.is_floating_point():
-            raise ArgumentError(f"mask.bias has dtype {self.bias.dtype}; it needs a floating-point dtype")
+            return
+        length = queries if name == "query_segments" else keys
+        if tuple(part.shape) != (batch, length):
+            raise ArgumentError(f"mask.{name} has shape {list(part.shape)}; it needs [{batch}, {length}]")
 
 
 def visible_keys(
@@ -138,6 +149,10 @@ def visible_keys(
     for part in parts:
         seen = part if seen is None else seen & part
     return seen
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _check_integer(name: str, tensor: Tensor) -> None:

@@ -59,6 +59,9 @@ class Backend(ABC):
     # Of which inputs it returns the gradient in a layout of its own, the one of `empty_gradient`. The op brings every
     # other gradient to the default layout.
     own_layouts: ClassVar[frozenset[str]] = frozenset()
+    # Whether it can also compute a call by torch's own differentiable operators (`attend`), and so serves transforms of
+    # torch.func, forward-mode differentiation and second derivatives.
+    composite: ClassVar[bool] = False
 
     def obstacle(self) -> str | None:
         """Why it cannot run on this machine; None: it can."""
@@ -103,6 +106,10 @@ class Backend(ABC):
         ``result`` is what `forward` returned. Where it has ``kept``, ``x.key`` and ``x.value`` are the first S rows of
         the two buffers.
         """
+
+    def attend(self, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp by torch's own operators, if it is `composite`."""
+        raise NotImplementedError
 
     def empty_kept(self, x: Inputs, plan: Plan) -> tuple[Tensor, Tensor] | None:
         """Uninitialised tensors of the shapes, dtypes and strides of what `forward` keeps; None: it keeps nothing.

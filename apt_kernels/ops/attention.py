@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import transforms
+from ..errors import ImplementationError
 from ..impl.backend import Backend, Plan, Result
 from ..impl.inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 from ..mask import Mask
 from . import choose
-from .validation import is_real, make_inputs
+from .validation import is_real, make_inputs, refuse
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? gate, "
@@ -38,6 +40,7 @@ def attention(
     seed: int | Tensor | None = None,
     return_logsumexp: bool = False,
     implementation: str = "auto",
+    **others,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a gated, scaled prefix and the keys: ``softmax(scale q [P'_k ; k]^T) [P'_v ; v]``.
 
@@ -70,6 +73,8 @@ def attention(
         ArgumentError: an argument has a wrong shape, dtype or device.
         ImplementationError: the implementation asked for by name cannot run here or on these inputs.
     """
+    if others:
+        refuse(others)
     x = make_inputs(
         query,
         key,
@@ -87,7 +92,9 @@ def attention(
         seed=seed,
     )
     plan, tensors = choose.choose(x, implementation), x.tensors()
-    if _is_plain(tensors):
+    if transforms.active():
+        found = choose.load(plan.name).attend(x)
+    elif _is_plain(tensors):
         # The same result as the registered operator's, without its 20 microseconds of dispatch.
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         found = _Attention.apply(*x.flat(), plan.text) if recorded else choose.load(plan.name).forward(x, plan)
@@ -102,12 +109,10 @@ def _is_plain(tensors: list[Tensor]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
     return all(is_real(tensor) for tensor in tensors)
 
 
-def selected(*arguments, implementation: str = "auto", **keywords) -> Plan:
+def selected(*arguments, implementation: str = "auto", return_logsumexp: bool = False, **keywords) -> Plan:
     """The plan of `attention` for these arguments: ``name`` and ``strategy`` of the implementation, and the ``reason``
     for which those before it in the automatic choice do not serve."""
     return choose.choose(make_inputs(*arguments, **keywords), implementation)
@@ -197,28 +202,78 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_logsumexp, *_):
         nothing = (None,) * (len(ctx.rest) + 1 - len(DIFFERENTIABLE))
         if grad_out is None and grad_logsumexp is None:
             return (None,) * len(DIFFERENTIABLE) + nothing
         *tensors, out, logsumexp, kept_key, kept_value = ctx.saved_tensors
-        tensors = iter(tensors)
-        flat = [next(tensors) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
+        given = iter(tensors)
+        flat = [next(given) if yes else part for yes, part in zip(ctx.is_tensor, ctx.rest)]
         needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
+        backend = choose.load(Plan.parse(ctx.plan).name)
+        if torch.is_grad_enabled() and backend.composite:
+            return (*_composite_gradients(backend, Inputs(*flat), grad_out, grad_logsumexp, needs), *nothing)
         kept = (None, None)
         if ctx.keys:
             kept = kept_key, kept_value
             flat[1], flat[2] = (part[:, :, : ctx.keys] for part in kept)
-        grads = torch.ops.apt_kernels.attention_backward.default(
-            torch.zeros_like(out) if grad_out is None else grad_out,
-            *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.plan),
+        with torch.no_grad():
+            found = torch.ops.apt_kernels.attention_backward.default(
+                torch.zeros_like(out) if grad_out is None else grad_out,
+                *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.plan),
+            )
+        grads = [grad if need else None for need, grad in zip(needs, found)]
+        if torch.is_grad_enabled():
+            grads = _refuse_second_derivatives(backend.name, grads, [*tensors, grad_out, grad_logsumexp])
+        return (*grads, *nothing)
+
+
+def _composite_gradients(
+    backend: Backend, x: Inputs, grad_out: Tensor | None, grad_logsumexp: Tensor | None, needs: list[bool]
+) -> list[Tensor | None]:
+    """The gradients with their own graph (``create_graph=True``), by autograd through torch's operators."""
+    wanted = [name for name, need in zip(DIFFERENTIABLE, needs) if need]
+    pairs = [(part, grad) for part, grad in zip(backend.attend(x), (grad_out, grad_logsumexp)) if grad is not None]
+    outputs, grads = zip(*[(part, grad) for part, grad in pairs if part.requires_grad]) if pairs else ((), ())
+    inputs = [getattr(x, name) for name in wanted]
+    found = torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True, allow_unused=True)
+    by_name = dict(zip(wanted, found))
+    return [by_name.get(name) for name in DIFFERENTIABLE]
+
+
+def _refuse_second_derivatives(
+    name: str, grads: list[Tensor | None], depends_on: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The same gradients, which raise where they are differentiated (``create_graph=True``)."""
+    # Key and value may not have been saved, so that something else has to require a gradient.
+    anchor = torch.zeros((), requires_grad=True)
+    parts = [part for part in depends_on if part is not None and part.requires_grad]
+    present = [grad for grad in grads if grad is not None]
+    marked = iter(_OnceDifferentiable.apply(name, len(present), *present, anchor, *parts))
+    return [None if grad is None else next(marked) for grad in grads]
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name: str, count: int, *tensors: Tensor):
+        ctx.name = name
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise ImplementationError(
+            f"implementation {ctx.name!r} has no second derivatives; attend with implementation='reference' where a "
+            "gradient is differentiated again (create_graph=True)"
         )
-        return (*[grad if need else None for need, grad in zip(needs, grads)], *nothing)
 
 
 @torch.library.impl("apt_kernels::attention", "Autograd")
 def _autograd(*arguments):
+    if transforms.active():
+        raise ImplementationError(
+            "the registered operator supports neither torch.func nor forward-mode differentiation; call "
+            "apt_kernels.attention, which supports both"
+        )
     if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in arguments):
         *flat, text = arguments
         return _Attention.apply(*flat, choose.planned(text, Inputs(*flat))[1].text)

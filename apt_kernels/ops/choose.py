@@ -8,6 +8,7 @@ import platform
 
 import torch
 
+from .. import transforms
 from ..errors import ImplementationError
 from ..impl.backend import Backend, Plan
 from ..impl.inputs import Inputs
@@ -58,18 +59,24 @@ def load(name: str) -> Backend:
     return backend
 
 
+def _obstacle(backend: Backend, x: Inputs) -> str | None:
+    if not backend.composite and transforms.active():
+        return "torch.func and forward-mode differentiation need implementation='reference'"
+    return backend.obstacle() or backend.obstacle_for(x)
+
+
 def choose(x: Inputs, implementation: str = "auto") -> Plan:
     """The plan of a call. A named implementation is obeyed or raises; only ``"auto"`` picks another."""
     asked = implementation if implementation != "auto" else os.environ.get(VARIABLE) or "auto"
     if asked != "auto":
         backend = load(asked)
-        obstacle = backend.obstacle() or backend.obstacle_for(x)
+        obstacle = _obstacle(backend, x)
         if obstacle:
             raise ImplementationError(f"implementation {asked!r} cannot serve this call: {obstacle}")
         return backend.plan(x, "asked for by name")
     passed = []
     for name, backend in _BACKENDS.items():
-        obstacle = backend.obstacle() or backend.obstacle_for(x) or backend.reserved(x)
+        obstacle = _obstacle(backend, x) or backend.reserved(x)
         if obstacle is None:
             return backend.plan(x, "; ".join(passed) or "first choice")
         passed.append(f"{name}: {obstacle}")

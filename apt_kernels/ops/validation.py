@@ -7,11 +7,27 @@ import math
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..errors import ArgumentError
 from ..impl.inputs import Inputs
 from ..mask import Mask
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# Keywords of `torch.nn.functional.scaled_dot_product_attention`, and what to say instead.
+_OF_SDPA = {
+    "attn_mask": "mask=Mask(dense=...) for a bool mask, mask=Mask(bias=...) for one that is added",
+    "is_causal": "mask=Mask(causal=True), with query_offset=0 where there are more keys than queries",
+    "enable_gqa": "nothing: grouped heads follow from the shapes",
+}
+
+
+def refuse(others: dict) -> None:
+    """Raise `ArgumentError` for keywords that `attention` does not have."""
+    name = next(iter(others))
+    instead = f"; use {_OF_SDPA[name]}" if name in _OF_SDPA else "; see help(apt_kernels.attention)"
+    raise ArgumentError(f"attention has no argument {name!r}{instead}")
 
 
 def make_inputs(
@@ -30,13 +46,16 @@ def make_inputs(
     sinks=None,
     dropout_p=0.0,
     seed=None,
+    **others,
 ) -> Inputs:
     """Validate `attention`'s arguments and bring them to the form that implementations take."""
+    if others:
+        refuse(others)
     named = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
-    query, key, value = _autocast(query, key, value)
+    query, key, value, prefix_key, prefix_value = _autocast(query, key, value, prefix_key, prefix_value)
     _check_core(query, key, value, prefix_key, prefix_value)
     batch, heads, queries, head_dim = query.shape
     keys, length, device = key.shape[2], prefix_key.shape[1], query.device
@@ -76,15 +95,23 @@ def make_inputs(
     )
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """Under autocast, activations take its dtype, as in ``scaled_dot_product_attention``."""
-    kind = tensors[0].device.type
+def _autocast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Tensor]:
+    """Under autocast, activations take its dtype, as in ``scaled_dot_product_attention``.
+
+    The prefix stays as it is, or becomes float32 where it is in another half-precision dtype than autocast's.
+    """
+    given = [query, key, value, *prefix]
+    kind = query.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    if any(t.dtype == torch.float64 for t in tensors):
-        return list(tensors)
+        return given
+    if any(t.dtype == torch.float64 for t in given):
+        return given
     dtype = torch.get_autocast_dtype(kind)
-    return [t.to(dtype) for t in tensors]
+    half = torch.float16, torch.bfloat16
+    return [
+        *(t.to(dtype) for t in given[:3]),
+        *(t.float() if t.dtype in half and t.dtype != dtype else t for t in prefix),
+    ]
 
 
 def _check_core(query, key, value, prefix_key, prefix_value) -> None:
@@ -170,12 +197,17 @@ def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
         )
     if index.device != device:
         raise ArgumentError(f"gate_index is on {index.device}; it needs the query's device, {device}")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and is_real(index):
+    if index.device.type == "cpu" and has_values(index):
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= rows:
             raise ArgumentError(f"gate_index has values {low}..{high}; it needs 0..{rows - 1} (gate has {rows} rows)")
     index = index.to(torch.int64)
     return index[:, None] if index.ndim == 1 else index
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read in Python: no compiler, transform or subclass stands in between."""
+    return not torch.compiler.is_compiling() and is_real(tensor) and not transforms.active()
 
 
 def is_real(tensor: Tensor) -> bool:

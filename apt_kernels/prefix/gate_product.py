@@ -7,6 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from .. import transforms
+
 
 def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """``h W^T`` with the operands in the hidden states' dtype, accumulated and returned in float32 (or float64).
@@ -16,8 +18,15 @@ def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
     kind = hidden_states.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        logits = _GateProduct.apply(hidden_states.flatten(0, -2), weight)
+        rows = hidden_states.flatten(0, -2)
+        # torch.func transforms torch's own operators.
+        logits = _composite(rows, weight) if transforms.active() else _GateProduct.apply(rows, weight)
         return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
+
+
+def _composite(rows: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(wide) @ weight.to(rows.dtype).to(wide).mT
 
 
 class _GateProduct(torch.autograd.Function):

@@ -105,7 +105,8 @@ def evaluate(
     found = {"out": out.detach(), "logsumexp": logsumexp.detach()}
     if wanted:
         outputs, seeds = [out], [grad_out]
-        if grad_logsumexp is not None:
+        # That of eager attention depends on neither value.
+        if grad_logsumexp is not None and logsumexp.requires_grad:
             outputs, seeds = [out, logsumexp], [grad_out, grad_logsumexp]
         found.update(zip(wanted, torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)))
     return found

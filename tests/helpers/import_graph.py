@@ -15,10 +15,11 @@ LAYERS = {
     "errors": (),
     "mask": ("errors",),
     "patterns": ("errors",),
+    "transforms": (),
     "config": ("errors", "prefix"),
     "impl": ("errors", "mask"),
-    "ops": ("errors", "mask", "impl"),
-    "prefix": ("errors",),
+    "ops": ("errors", "mask", "transforms", "impl"),
+    "prefix": ("errors", "transforms"),
     "hf": ("errors", "mask", "patterns", "config", "ops", "prefix"),
 }
 # The same inside hf: a part may import those above it in this list, and others of its own line.

@@ -11,67 +11,12 @@ from torch._subclasses import FakeTensorMode
 
 import apt_kernels
 from apt_kernels.errors import ImplementationError
-from apt_kernels.impl import reference
-from apt_kernels.impl.backend import Backend, Plan, Result
-from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs, heads_last
+from apt_kernels.impl.backend import Plan
+from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.ops import choose
-from helpers import accuracy, cuda_host
-from helpers.cases import CASES, Case
-from helpers.kernels import DEVICE
-
-
-class Toy(Backend):
-    """The smallest implementation: eager attention, of which it keeps copies of key and value."""
-
-    name = "toy"
-
-    def strategy(self, x):
-        return "eager"
-
-    def forward(self, x, plan):
-        with torch.no_grad():
-            out, logsumexp = reference.attend(x)
-        return Result(heads_last(out), logsumexp, (x.key.clone(), x.value.clone()))
-
-    def empty_kept(self, x, plan):
-        return torch.empty_like(x.key), torch.empty_like(x.value)
-
-    def backward(self, x, plan, result, grad_out, grad_logsumexp, needs):
-        return reference.BACKEND.backward(x, plan, result, grad_out, grad_logsumexp, needs)
-
-
-@pytest.fixture(params=[*choose.names(), "toy"])
-def backend(request):
-    """Each implementation that runs on this machine, by name."""
-    if request.param == "cuda" and DEVICE == "cpu":
-        cuda_host.use()
-    if request.param == "toy":
-        choose.register(Toy())
-    if choose.load(request.param).obstacle():
-        pytest.skip(choose.load(request.param).obstacle())
-    yield choose.load(request.param)
-    if request.param == "toy":
-        choose.unregister("toy")
-
-
-def small(name: str, **change) -> Case:
-    """A named case of few numbers; cases about sizes keep theirs."""
-    case = CASES[name]
-    if name not in ("odd_sizes", "window_tile", "multi_head", "multi_query"):
-        sizes = {"kv_heads": 1, "group": 2, "queries": min(case.queries, 6), "length": 3}
-        case = replace(case, **sizes, keys=min(case.keys, 9) if case.keys != case.queries else sizes["queries"])
-    return replace(case, **change)
-
-
-def serves(backend: Backend, x: Inputs) -> Inputs:
-    obstacle = backend.obstacle_for(x)
-    if obstacle:
-        pytest.skip(obstacle)
-    return x
-
-
-def place(backend: Backend) -> str:
-    return "cpu" if backend.name == "cpu" else DEVICE
+from helpers import accuracy
+from helpers.backends import Toy, place, serves, small
+from helpers.cases import CASES
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

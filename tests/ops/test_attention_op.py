@@ -199,6 +199,26 @@ WRONG = {
     "segments": ({"mask": Mask(query_segments=ints(2, 5))}, "need each other"),
     "dense shape": ({"mask": Mask(dense=torch.ones(3, 6).bool())}, "mask.dense has shape .* broadcasts to"),
     "bias dtype": ({"mask": Mask(bias=ints(5, 6))}, "mask.bias has dtype torch.int64; it needs a floating-point"),
+    "mask of sdpa": ({"attn_mask": None}, r"no argument 'attn_mask'; use mask=Mask\(dense=...\) for a bool mask"),
+    "causal of sdpa": ({"is_causal": True}, r"attention has no argument 'is_causal'; use mask=Mask\(causal=True\)"),
+    "groups of sdpa": ({"enable_gqa": True}, "no argument 'enable_gqa'; use nothing: grouped heads follow"),
+    "misspelt": ({"sofcap": 1.0}, r"no argument 'sofcap'; see help\(apt_kernels.attention\)"),
+    "causal text": ({"mask": Mask(causal="no")}, "mask.causal is 'no'; it needs True or False"),
+    "causal tensor": ({"mask": Mask(causal=torch.ones(2))}, "mask.causal is tensor.*; it needs True or False"),
+    "offset number": ({"mask": Mask(query_offset=1.5)}, "mask.query_offset is 1.5; it needs an int, an integer tensor"),
+    "offset bool": ({"mask": Mask(query_offset=True)}, "mask.query_offset is True; it needs an int"),
+    "offset list": ({"mask": Mask(query_offset=[1, 2])}, r"mask.query_offset is \[1, 2\]; it needs an int"),
+    "padding list": (
+        {"mask": Mask(key_padding=[[True] * 6] * 2)},
+        "mask.key_padding is a list; it needs a torch.Tensor",
+    ),
+    "segments list": ({"mask": Mask(query_segments=[0], key_segments=ints(2, 6))}, "mask.query_segments is a list"),
+    "dense bool": ({"mask": Mask(dense=True)}, "mask.dense is a bool; it needs a torch.Tensor or None"),
+    "bias number": ({"mask": Mask(bias=0.5)}, "mask.bias is a float; it needs a torch.Tensor or None"),
+    "sinks list": ({"sinks": [0.0] * 4}, "sinks is a list; it needs a torch.Tensor"),
+    "scale tensor": ({"scale": torch.tensor(0.5)}, "scale is tensor.*; it needs a finite number"),
+    "layer scale infinite": ({"layer_scale": float("inf")}, "layer_scale is inf; it needs a finite number"),
+    "implementation": ({"implementation": "cpu", "gate_index": [0, 1]}, "gate_index is list; it needs an integer"),
     "device": ({"key": torch.empty(2, 2, 6, 8, device="meta")}, "key is on meta; it needs the query's device, cpu"),
 }
 
@@ -208,6 +228,18 @@ def test_wrong_arguments_are_named(name):
     changes, message = WRONG[name]
     with pytest.raises(ArgumentError, match=message):
         apt_kernels.attention(**operands(**changes))
+
+
+def test_selected_takes_what_attention_takes():
+    assert apt_kernels.selected(**operands(), return_logsumexp=True, mask=Mask(causal=True)).name == "cpu"
+    with pytest.raises(ArgumentError, match="no argument 'is_causal'"):
+        apt_kernels.selected(**operands(), is_causal=True)
+
+
+@pytest.mark.parametrize("causal", [True, 1, False, 0])
+def test_causal_is_true_or_false(causal):
+    ours = apt_kernels.attention(**operands(), mask=Mask(causal=causal))
+    torch.testing.assert_close(ours, apt_kernels.attention(**operands(), mask=Mask(causal=bool(causal))))
 
 
 def test_an_implementation_asked_for_is_obeyed_or_raises(monkeypatch):
@@ -272,14 +304,6 @@ def test_autocast_casts_activations_and_keeps_the_prefix():
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert given["prefix_key"].grad.dtype == torch.float32
-
-
-def test_second_derivatives_are_refused():
-    given = operands()
-    query = given["query"].requires_grad_()
-    (grad,) = torch.autograd.grad(apt_kernels.attention(**given).square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), query)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "dropout"])

@@ -43,9 +43,12 @@ class Cpu(Backend):
     def forward(self, x: Inputs, plan: Plan) -> Result:
         if plan.strategy == "blockwise":
             return Result(*blocks.forward(x))
-        if x.gate_per_query:
-            return Result(*blocks.forward(x, stock.forward(x)))
-        return prefix.forward(x, plan.strategy)
+        per_query = x.gate_per_query
+        result = Result(*blocks.forward(x, stock.forward(x))) if per_query else prefix.forward(x, plan.strategy)
+        if _is_masked(x) and bool(result.logsumexp.isnan().any()):
+            # A hidden logit was infinite or NaN: the stock kernel adds the mask, the blocks overwrite.
+            return Result(*blocks.forward(x), result.kept)
+        return result
 
     def backward(
         self,
@@ -57,6 +60,8 @@ class Cpu(Backend):
         needs: list[bool],
     ) -> list[Tensor | None]:
         way, (out, logsumexp, kept) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
+        if way != "blockwise" and _is_masked(x) and not _is_bounded(x):
+            return self._unbounded_backward(x, plan, result, grad_out, needs)
         if kept is not None and way != "concat" and stock.reverses(x):
             # Key and value are views of what was kept.
             x = replace(x, key=x.key.flip(2), value=x.value.flip(2))
@@ -70,6 +75,16 @@ class Cpu(Backend):
             of_tokens = {name: heads_last_empty(t, *t.shape).zero_() for name, t in tokens.items()}
             stock.backward_(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out, of_tokens)
         return blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)
+
+    def _unbounded_backward(
+        self, x: Inputs, plan: Plan, result: Result, grad_out: Tensor, needs: list[bool]
+    ) -> list[Tensor | None]:
+        """In blocks, which overwrite hidden logits, and in the layout of the plan's strategy."""
+        grads = self.backward(x, plan._replace(strategy="blockwise"), result, grad_out, None, needs)
+        for i, name in enumerate(DIFFERENTIABLE):
+            if name in self.own_layouts and grads[i] is not None:
+                grads[i] = self.empty_gradient(x, plan, name, False, needs).copy_(grads[i])
+        return grads
 
     def empty_kept(self, x: Inputs, plan: Plan) -> tuple[Tensor, Tensor] | None:
         """``[key ; prefix]`` and ``[value ; prefix]``, which ``"concat"`` makes."""
@@ -94,6 +109,20 @@ def _short_square(x: Inputs) -> bool:
     """Whether a causal mask is that and nothing more, over few keys; query 0 stands at -1 or later."""
     plain = all(part is None for part in (x.key_padding, x.dense, x.bias, x.query_offset))
     return plain and x.key.shape[2] <= CAUSAL_KEYS and x.offset >= -1
+
+
+def _is_masked(x: Inputs) -> bool:
+    """Whether the stock kernel may be given a mask to add."""
+    return x.causal or x.key_padding is not None or x.dense is not None or x.bias is not None
+
+
+def _is_bounded(x: Inputs) -> bool:
+    """Whether no product of a query and a key can overflow. (NaN is not below the bound.)"""
+    bound = x.scale * x.query.shape[3]
+    for part in (x.query, x.key):
+        low, high = part.detach().aminmax()
+        bound = bound * max(-float(low), float(high))
+    return bound < 1e38
 
 
 def _backward_strategy(plan: Plan, of_logsumexp: bool, needs: list[bool]) -> str:

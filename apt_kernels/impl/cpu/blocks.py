@@ -160,21 +160,14 @@ class Streams:
             tanh = torch.div(logits, self.x.softcap, out=self.scratch.take("tanh", *logits.shape)).tanh_()
             torch.mul(tanh, self.x.softcap, out=logits)
         tokens = self.by_head(logits)[..., self.length :]
-        for keys in [rows.there] if self.x.bias is not None and rows.high > rows.low else rows.masked:
-            added = self.added(rows, keys)
-            if added is not None:
-                tokens[..., keys.start - rows.low : keys.stop - rows.low].add_(added)
+        if self.x.bias is not None and rows.high > rows.low:
+            tokens.add_(part_of(self.x.bias, rows.here, rows.there).to(logits.dtype))
+        for keys in rows.masked:
+            visible = self.x.visible(rows.first, rows.count, keys.start, keys.stop - keys.start)
+            if visible is not None:
+                # Not by adding: a hidden logit may be infinite, or NaN.
+                tokens[..., keys.start - rows.low : keys.stop - rows.low].masked_fill_(~visible, -torch.inf)
         return logits, tanh
-
-    def added(self, rows: Rows, keys: slice) -> Tensor | None:
-        """What is added to the logits of the block's rows and some keys: the bias, and -inf for hidden keys."""
-        visible = self.x.visible(rows.first, rows.count, keys.start, keys.stop - keys.start)
-        if self.x.bias is None:
-            if visible is None:
-                return None
-            return self.query.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-        bias = part_of(self.x.bias, rows.here, keys).to(self.query.dtype)
-        return bias if visible is None else torch.where(visible, bias, -torch.inf)
 
     def keep(self, rows: Rows, like: Tensor) -> Tensor | None:
         """Integers of the size of ``like``'s elements, all bits set where dropout keeps a column, else 0."""

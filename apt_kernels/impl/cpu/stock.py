@@ -23,9 +23,8 @@ from .scratch import Scratch
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Added to hidden logits. Finite, so that a row that sees no token has a log-sum-exp that weighs nothing; the kernel
-# returns 0 for both the output and the log-sum-exp of a row of -inf.
-HIDDEN = -1e30
+# The log-sum-exp of a row that sees no token: finite, so that it can be merged, and so low that it weighs nothing.
+NOTHING = torch.finfo(torch.float32).min
 
 # The kernel skips hidden keys 512 at a time. A causal square is halved down to this many rows, so that what is left to
 # skip is small, at the price of a merge for each halving: see bench/NOTES.md.
@@ -41,6 +40,8 @@ def obstacle(x: Inputs) -> str | None:
         return "dropout"
     if x.softcap > 0:
         return "softcap"
+    if x.scale <= 0:
+        return "scale"  # it scales logits that it has already hidden
     if x.value.shape[3] != x.query.shape[3]:
         return "value size"
     if x.query.shape[2] == 1:
@@ -77,14 +78,30 @@ class Call(NamedTuple):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, in layouts of the kernel's choice."""
-        key, value, mask = _rows(self.key), _rows(self.value), _rows(self.mask)
+        key, value, mask = _rows(self.key), _rows(self.value), _mask_rows(self.mask)
         if not self._folds():
-            return _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+            found = _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+            return self._marked(*found)
         # The heads of a group as the rows of one: their keys are read once, not once a head.
         size = self.query.shape
-        folded = self.query.reshape(size[0], key.shape[1], -1, size[3])
+        folded = _rows(self.query.reshape(size[0], key.shape[1], -1, size[3]))
         out, logsumexp = _flash(folded, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
-        return out.reshape(*size[:3], -1), logsumexp.reshape(size[:3])
+        return self._marked(out.reshape(*size[:3], -1), logsumexp.reshape(size[:3]))
+
+    def _marked(self, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a row sees no key, the output 0 and the log-sum-exp `NOTHING`, for which the kernel returns 0."""
+        if self.mask is None or bool(logsumexp.all()):
+            return out, logsumexp
+        seen = self.mask > -torch.inf
+        if self.causal:
+            rows, columns = (torch.arange(size, device=seen.device) for size in (logsumexp.shape[2], seen.shape[3]))
+            if seen.shape[2] > 1:
+                seen = seen & (columns <= rows[:, None])
+            else:
+                first = torch.where(seen, columns, seen.shape[3]).amin(-1, keepdim=True)
+                seen = first <= rows[:, None]
+        hidden = ~seen.any(-1)
+        return out.masked_fill(hidden[..., None], 0), logsumexp.masked_fill(hidden, NOTHING)
 
     def _folds(self) -> bool:
         single = self.query.shape[2] == 1 and self.query.shape[1] > self.key.shape[1]
@@ -94,7 +111,7 @@ class Call(NamedTuple):
         """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
         given = (grad_out[:, :, self.rows], self.query, self.key, self.value, out[:, :, self.rows])
         given = (*map(_rows, given), logsumexp[:, :, self.rows], 0.0, self.causal)
-        return _flash_backward(*given, attn_mask=_rows(self.mask), scale=self.scale)
+        return _flash_backward(*given, attn_mask=_mask_rows(self.mask), scale=self.scale)
 
     def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
         """Add these columns to an output and a log-sum-exp over others, in place."""
@@ -107,10 +124,14 @@ class Call(NamedTuple):
         logsumexp.copy_(total)
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """The kernel takes the last stride for 1 without looking (0 in a mask as well) and would read other memory."""
-    strided = tensor is not None and tensor.stride(-1) > 1 and tensor.shape[-1] > 1
-    return tensor.contiguous() if strided else tensor
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with a contiguous last dimension, which the kernel takes for granted: it would read other memory."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _mask_rows(mask: Tensor | None) -> Tensor | None:
+    """The same of a mask, whose last stride may also be 0."""
+    return mask if mask is None or mask.stride(-1) == 0 else _rows(mask)
 
 
 def parts(x: Inputs, scratch: Scratch) -> list[Call]:
@@ -177,7 +198,7 @@ def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
     """
     queries, keys = x.query.shape[2], x.key.shape[2]
     sums = x.query.new_zeros(queries + keys + prefix - 1, dtype=x.compute_dtype)
-    sums[: max(keys - 1 - x.offset, 0)] = HIDDEN
+    sums[: max(keys - 1 - x.offset, 0)] = -torch.inf
     return sums.as_strided((1, 1, queries, keys + prefix), (0, 0, 1, 1))
 
 
@@ -199,10 +220,10 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
         return None
     if x.bias is None:
         added = x.query.new_zeros((*visible.shape[:3], high - low + prefix), dtype=x.compute_dtype)
-        added[..., : high - low].masked_fill_(~visible, HIDDEN)
+        added[..., : high - low].masked_fill_(~visible, -torch.inf)
         return added
-    tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype).clamp_min(HIDDEN)
-    tokens = tokens if visible is None else torch.where(visible, tokens, HIDDEN)
+    tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype)
+    tokens = tokens if visible is None else torch.where(visible, tokens, -torch.inf)
     tokens = tokens.expand(*tokens.shape[:3], high - low)
     return torch.nn.functional.pad(tokens, (0, prefix)) if prefix else tokens
 
@@ -214,7 +235,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     out = heads_last_empty(x.query, batch, heads, queries, value_dim, x.compute_dtype).zero_()
-    logsumexp = x.query.new_full((batch, heads, queries), HIDDEN, dtype=x.compute_dtype)
+    logsumexp = x.query.new_full((batch, heads, queries), NOTHING, dtype=x.compute_dtype)
     for call in parts(x, Scratch(x.query, x.query.dtype)):
         call.merge_(out, logsumexp)
     return out, logsumexp
