@@ -14,7 +14,7 @@ help:
 	@echo 'make bench  ours against every peer on this machine, ten minutes at most; table and plots in bench-output/'
 	@echo 'make docs   build the documentation into site/; a warning is an error'
 	@echo 'make test   all tests that run on this machine'
-	@echo 'make lint   ruff: rules and formatting'
+	@echo 'make lint   ruff: rules and formatting; mypy: the types of the package'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
 	@echo 'make sweep  every architecture of transformers as a tiny model against an oracle'
 	@echo 'make support  what works with which models, next to PEFT: docs/support.md'
@@ -44,6 +44,7 @@ test: $(VENV)/stamp
 lint: $(VENV)/stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(VENV)/stamp
 	$(RUN) -m ruff check --fix .

@@ -1,6 +1,7 @@
 """Adaptive Prefix Tuning fused into attention: exact, complete, and fast. See README.md."""
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 from .config import AptConfig
 from .errors import AdapterError, ArgumentError, ConfigError, ImplementationError, PatchError
@@ -8,6 +9,16 @@ from .mask import Mask
 from .ops.attention import attention, selected
 from .ops.choose import info
 from .prefix.adaptive import AdaptivePrefix
+
+if TYPE_CHECKING:
+    from .hf.adapters import adapters, add_adapter, delete_adapter, set_adapter
+    from .hf.checkpoint import load, save
+    from .hf.initialise import patch_from_peft, patch_from_text
+    from .hf.patching import patch, unpatch
+    from .hf.probing import Probe, probe, prune
+    from .hf.state import prefixes
+    from .hf.summary import summary
+    from .hf.toggle import disabled
 
 # These need transformers, which is imported with the first of them.
 _HUGGING_FACE = {
@@ -61,10 +72,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    if name in _HUGGING_FACE:
-        return getattr(_import_module(_HUGGING_FACE[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker, other names are mistakes
+
+    def __getattr__(name: str):
+        if name in _HUGGING_FACE:
+            return getattr(_import_module(_HUGGING_FACE[name], __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
+from typing import TypedDict
 
 from .errors import ConfigError
 from .prefix import gates
@@ -15,6 +16,21 @@ GATES = ("auto", *gates.names())
 FORMAT = 2
 # Beside the settings, `apt_kernels.save` writes these: what is saved, and for which model.
 RECORD = ("model", "lengths", "save_id", "adapter", "trained", "base")
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `AptConfig` as keywords, for type checkers."""
+
+    prefix_length: int | Sequence[int]
+    gate: gates.GateName
+    layer_scale: bool
+    init_std: float
+    init_seed: int | None
+    reparameterisation: int | None
+    prefix_dropout: float
+    trainable: str | Sequence[str] | None
+    implementation: str
+    layers: int | str | Sequence[int | str] | None
 
 
 @dataclass(frozen=True)
@@ -46,16 +62,16 @@ class AptConfig:
         ConfigError: a value is out of range; the message names it.
     """
 
-    prefix_length: int | tuple[int, ...] = 16
-    gate: str = "auto"
+    prefix_length: int | Sequence[int] = 16
+    gate: gates.GateName = "auto"
     layer_scale: bool = True
     init_std: float = 0.02
     init_seed: int | None = None
     reparameterisation: int | None = None
     prefix_dropout: float = 0.0
-    trainable: tuple[str, ...] | None = None
+    trainable: str | Sequence[str] | None = None
     implementation: str = "auto"
-    layers: tuple[int | str, ...] | None = None
+    layers: int | str | Sequence[int | str] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prefix_length", _lengths(self.prefix_length))

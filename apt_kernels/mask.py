@@ -141,7 +141,7 @@ def visible_keys(
         parts.append(key <= position + window_right)
     if key_padding is not None:
         parts.append(key_padding[:, None, None, :])
-    if query_segments is not None:
+    if query_segments is not None and key_segments is not None:
         parts.append(query_segments[:, None, :, None] == key_segments[:, None, None, :])
     if dense is not None:
         parts.append(dense)

@@ -15,4 +15,4 @@ def active() -> bool:
 # What `torch.compiler.assume_constant_result` does, which would import the compiler: Dynamo enters the transforms that
 # it traces and guards on their state, but would take the None of
 # `peek_interpreter_stack` for an object.
-active._dynamo_marked_constant = True
+active.__dict__["_dynamo_marked_constant"] = True

@@ -246,7 +246,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _serialise(file, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    header, at = {"__metadata__": metadata}, 0
+    header: dict[str, dict] = {"__metadata__": metadata}
+    at = 0
     # Wide elements first, as safetensors does: each tensor is then aligned to its elements.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     for name, tensor in ordered:

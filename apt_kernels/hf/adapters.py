@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..config import AptConfig
+from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
 from . import events, offload
 from .patching import attach, build, detach, make_config
-from .state import Parked, State, state_of
+from .state import Model, Parked, State, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
-def adapters(model) -> dict[str, AptConfig]:
+
+def adapters(model: nn.Module) -> dict[str, AptConfig]:
     """The settings of every adapter by its name, the active one first. `PatchError` if the model is not patched."""
     state = state_of(model)
     return {state.adapter: state.config, **{name: parked.config for name, parked in state.parked.items()}}
 
 
 @atomic
-def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
+def add_adapter(model: Model, name: str, config: AptConfig | None = None, **settings: Unpack[Settings]) -> Model:
     """Add a new adapter to a patched model and make it the active one; the others keep what they learned.
 
     `patch` made the adapter ``"default"``. Each adapter has its own prefixes (lengths, gates, layers may differ) and
@@ -63,7 +67,7 @@ def add_adapter(model, name: str, config: AptConfig | None = None, **settings):
 
 
 @atomic
-def set_adapter(model, name: str):
+def set_adapter(model: Model, name: str) -> Model:
     """Make the adapter ``name`` the active one. Returns the same model.
 
     Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
@@ -80,7 +84,7 @@ def set_adapter(model, name: str):
 
 
 @atomic
-def delete_adapter(model, name: str):
+def delete_adapter(model: Model, name: str) -> Model:
     """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown."""
     state = state_of(model)
     events.check("delete", model)

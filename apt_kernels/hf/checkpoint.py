@@ -23,14 +23,14 @@ from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adap
 from .adapters import adapters, add_adapter, rename, set_adapter
 from .discovery.selection import lengths_of
 from .patching import patch_checked
-from .state import State, inner, is_as_made, is_patched, named_parameters, own_name, state_of
+from .state import Model, State, inner, is_as_made, is_patched, named_parameters, own_name, state_of
 from .trainable import trainable_names
 from .transaction import atomic
 from .untrusted import shown
 
 
 def save(
-    model,
+    model: nn.Module,
     folder: str | os.PathLike | None = None,
     *,
     adapter: str | None = None,
@@ -215,14 +215,14 @@ def _folded(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) 
 
 @atomic
 def load(
-    model,
+    model: Model,
     folder: str | os.PathLike,
     *,
     adapter: str | None = None,
     revision: str | None = None,
     example_inputs: dict | None = None,
     allow_non_finite: bool = False,
-):
+) -> Model:
     """Load what `save` wrote into ``model``, patching it first if it is not; the weights keep the model's dtypes.
 
     Everything is checked before anything changes: on an error the model is as it was. The loaded adapter becomes the

@@ -288,7 +288,7 @@ def _missing(wanted: dict[str, tuple[str, ...]]) -> Iterator[str]:
             yield module
             continue
         for name in names:
-            owner = found
+            owner: object = found
             for part in name.split("."):
                 owner = getattr(owner, part, _NOTHING)
             if owner is _NOTHING:

@@ -21,7 +21,7 @@ def is_repository(source) -> bool:
     return found and source[0] != "." and not Path(source).exists()
 
 
-def fetch(repo_id: str, files: list[str], revision: str | None) -> Path:
+def fetch(repo_id, files: list[str], revision: str | None) -> Path:
     """The folder that holds ``files`` of the repository, downloaded where they are not in huggingface_hub's cache."""
     try:
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -22,14 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..config import AptConfig
+from ..config import AptConfig, Settings
 from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
 from . import compat, patching
 from .attention import function
 from .attention.implementations import implementations, restore_implementations, set_implementation
 from .attention.masks import AttentionMask, describe
 from .discovery.recording import evaluating
-from .state import is_patched, prefixes
+from .state import Model, is_patched, prefixes
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 _CAPTURE = "apt_kernels_capture"
 # Outputs that differ by this share of the prefix's influence differ in kind: rounding, in bfloat16 too, stays below.
@@ -46,7 +49,12 @@ class Captured(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None
 
 
-def patch_from_text(model, input_ids: Tensor | Sequence[int], config: AptConfig | None = None, **settings):
+def patch_from_text(
+    model: Model,
+    input_ids: Tensor | Sequence[int],
+    config: AptConfig | None = None,
+    **settings: Unpack[Settings],
+) -> Model:
     """`patch`, with the keys and values of a text of M tokens as the prefix: the start of CARTRIDGE.
 
     The patched model begins as an exact copy of the model that reads the text first: its outputs for any tokens are
@@ -69,7 +77,8 @@ def patch_from_text(model, input_ids: Tensor | Sequence[int], config: AptConfig 
     length = ids.shape[1]
     config = _starting_config(model, config, settings, length)
     _refuse_lengths(model)
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    base: Any = model
+    ids = ids.to(base.get_input_embeddings().weight.device)
     _positions_stay_out(model, ids, length)
     captured = _capture(model, ids, torch.arange(-length, 0, device=ids.device)[None])
     tokens = {}
@@ -78,11 +87,16 @@ def patch_from_text(model, input_ids: Tensor | Sequence[int], config: AptConfig 
         tokens[name] = own.key[0], own.value[0]
     follow = ids[:, :4]
     with evaluating(model), torch.no_grad():
-        expected = model(input_ids=torch.cat([ids, follow], dim=1), use_cache=False).logits[:, length:]
+        expected = base(input_ids=torch.cat([ids, follow], dim=1), use_cache=False).logits[:, length:]
     return _patch_with(model, config, tokens, follow, expected)
 
 
-def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None = None, **settings):
+def patch_from_peft(
+    model: Model,
+    folder: str | os.PathLike,
+    config: AptConfig | None = None,
+    **settings: Unpack[Settings],
+) -> Model:
     """`patch`, with the prefix of a PEFT prefix-tuning or CARTRIDGE checkpoint, with or without its MLP.
 
     The patched model begins as an exact copy of the PEFT model. All its tokens train, those that a cartridge froze too.
@@ -111,10 +125,11 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
     length = flat.shape[0]
     config = _starting_config(model, config, settings, length)
     _refuse_lengths(model)
-    device = model.get_input_embeddings().weight.device
+    base: Any = model
+    device = base.get_input_embeddings().weight.device
     probe = torch.arange(4, device=device)[:, None] + 5
     here, there = _positions_stay_out(model, probe.T, length)
-    tokens, source = {}, transformers.DynamicCache(config=model.config.get_text_config())
+    tokens, source = {}, transformers.DynamicCache(config=base.config.get_text_config())
     dtype = next(model.parameters()).dtype
     for index, (name, own) in enumerate(here.items()):
         layer = getattr(model.get_submodule(name), "layer_idx", index)
@@ -125,7 +140,7 @@ def patch_from_peft(model, folder: str | os.PathLike, config: AptConfig | None =
         tokens[name] = _rotated(model.get_submodule(name), name, key, own, there[name]), value
     with evaluating(model), torch.no_grad():
         positions = torch.arange(length, length + 4, device=device)[None]
-        expected = model(input_ids=probe.T, position_ids=positions, past_key_values=source).logits
+        expected = base(input_ids=probe.T, position_ids=positions, past_key_values=source).logits
     return _patch_with(model, config, tokens, probe.T, expected)
 
 
@@ -152,7 +167,7 @@ def _token_ids(model, given) -> Tensor:
     return ids.reshape(1, -1)
 
 
-def _starting_config(model, config: AptConfig | None, settings: dict, length: int) -> AptConfig:
+def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any], length: int) -> AptConfig:
     if "prefix_length" in settings:
         raise ConfigError("prefix_length is given; it is that of the source")
     if is_patched(model):
@@ -263,7 +278,7 @@ def _rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: C
         for turn in (_whole, _part):
             turned = turn(apply, here.key, cos, sin)
             if turned is not None and torch.allclose(turned, there.key, rtol=2e-2, atol=2e-2 * float(there.key.std())):
-                return turn(apply, key[None], cos, sin)[0]
+                return cast(Tensor, turn(apply, key[None], cos, sin))[0]
     raise PatchError(
         f"{name}: the rotary embedding of {type(module).__name__} is not known; its keys cannot be rotated"
     )
@@ -328,8 +343,8 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
             raise PatchError(f"{missing} was not reached by the text")
         with torch.no_grad():
             for name, prefix in found.items():
-                prefix.key.copy_(tokens[name][0])
-                prefix.value.copy_(tokens[name][1])
+                for part, given in zip((prefix.key, prefix.value), tokens[name]):
+                    cast(Tensor, part).copy_(given)
         with evaluating(model), torch.no_grad():
             apart = (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
         influence = (expected - bare).abs().max()

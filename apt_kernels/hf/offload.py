@@ -7,8 +7,8 @@ that exists during a forward alone has no gradient afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .weights import placed_like
 class Holder(NamedTuple):
     """What holds the value of an offloaded parameter."""
 
-    hook: object  # accelerate's AlignDevicesHook
+    hook: Any  # accelerate's AlignDevicesHook
     key: str  # of the value in the hook's weights_map
 
     def read(self) -> Tensor:
@@ -121,8 +121,8 @@ class Loaded(NamedTuple):
     """A module whose parameters were taken out of its hook, and what `put_back` needs."""
 
     module: nn.Module
-    hook: object
-    parameters: dict[str, nn.Parameter]  # on the meta device
+    hook: Any
+    parameters: dict[str, Any]  # on the meta device
     buffers: dict[str, Tensor]
 
 
@@ -163,5 +163,5 @@ def put_back(loaded: Iterable[Loaded]) -> None:
         hook.offload = True
 
 
-def _on_meta(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def _on_meta(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if tensor is not None and tensor.device.type == "meta"}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..config import AptConfig
+from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
 from ..ops import choose
 from ..prefix import gates
@@ -27,13 +28,22 @@ from .discovery.meshes import shared_generator, with_meshes
 from .discovery.recording import record
 from .discovery.selection import lengths_of
 from .site import Site
-from .state import State, inner, is_patched, remember_start, state_of
+from .state import Model, State, inner, is_patched, remember_start, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
+
 
 @atomic
-def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None = None, **settings):
+def patch(
+    model: Model,
+    config: AptConfig | None = None,
+    *,
+    example_inputs: dict | None = None,
+    **settings: Unpack[Settings],
+) -> Model:
     """Hang an `AdaptivePrefix` on every attention module of a transformers model, in place, and freeze the rest.
 
     The model attends through `apt_kernels.attention` from then on; position ids, masks and caches stay those of the
@@ -58,19 +68,34 @@ def patch(model, config: AptConfig | None = None, *, example_inputs: dict | None
 
 
 def patch_checked(
-    model, config: AptConfig, example_inputs: dict | None, check: Callable[[list[int], list[Site]], None] | None = None
-):
+    model: Model,
+    config: AptConfig,
+    example_inputs: dict | None,
+    check: Callable[[list[int], list[Site]], None] | None = None,
+) -> Model:
     """`patch`; ``check`` gets the length at each site before anything is allocated for it, and may raise."""
-    wrapped, model = model, inner(model)
-    if not isinstance(model, PreTrainedModel):
-        raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
-    if is_patched(model):
-        if state_of(model).config == config:
-            return wrapped
+    base = inner(model)
+    if not isinstance(base, PreTrainedModel):
+        raise PatchError(f"the model is a {type(base).__name__}; patch needs a transformers.PreTrainedModel")
+    if is_patched(base):
+        if state_of(base).config == config:
+            return model
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     _refuse_second(model)
     if config.implementation != "auto":
         choose.load(config.implementation)
+    events.check("patch", model)
+    before = implementations(base)
+    own_configs(base)  # before anything is set there
+    sites, needed = _sites(base, example_inputs)
+    sites = with_meshes(base, sites)
+    if check is not None:
+        check(lengths_of(config, sites), sites)
+    state = State(base, config, before, sites=sites)
+    _commit(state, build(config, sites), needed)
+    return model
+
+
     events.check("patch", wrapped)
     before = implementations(model)
     own_configs(model)  # before anything is set there
@@ -79,20 +104,6 @@ def patch_checked(
     if check is not None:
         check(lengths_of(config, sites), sites)
     state = State(model, config, before, sites=sites)
-    _commit(state, build(config, sites), needed)
-    return wrapped
-
-
-def _refuse_second(model) -> None:
-    """Raise `PatchError` where a part of the model, or one of which it is a part, is patched."""
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "_apt_state", None), State):
-            raise PatchError(f"{name} inside the model is patched; call apt_kernels.unpatch on it first")
-        if isinstance(module, AdaptivePrefix) or "apt_before" in module.__dict__:
-            raise PatchError("the model is part of one that is patched; call apt_kernels.unpatch on that first")
-
-
-def make_config(config: AptConfig | None, settings: dict) -> AptConfig:
     unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
@@ -148,7 +159,7 @@ def _gate(name: str, site: Site) -> str:
 
 def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, str]) -> None:
     """Patch the model; ``needed``: the attention implementation of each part of the model, by its name."""
-    model = state.model
+    model: Any = state.model
     state.requires_grad = {name: parameter.requires_grad for name, parameter in state.parameters.items()}
     trainable, added = trainable_names(model, state.config), events.added_parameters(model)
     refuse_quantised(model, trainable)
@@ -184,7 +195,7 @@ def detach(state: State) -> None:
 
 
 @atomic
-def unpatch(model):
+def unpatch(model: Model) -> Model:
     """Take every prefix off again: outputs and ``requires_grad`` are bit for bit those from before `patch`.
 
     Returns the same model. Raises `PatchError` if the model is not patched, or is wrapped for several processes (by

@@ -8,14 +8,16 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ConfigError
+from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
 from .discovery.recording import evaluating
-from .state import state_of
+from .state import Model, state_of
 from .transaction import atomic
 
 BINS = 20
@@ -163,7 +165,7 @@ class Probe:
         if budget is None:
             found = [sum(abs(weight) >= threshold for weight in layer.effective) for layer in self.layers]
         else:
-            found = self._shares(budget, grow)
+            found = self._shares(cast(int, budget), grow)
         if not any(found):
             raise ArgumentError(f"threshold is {threshold!r}; no token's weight reaches it, and one has to remain")
         by_name = dict(zip((layer.name for layer in self.layers), found))
@@ -220,7 +222,7 @@ def _apportion(total: int, weights: list[float], most: list[int]) -> list[int]:
 class _Watch:
     """Running sums of one prefix's alpha, on the CPU in float64."""
 
-    def __init__(self, prefix: nn.Module):
+    def __init__(self, prefix: AdaptivePrefix):
         self.prefix = prefix
         self.count = self.examples = 0
         self.total = self.within = self.of_means = self.of_squares = torch.zeros(prefix.length, dtype=torch.float64)
@@ -248,8 +250,8 @@ class _Watch:
         self.histogram += torch.nn.functional.one_hot(bins, BINS).sum(dim=0)
 
     def found(self, name: str) -> LayerProbe:
-        scale = self.prefix.layer_scale
-        scale = 1.0 if scale is None else float(offload.read(self.prefix, "layer_scale", scale).detach().float())
+        given = self.prefix.layer_scale
+        scale = 1.0 if given is None else float(offload.read(self.prefix, "layer_scale", given).detach().float())
         mean = self.total / self.count
         spread = self.of_squares / self.examples - (self.of_means / self.examples).square()
         return LayerProbe(
@@ -264,7 +266,7 @@ class _Watch:
         )
 
 
-def probe(model, batches: Iterable[dict[str, Tensor]]) -> Probe:
+def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
     """Run ``batches`` through a patched model and record the weights of every layer's prefix tokens.
 
     The model runs in evaluation mode without gradients, eagerly even if it is compiled, and is left unchanged. Padding
@@ -305,7 +307,7 @@ def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
 
 
 @atomic
-def prune(model, lengths: Sequence[int], probe: Probe | None = None):
+def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> Model:
     """Shorten a trained model's prefixes in place: each layer keeps its tokens with the largest weights, in order.
 
     The other tokens' keys, values and gates are removed from the softmax. A gate of 0 does not do that: it leaves a key
@@ -351,7 +353,7 @@ def prune(model, lengths: Sequence[int], probe: Probe | None = None):
     return model
 
 
-def _weights(name: str, prefix: nn.Module, length: int, ranks: dict[str, list[float]]) -> list[float]:
+def _weights(name: str, prefix: AdaptivePrefix, length: int, ranks: dict[str, list[float]]) -> list[float]:
     if name in ranks and len(ranks[name]) == prefix.length:
         return ranks[name]
     if length in (0, prefix.length):

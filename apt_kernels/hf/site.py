@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ class Site:
     inline: Inline | None = None  # None: it attends through transformers' attention interface
     senses: frozenset[str] = frozenset(("text",))  # the input modalities of the innermost model around it
     repeated: bool = False  # it attends more than once in a forward
-    mesh: object | None = None  # of a module that tensor parallelism spreads over processes
+    mesh: Any = None  # of a module that tensor parallelism spreads over processes
     sharded: bool = False  # every process attends with a part of the heads; `heads` and `kv_heads` count them all
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from ..errors import PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, compat, events, offload
 from .site import Site
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
@@ -94,7 +97,7 @@ def state_of(model) -> State:
     return model._apt_state
 
 
-def prefixes(model) -> dict[str, AdaptivePrefix]:
+def prefixes(model: nn.Module) -> dict[str, AdaptivePrefix]:
     """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
     return state_of(model).prefixes
 

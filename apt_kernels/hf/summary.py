@@ -46,7 +46,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def summary(model) -> Summary:
+def summary(model: nn.Module) -> Summary:
     """How many parameters train, and where: ``print(apt_kernels.summary(model))``.
 
     Raises `PatchError` if the model is not patched, or if FullyShardedDataParallel holds it in pieces.

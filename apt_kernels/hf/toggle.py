@@ -10,7 +10,7 @@ from .state import state_of
 
 
 @contextmanager
-def disabled(model) -> Iterator:
+def disabled(model: Model) -> Iterator[Model]:
     """Within this context the model attends without its prefix: bit for bit as before the patch.
 
     It holds in the thread that entered it, and in threads that a forward starts itself (`nn.DataParallel`). Inside

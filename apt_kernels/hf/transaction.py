@@ -6,7 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from .state import State, inner
 from .weights import fsdp1
 
 Function = TypeVar("Function", bound=Callable)
+# torch publishes no types for all of it.
+_C: Any = torch._C
 
 
 # Of all models, which may share modules and configs.
@@ -44,7 +46,7 @@ def atomic(function: Function) -> Function:
                 _one_at_a_time.release()
             raise
 
-    return call
+    return cast(Function, call)
 
 
 class _Snapshot:
@@ -111,13 +113,13 @@ class _Snapshot:
 
 def _modes() -> tuple:
     """The modes of torch in this thread: an interrupt as a `with` statement ends skips its `__exit__`."""
-    return torch.is_grad_enabled(), torch._C._len_torch_function_stack(), torch._C._get_torch_function_state()
+    return torch.is_grad_enabled(), torch._C._len_torch_function_stack(), _C._get_torch_function_state()
 
 
 def _restore_modes(modes: tuple) -> None:
     grad_enabled, depth, function_state = modes
     torch.set_grad_enabled(grad_enabled)
-    torch._C._set_torch_function_state(function_state)
+    _C._set_torch_function_state(function_state)
     while torch._C._len_torch_function_stack() > depth:
         torch._C._pop_torch_function_stack()
 

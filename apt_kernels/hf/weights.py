@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ PATIENCE = timedelta(minutes=10)
 _met: Counter[tuple[int, ...]] = Counter()
 
 
-def fsdp1() -> tuple[type, ...]:
+def fsdp1() -> tuple[Any, ...]:
     """The wrapper FullyShardedDataParallel; none where it was never imported."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
     return () if kind is None else (kind,)
@@ -79,9 +80,9 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
     store = torch.distributed.distributed_c10d._get_default_store() if several else None
     if store is None:  # one process, or MPI
         return
-    ranks, me = tuple(sorted(ranks)), torch.distributed.get_rank()
-    meeting = f"apt_kernels/{hash(ranks)}/{_met[ranks]}"
-    keys = {rank: f"{meeting}/{rank}" for rank in ranks}
+    group, me = tuple(sorted(ranks)), torch.distributed.get_rank()
+    meeting = f"apt_kernels/{hash(group)}/{_met[group]}"
+    keys = {rank: f"{meeting}/{rank}" for rank in group}
     store.set(keys[me], "here")
     try:
         store.wait(list(keys.values()), PATIENCE)
@@ -89,14 +90,14 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
         late = [rank for rank, key in keys.items() if not store.check([key])]
         store.delete_key(keys[me])
         raise AdapterError(
-            f"the weights are spread over the processes {list(ranks)}, and each has to call save (under FSDP2 and "
+            f"the weights are spread over the processes {list(group)}, and each has to call save (under FSDP2 and "
             "tensor parallelism save_pretrained(..., is_main_process=False) does as well), or the one that writes "
             f"needs the gathered state_dict; {late} did not within {PATIENCE}"
         ) from error
-    _met[ranks] += 1
+    _met[group] += 1
 
 
-def placed_like(target: Tensor, tensor: Tensor) -> Tensor:
+def placed_like(target, tensor: Tensor) -> Tensor:
     """``tensor``, distributed over the processes where ``target`` is a distributed tensor and it is not."""
     if not hasattr(target, "device_mesh") or hasattr(tensor, "device_mesh"):
         return tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,46 @@ _ARGUMENTS = (
 )
 
 
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    gate: Tensor | None = ...,
+    layer_scale: Tensor | float | None = ...,
+    *,
+    mask: Mask | None = ...,
+    gate_index: Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    return_logsumexp: Literal[False] = ...,
+    implementation: str = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    gate: Tensor | None = ...,
+    layer_scale: Tensor | float | None = ...,
+    *,
+    mask: Mask | None = ...,
+    gate_index: Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
+    return_logsumexp: Literal[True],
+    implementation: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     query: Tensor,
     key: Tensor,
@@ -92,6 +134,7 @@ def attention(
         seed=seed,
     )
     plan, tensors = choose.choose(x, implementation), x.tensors()
+    found: tuple
     if transforms.active():
         found = choose.load(plan.name).attend(x)
     elif _is_plain(tensors):

@@ -74,7 +74,7 @@ def choose(x: Inputs, implementation: str = "auto") -> Plan:
         if obstacle:
             raise ImplementationError(f"implementation {asked!r} cannot serve this call: {obstacle}")
         return backend.plan(x, "asked for by name")
-    passed = []
+    passed: list[str] = []
     for name, backend in _BACKENDS.items():
         obstacle = _obstacle(backend, x) or backend.reserved(x)
         if obstacle is None:
@@ -100,7 +100,7 @@ def _usability(backend: Backend) -> str:
 
 def info() -> dict:
     """Versions, devices, and for each implementation ``"usable"`` or why it is not. Initialises no device."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -268,7 +268,7 @@ def _softcap(softcap) -> float:
     return softcap
 
 
-def _finite(name: str, number) -> float:
+def _finite(name: str, number):
     if torch.compiler.is_compiling() and isinstance(number, (float, torch.SymFloat)):
         return number  # with dynamic shapes a float of the model is a symbol, and its value is not known yet
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -98,7 +100,7 @@ class AdaptivePrefix(nn.Module):
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]`` of this forward; in training with the prefix's dropout."""
-        key, value = (self.key, self.value) if self.mlp is None else self.mlp()
+        key, value = cast("tuple[Tensor, Tensor]", (self.key, self.value)) if self.mlp is None else self.mlp()
         if self.mesh is not None:
             from .sharding import by_heads
 

@@ -88,7 +88,7 @@ class Gate:
             segments: ``[B, T]`` integers, equal within a packed document. The logits of a gate per sequence are then
                 those of each document, for every token: ``[B, T, M]``.
         """
-        if not self.reads_hidden_states:
+        if not self.reads_hidden_states or hidden_states is None or parameter is None:
             return parameter
         return gate_product(self.states(hidden_states, real_tokens, segments), parameter)
 

@@ -26,7 +26,7 @@ class Reparameterisation(nn.Module):
         self.weight_in, self.bias_in = draw(width, width, scale=width**-0.5), nn.Parameter(torch.zeros(width))
         self.weight_out, self.bias_out = draw(outputs, width, scale=1.0), nn.Parameter(torch.zeros(outputs))
         with torch.no_grad():
-            self.weight_out *= std / torch.cat([part.flatten() for part in self()]).std().clamp(min=1e-12)
+            self.weight_out.mul_(std / torch.cat([part.flatten() for part in self()]).std().clamp(min=1e-12))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         linear = torch.nn.functional.linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache as memoise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _KeepsGates:
 
 
 @memoise
-def _keeping(base: type) -> type:
+def _keeping(base):
     return type(base.__name__, (_KeepsGates, base), {})
 
 
@@ -73,7 +73,8 @@ def keep(cache, owner: tuple[str, str], gate: Tensor, begun: Tensor | None, add:
     With ``add``, rows that had one in an earlier chunk keep their gate.
     """
     if not isinstance(cache, _KeepsGates):
-        cache.__class__ = _keeping(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _keeping(kind)
         cache.apt_gates = {}
     if add:
         earlier = cache.apt_gates[owner]

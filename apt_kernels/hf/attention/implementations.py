@@ -88,7 +88,7 @@ def token_of(config) -> calls.Token | None:
 
 def configs(model) -> list:
     """Every config object that a module of the model reads, once each, in module order."""
-    found = {}
+    found: dict[int, object] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, _FIELD):
@@ -114,7 +114,7 @@ def restore_implementations(model, names: list[str]) -> None:
 
 def own_configs(model) -> None:
     """Give the model its own config objects: another model built from the same ones must keep its implementation."""
-    shared = {}
+    shared: dict[int, object] = {}
     owned = {id(config): copy.deepcopy(config, shared) for config in configs(model)}
     for module in model.modules():
         if id(getattr(module, "config", None)) in owned:

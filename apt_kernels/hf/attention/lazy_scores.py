@@ -90,16 +90,19 @@ def computed(tree):
     return tree
 
 
+def _taken(args, kwargs, *names: str) -> list:
+    """The first arguments of a call, given by position or by name."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
+
+
 def _product(mode: Deferring, function, args, kwargs):
     added = None
     if function is torch.einsum:
         return _einsum(mode, args)
     if function in (torch.baddbmm, Tensor.baddbmm):
-        names = ("input", "batch1", "batch2")
-        added, left, right = (args[i] if i < len(args) else kwargs.get(n) for i, n in enumerate(names))
+        added, left, right = _taken(args, kwargs, "input", "batch1", "batch2")
     else:
-        names = ("input", "mat2" if "bmm" in function.__name__ else "other")
-        left, right = (args[i] if i < len(args) else kwargs.get(n) for i, n in enumerate(names))
+        left, right = _taken(args, kwargs, "input", "mat2" if "bmm" in function.__name__ else "other")
     if isinstance(left, Probabilities):
         return left.weigh(computed(right)) if added is None else None
     left, right = computed(left), computed(right)

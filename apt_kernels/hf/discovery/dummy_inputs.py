@@ -134,8 +134,8 @@ def _images(model, accepted) -> Iterator[dict]:
     if "spatial_shapes" in accepted:
         width = channels * _first(_setting(config, "patch_size", default=16)) ** 2
         shapes = torch.tensor([[4, 4]] * BATCH)
-        pixels = {"pixel_values": torch.ones(BATCH, 16, width), "spatial_shapes": shapes}
-        yield {**pixels, "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long)}
+        patches = {"pixel_values": torch.ones(BATCH, 16, width), "spatial_shapes": shapes}
+        yield {**patches, "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long)}
     for name in ("pixel_values", "pixel_values_videos"):
         if name not in accepted:
             continue
@@ -148,10 +148,10 @@ def _images(model, accepted) -> Iterator[dict]:
                 yield {name: pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
                 continue
             *frames, height, width = size
-            pixels = {name: torch.ones(BATCH, *frames, channels, height, width)}
-            yield pixels
+            images = {name: torch.ones(BATCH, *frames, channels, height, width)}
+            yield images
             if "image_sizes" in accepted:
-                yield {**pixels, "image_sizes": torch.tensor([[height, width]] * BATCH)}
+                yield {**images, "image_sizes": torch.tensor([[height, width]] * BATCH)}
 
 
 def _tokens(model, accepted, more: int) -> dict:
@@ -272,8 +272,8 @@ def _audio_shapes(config, name: str) -> list[tuple[int, ...]]:
 def _parts(config) -> list:
     """``config`` and the configs inside it, text and decoder configs last."""
     inside = {n: v for n, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
-    inside = sorted(inside.items(), key=lambda item: "text" in item[0] or "decoder" in item[0])
-    return [config, *(part for _, each in inside for part in _parts(each))]
+    last = sorted(inside.items(), key=lambda item: "text" in item[0] or "decoder" in item[0])
+    return [config, *(part for _, each in last for part in _parts(each))]
 
 
 def _setting(config, *names: str, default):

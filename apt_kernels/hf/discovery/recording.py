@@ -263,7 +263,7 @@ def _modalities(model: PreTrainedModel) -> frozenset[str]:
 
 def _senses(model) -> dict[nn.Module, frozenset[str]]:
     """What goes into the innermost model around each module."""
-    found = {}
+    found: dict[nn.Module, frozenset[str]] = {}
 
     def visit(module, around):
         around = _modalities(module) if isinstance(module, PreTrainedModel) else around

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from ... import patterns
 from ...config import AptConfig
 from ...errors import ConfigError
@@ -28,7 +30,7 @@ def lengths_of(config: AptConfig, sites: list[Site]) -> list[int]:
     if config.layers is None:
         return lengths
     chosen = set()
-    for entry in config.layers:
+    for entry in cast("tuple[int | str, ...]", config.layers):
         meant = _meant(entry, sites)
         if not meant:
             names = ", ".join(site.name for site in sites)

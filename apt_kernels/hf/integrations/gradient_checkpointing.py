@@ -29,7 +29,7 @@ def _install(model) -> None:
         model.register_forward_pre_hook(_RefuseCheckpoints())
         return
     kind = modeling_layers.GradientCheckpointingLayer
-    layers = [module for module in model.modules() if isinstance(module, kind)]
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, kind)]
     if layers:
         for module in _called(model):
             module.register_forward_pre_hook(_BeforeCheckpoints(layers), with_kwargs=True)

@@ -9,6 +9,9 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub
@@ -38,7 +41,7 @@ class Peft(events.Integration):
             join_peft()
 
 
-def _peft_layers() -> tuple[type, ...]:
+def _peft_layers() -> tuple[type[nn.Module], ...]:
     """PEFT's classes that hold its parameters; none where PEFT was never imported."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     other = sys.modules.get("peft.utils.other")
@@ -105,7 +108,8 @@ class _WhenImported:
         if spec is None:
             sys.meta_path.insert(0, self)
             return None
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def exec_module(module):
             execute(module)
@@ -114,7 +118,7 @@ class _WhenImported:
             except Exception as error:  # an import of PEFT must not fail for us
                 warnings.warn(f"apt_kernels cannot work beside this PEFT: {error}", stacklevel=2)
 
-        spec.loader.exec_module = exec_module
+        loader.exec_module = exec_module
         return spec
 
 
@@ -127,7 +131,7 @@ def _wrap(owner, name: str, around) -> None:
     def wrapped(*args, **kwargs):
         return around(original, *args, **kwargs)
 
-    wrapped.apt_kernels_wraps = original
+    wrapped.__dict__["apt_kernels_wraps"] = original
     setattr(owner, name, wrapped)
 
 

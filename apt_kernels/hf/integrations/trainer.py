@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class SavePretrained:
             type(self.model).save_pretrained(self.model, folder, is_main_process=is_main_process)
         if state_dict is None:
             return
-        hub = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
+        hub: dict[str, Any] = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
         save(self.model, folder, state_dict=state_dict, **hub)
         with replacing(folder / "config.json") as file:

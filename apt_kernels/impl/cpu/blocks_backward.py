@@ -39,6 +39,14 @@ def backward(
 class Gradients:
     """The whole call's gradients while they are summed; None where not needed."""
 
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+    sinks: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, x: Inputs, needs: list[bool], of_tokens: dict[str, Tensor] | None):
         self.x, self.needs = x, needs
         need = dict(zip(DIFFERENTIABLE, needs))

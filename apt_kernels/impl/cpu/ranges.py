@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     ranges among these where some query does not see some key."""
 
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not used
     low: int
     high: int
     masked: list[slice]

@@ -10,7 +10,8 @@ class Scratch:
     """Buffers by name, kept from block to block: fresh pages cost as much as the arithmetic on them."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
-        self.like, self.dtype, self.kept = like, dtype, {}
+        self.like, self.dtype = like, dtype
+        self.kept: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised contiguous tensor that is valid until the name is taken again."""

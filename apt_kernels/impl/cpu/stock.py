@@ -109,8 +109,8 @@ class Call(NamedTuple):
 
     def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
-        given = (grad_out[:, :, self.rows], self.query, self.key, self.value, out[:, :, self.rows])
-        given = (*map(_rows, given), logsumexp[:, :, self.rows], 0.0, self.causal)
+        tensors = (grad_out[:, :, self.rows], self.query, self.key, self.value, out[:, :, self.rows])
+        given = (*map(_rows, tensors), logsumexp[:, :, self.rows], 0.0, self.causal)
         return _flash_backward(*given, attn_mask=_mask_rows(self.mask), scale=self.scale)
 
     def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
