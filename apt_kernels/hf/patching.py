@@ -81,7 +81,7 @@ def patch_checked(
         if state_of(base).config == config:
             return model
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
-    _refuse_second(model)
+    _refuse_second(base)
     if config.implementation != "auto":
         choose.load(config.implementation)
     events.check("patch", model)
@@ -96,14 +96,16 @@ def patch_checked(
     return model
 
 
-    events.check("patch", wrapped)
-    before = implementations(model)
-    own_configs(model)  # before anything is set there
-    sites, needed = _sites(model, example_inputs)
-    sites = with_meshes(model, sites)
-    if check is not None:
-        check(lengths_of(config, sites), sites)
-    state = State(model, config, before, sites=sites)
+def _refuse_second(model) -> None:
+    """Raise `PatchError` where a part of the model, or one of which it is a part, is patched."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "_apt_state", None), State):
+            raise PatchError(f"{name} inside the model is patched; call apt_kernels.unpatch on it first")
+        if isinstance(module, AdaptivePrefix) or "apt_before" in module.__dict__:
+            raise PatchError("the model is part of one that is patched; call apt_kernels.unpatch on that first")
+
+
+def make_config(config: AptConfig | None, settings: Mapping[str, Any]) -> AptConfig:
     unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")

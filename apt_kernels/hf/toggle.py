@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import calls
-from .state import state_of
+from .state import Model, state_of
 
 
 @contextmanager
