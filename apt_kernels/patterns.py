@@ -9,21 +9,23 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from .errors import ConfigError
 
+_parser: Any
+_op: Any
 try:
-    from re import _constants as _op
-    from re import _parser
+    _op, _parser = import_module("re._constants"), import_module("re._parser")
 except ImportError:  # Python 3.10
-    import sre_constants as _op
-    import sre_parse as _parser
+    _op, _parser = import_module("sre_constants"), import_module("sre_parse")
 
 # A pattern of a file: its characters, and the instructions that its repetitions expand to.
 LONGEST, _PROGRAM = 1000, 4000
 # All patterns of a file over all names of a model: steps of `_run`, about a microsecond each.
 WORK = 1_000_000
-_CATEGORIES = {
+_CATEGORY_TEXTS = {
     _op.CATEGORY_DIGIT: r"\d",
     _op.CATEGORY_NOT_DIGIT: r"\D",
     _op.CATEGORY_SPACE: r"\s",
@@ -31,8 +33,8 @@ _CATEGORIES = {
     _op.CATEGORY_WORD: r"\w",
     _op.CATEGORY_NOT_WORD: r"\W",
 }
-_CATEGORIES = {category: re.compile(text).match for category, text in _CATEGORIES.items()}
-_PLACES = {
+_CATEGORIES = {category: re.compile(text).match for category, text in _CATEGORY_TEXTS.items()}
+_PLACE_TEXTS = {
     _op.AT_BEGINNING: "^",
     _op.AT_BEGINNING_STRING: r"\A",
     _op.AT_BOUNDARY: r"\b",
@@ -40,7 +42,7 @@ _PLACES = {
     _op.AT_END: "$",
     _op.AT_END_STRING: r"\Z",
 }
-_PLACES = {place: re.compile(text).match for place, text in _PLACES.items()}
+_PLACES = {place: re.compile(text).match for place, text in _PLACE_TEXTS.items()}
 
 
 class TooMuchWork(ConfigError):
@@ -62,7 +64,7 @@ class _Refused(Exception):
 class _Program:
     """Instructions ``(kind, argument, next)``; execution begins at 0 and the last instruction accepts."""
 
-    code: list[tuple] = field(default_factory=list)
+    code: list[tuple[str, Any]] = field(default_factory=list)
 
     def add(self, kind: str, argument=None) -> int:
         if len(self.code) >= _PROGRAM:
@@ -86,13 +88,13 @@ def check(name: str, pattern: str) -> None:
 def search(pattern: str, text: str, budget: Budget | None = None) -> bool:
     """Whether `re.search` would find ``pattern`` in ``text``.
 
-    A pattern that `check` refuses (back references) is handed to `re`.
+    A pattern that `check` refuses (back references) is searched by `re`.
     """
     try:
         program = _compile(pattern)
     except _Refused:
         return re.search(pattern, text) is not None
-    tried: set[tuple[int, int]] = set()
+    tried: set[tuple] = set()
     limit = float("inf") if budget is None else budget.left
     found = any(_run(program, text, start, None, tried, limit) for start in range(len(text) + 1))
     if budget is not None:
@@ -183,7 +185,7 @@ def _assertion(program: _Program, wanted: bool, direction: int, items) -> None:
         program.add("jump", len(program.code) + 1)
 
 
-def _run(program: _Program, text: str, start: int, end: int | None, tried: set, limit: float) -> bool:
+def _run(program: _Program, text: str, start: int, end: int | None, tried: set[tuple], limit: float) -> bool:
     """Whether the program accepts from ``start`` (and at ``end``, if given). ``tried``: what has failed before."""
     waiting = [(0, start)]
     while waiting:
@@ -199,7 +201,7 @@ def _run(program: _Program, text: str, start: int, end: int | None, tried: set, 
             if end is None or position == end:
                 return True
         elif kind == "character":
-            if position < len(text) and _matches(*argument, text[position]):
+            if position < len(text) and _matches(argument, text[position]):
                 waiting.append((at + 1, position + 1))
         elif kind == "fork":
             waiting.append((argument, position))
@@ -209,25 +211,27 @@ def _run(program: _Program, text: str, start: int, end: int | None, tried: set, 
         elif kind == "place":
             if argument(text, position):
                 waiting.append((at + 1, position))
-        elif _holds(*argument, text, position, tried, at, limit):
+        elif _holds(argument, text, position, tried, at, limit):
             waiting.append((at + 1, position))
     return False
 
 
-def _holds(wanted, behind: int | None, inside: _Program, text: str, position: int, tried: set, at: int, limit) -> bool:
+def _holds(assertion: tuple, text: str, position: int, tried: set[tuple], at: int, limit: float) -> bool:
+    wanted, behind, inside = assertion
     begin, end = (position, None) if behind is None else (position - behind, position)
-    own: set[tuple[int, int]] = set()
+    own: set[tuple] = set()
     found = begin >= 0 and _run(inside, text, begin, end, own, limit - len(tried))
     tried.update((at, place, step) for step, place in own)  # counted as work; no state of the program
     return found is wanted
 
 
-def _matches(kind, value, character: str) -> bool:
+def _matches(item: tuple[Any, Any], character: str) -> bool:
+    kind, value = item
     if kind is _op.ANY:
         return character != "\n"
     if kind is _op.IN:
         negated = value[0][0] is _op.NEGATE
-        return negated is not any(_matches(*each, character) for each in value[negated:])
+        return negated is not any(_matches(each, character) for each in value[negated:])
     code = ord(character)
     if kind is _op.RANGE:
         return value[0] <= code <= value[1]

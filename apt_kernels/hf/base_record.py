@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,8 @@ def _is_whole(parameter: nn.Parameter) -> bool:
     """Whether the values are in this process, unquantised: not meta, not a shard."""
     plain = type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id")
     flat = getattr(parameter, "_fsdp_flattened", False)
-    return (
-        plain and not flat and parameter.device.type != "meta" and parameter.is_floating_point() and parameter.numel()
-    )
+    values = parameter.device.type != "meta" and parameter.is_floating_point() and parameter.numel() > 0
+    return plain and not flat and values
 
 
 def _spread(names: list[str]) -> list[str]:
@@ -159,7 +159,13 @@ def _named(name: str | None, revision: str | None) -> str:
 
 def _checked(record, path: Path) -> dict:
     """``record`` with every field, after a check of their types; an empty one where the file has none."""
-    empty = {"model_type": None, "sizes": {}, "name_or_path": None, "revision": None, "fingerprint": None}
+    empty: dict[str, Any] = {
+        "model_type": None,
+        "sizes": {},
+        "name_or_path": None,
+        "revision": None,
+        "fingerprint": None,
+    }
     if record is None:
         return empty
     if not isinstance(record, dict):

@@ -6,10 +6,11 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,9 @@ class _Adapter:
 
     config: AptConfig
     prefixes: dict[str, AdaptivePrefix]
-    own: dict[str, Tensor]  # of the prefixes
-    beside: dict[str, Tensor]  # what its settings name beside them
-    others: dict[str, Tensor]  # what else trains, or was merged into the base model
+    own: Mapping[str, Tensor]  # of the prefixes
+    beside: Mapping[str, Tensor]  # what its settings name beside them
+    others: Mapping[str, Tensor]  # what else trains, or was merged into the base model
 
     @property
     def all(self) -> dict[str, Tensor]:
@@ -99,10 +100,10 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
     if name is not None and name not in adapters(state.model):
         names = ", ".join(map(repr, adapters(state.model)))
         raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")
-    active = name in (None, state.adapter)
-    held = state if active else state.parked[name]
-    own = {f"{site}.apt.{n}": p for site, prefix in held.prefixes.items() for n, p in prefix.named_parameters()}
-    if not active:
+    held = None if name is None else state.parked.get(name)
+    prefixes = state.prefixes if held is None else held.prefixes
+    own = {f"{site}.apt.{n}": p for site, prefix in prefixes.items() for n, p in prefix.named_parameters()}
+    if held is not None:
         return _Adapter(held.config, held.prefixes, own, held.values, {})
     parameters, added = state.parameters, events.added_parameters(state.model)
     ours = {id(parameter) for parameter in own.values()}
@@ -342,8 +343,8 @@ def _refuse_patterns(model, config: AptConfig, path: Path) -> None:
     modules = [name for name, _ in base.named_modules()] if isinstance(base, nn.Module) else []
     parameters = [name for name, _ in base.named_parameters()] if isinstance(base, nn.Module) else []
     try:
-        for found, names in ((config.layers or (), modules), (config.trainable or (), parameters)):
-            for pattern in {entry for entry in found if isinstance(entry, str)}:
+        for found, names in ((config.layers, modules), (config.trainable, parameters)):
+            for pattern in {entry for entry in cast(Iterable, found or ()) if isinstance(entry, str)}:
                 for name in names:
                     patterns.search(pattern, name, budget)
     except patterns.TooMuchWork as error:

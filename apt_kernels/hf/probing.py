@@ -162,7 +162,7 @@ class Probe:
             raise ArgumentError(f"threshold is {threshold!r}; it needs a finite number of at least 0")
         if not isinstance(grow, bool):
             raise ArgumentError(f"grow is {grow!r}; it needs True or False")
-        if budget is None:
+        if threshold is not None:
             found = [sum(abs(weight) >= threshold for weight in layer.effective) for layer in self.layers]
         else:
             found = self._shares(cast(int, budget), grow)
@@ -300,7 +300,7 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
 def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
     """What every attention with a prefix calls with its gate's logits while `probe` runs, in this thread alone."""
 
-    def observe(prefix: nn.Module, gate: Tensor | None, real_tokens: Tensor | None) -> None:
+    def observe(prefix: AdaptivePrefix, gate: Tensor | None, real_tokens: Tensor | None) -> None:
         watches[prefix.name].add(gate, decoder_mask if prefix.cross else real_tokens)
 
     return observe

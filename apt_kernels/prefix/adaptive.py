@@ -32,6 +32,8 @@ class AdaptivePrefix(nn.Module):
     tensors (sharding.py), of whose heads every process attends with its own.
     """
 
+    start: dict[str, Tensor]  # what `hf.state.remember_start` keeps
+
     def __init__(
         self,
         length: int,

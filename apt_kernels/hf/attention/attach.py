@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .. import calls
@@ -11,7 +13,7 @@ from .function import Prefixed
 from .inline import PrefixedInline
 
 
-def attach(module: nn.Module, prefix: nn.Module, token: calls.Token, found: Inline | None) -> None:
+def attach(module: Any, prefix: nn.Module, token: calls.Token, found: Inline | None) -> None:
     """Put ``prefix`` on an attention ``module``; ``found``: how it attends inline, or None."""
     module.apt, module.apt_token = prefix, token
     if found is not None:

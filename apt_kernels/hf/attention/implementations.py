@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -55,7 +56,8 @@ class Switched(subclass.Mixin):
 
     # What modules read; transformers' own property would look up the other one.
     _attn_implementation = property(
-        _attn_implementation_internal.fget, lambda self, value: PreTrainedConfig._attn_implementation.fset(self, value)
+        cast(property, _attn_implementation_internal).fget,
+        lambda self, value: cast(property, PreTrainedConfig._attn_implementation).fset(self, value),
     )
 
     def __deepcopy__(self, memo):

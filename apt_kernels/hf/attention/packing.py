@@ -8,9 +8,10 @@ model. `Packed` reads both before the model's forward, and the mask function (ma
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import PatchError
 from ...prefix import gates
@@ -226,7 +227,7 @@ def install(model, token: calls.Token, sites, prefixes) -> None:
         subclass.add(module, Packed)
 
 
-def _readers(model) -> list[nn.Module]:
+def _readers(model) -> list[Any]:
     body = getattr(model, "base_model", model)
     return [model] if body is model else [model, body]
 

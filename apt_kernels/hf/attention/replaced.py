@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def mask_of(described: AttentionMask, name: str):
     return described.others[name]
 
 
-def check(sites: list[Site], module_of: Callable[[str], nn.Module]) -> None:
+def check(sites: list[Site], module_of: Callable[[str], Any]) -> None:
     """Raise `PatchError` where a prefix would replace an attention function that is not plain attention.
 
     ``module_of(name)`` gives a site's module, whose ``apt_before`` names the function. One of the user's

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import types
+from typing import Any
 
 import torch
 
@@ -28,11 +29,11 @@ class Mixin:
 
 
 def _empty(base: type, *mixins: type):
-    made = build(base, mixins)
+    made: Any = build(base, mixins)
     return made.__new__(made)
 
 
-def parts(cls: type) -> tuple[type, tuple[type, ...]]:
+def parts(cls: Any) -> tuple[type, tuple[type, ...]]:
     """The class that was there first, and the mixins on it, the innermost first."""
     mixins = []
     while "apt_mixin" in vars(cls):
@@ -51,8 +52,8 @@ def build(base: type, mixins) -> type:
     return base
 
 
-def _make(mixin: type, base: type) -> type:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+def _make(mixin: Any, base: Any) -> type:
+    names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     names["apt_mixin"] = mixin
     if hasattr(mixin, "forward"):
         forward = _like(mixin.forward, base.forward)
@@ -109,7 +110,7 @@ def _is_ours(thing, name: str) -> bool:
     return isinstance(method, types.MethodType) and method.__func__ is getattr(type(thing), "forward", None)
 
 
-def _change(thing, cls: type) -> None:
+def _change(thing, cls: Any) -> None:
     ours = [name for name in ("forward", "_old_forward") if _is_ours(thing, name)]
     thing.__class__ = cls
     for name in ours:  # accelerate and its like keep the bound method
