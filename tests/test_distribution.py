@@ -1,19 +1,18 @@
-"""The source distribution and the wheel, with and without a CUDA compiler; compilers are played by a script."""
+"""The source distribution and the wheel, with and without the CUDA library; a script takes the place of compilers."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import apt_kernels
+from helpers import distribution
+from helpers.documentation import ROOT
+
 LIBRARY = "apt_kernels/impl/cuda/libapt_kernels_cuda.so"
 _COMPILER = """#!/bin/sh
 case "$*" in *--list-gpu-code*) echo sm_75 sm_90; exit ;; esac
@@ -22,46 +21,26 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo object > "$2"; fi; shift; don
 """
 
 
-def run(folder: Path, code: str, **environment: str) -> tuple[str, str]:
-    """The last line that Python code printed, run in a folder, and all that it said beside."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TORCH_CUDA_ARCH_LIST")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=kept | environment
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().splitlines()[-1], done.stderr
-
-
-def build(folder: Path, kind: str, **environment: str) -> tuple[Path, str]:
-    """A distribution as pip and build have it made, and what was said."""
-    name, said = run(folder, f"import setuptools.build_meta as b; print(b.build_{kind}('dist'))", **environment)
-    return folder / "dist" / name, said
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """The source distribution of this tree."""
-    tree = tmp_path_factory.mktemp("source") / "tree"
-    for name in ("apt_kernels", "csrc", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    made, said = build(tree, "sdist", APT_KERNELS_NO_CUDA="1")
-    assert "apt-kernels: the CUDA library is not built: APT_KERNELS_NO_CUDA=1 is set" in said
-    return made
+    return distribution.build(distribution.copy(tmp_path_factory.mktemp("source") / "tree"), "sdist")
 
 
 @pytest.fixture
 def tree(source, tmp_path) -> Path:
-    """The source distribution, unpacked: what a wheel is made from."""
-    with tarfile.open(source) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return next(tmp_path.iterdir())
+    return distribution.unpack(source, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """The wheel made from the source distribution without settings."""
+    return distribution.build(distribution.unpack(source, tmp_path_factory.mktemp("unpacked")), "wheel")
 
 
 @pytest.fixture
 def compiler(tmp_path_factory) -> Path:
-    """CUDA's folder with a compiler in it that writes what it was asked."""
+    """A CUDA folder whose nvcc writes its arguments to a log."""
     home = tmp_path_factory.mktemp("cuda")
     (home / "bin").mkdir()
     (home / "bin" / "nvcc").write_text(_COMPILER)
@@ -69,41 +48,51 @@ def compiler(tmp_path_factory) -> Path:
     return home
 
 
+def metadata(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return message_from_bytes(archive.read(name))
+
+
 def test_the_source_distribution_has_every_source(tree):
     found = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     wanted = [path for name in ("apt_kernels", "csrc") for path in (ROOT / name).rglob("*") if path.is_file()]
     wanted = {str(path.relative_to(ROOT)) for path in wanted if path.suffix not in (".pyc", ".so")}
-    assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= found
+    assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff"} <= found
     assert not [name for name in found if name.startswith("tests")]
 
 
-@pytest.mark.parametrize(
-    ("home", "no_cuda", "why"),
-    [
-        ("nowhere", "0", "CUDA_HOME is nowhere, and there is no bin/nvcc in it"),
-        ("compiler", "1", "APT_KERNELS_NO_CUDA=1 is set"),
-    ],
-)
-def test_a_wheel_without_the_library(tree, compiler, home, no_cuda, why, tmp_path_factory):
-    home = str(compiler) if home == "compiler" else home
-    wheel, said = build(tree, "wheel", CUDA_HOME=home, APT_KERNELS_NO_CUDA=no_cuda)
-    assert f"apt-kernels: the CUDA library is not built: {why}" in said
+def test_the_wheel_is_pure(wheel):
+    assert wheel.name == f"apt_kernels-{apt_kernels.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    sources = (path for path in (ROOT / "apt_kernels").rglob("*") if path.suffix == ".py" or path.name == "py.typed")
+    assert set(names) == {str(path.relative_to(ROOT)) for path in sources}
+
+
+def test_the_wheel_asks_for_what_it_imports(wheel):
+    """numpy is imported by the plot alone, beside matplotlib, which requires it."""
+    required = [
+        re.match(r"[\w-]+", line)[0] for line in metadata(wheel).get_all("Requires-Dist") if "extra" not in line
+    ]
+    assert sorted(required) == ["safetensors", "torch", "transformers"]
+    users = [
+        path.name
+        for path in (ROOT / "apt_kernels").rglob("*.py")
+        if re.search(r"(import|from) numpy\b", path.read_text())
+    ]
+    assert users == ["plot.py"]
+
+
+def test_a_compiler_alone_does_not_build_the_library(tree, compiler):
+    wheel = distribution.build(tree, "wheel", CUDA_HOME=str(compiler), CXX=str(compiler / "bin" / "nvcc"))
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not (compiler / "bin" / "nvcc.log").exists()
-    empty = tmp_path_factory.mktemp("empty")
-    with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith(".so")]
-        archive.extractall(empty / "installed")
-    code = "import apt_kernels; print(apt_kernels.__file__, apt_kernels.info()['implementations']['cuda'])"
-    printed, _ = run(empty, code, PYTHONPATH=str(empty / "installed"))
-    assert printed.startswith(str(empty))
-    assert "its library is not built" in printed
 
 
 def test_a_wheel_with_the_library(tree, compiler):
     nvcc = compiler / "bin" / "nvcc"
-    wheel, said = build(tree, "wheel", CUDA_HOME=str(compiler), CXX=str(nvcc), APT_KERNELS_NO_CUDA="0")
-    assert "not built" not in said
+    wheel = distribution.build(tree, "wheel", CUDA_HOME=str(compiler), CXX=str(nvcc), APT_KERNELS_CUDA="1")
     assert re.fullmatch(r"apt_kernels-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         assert [name for name in archive.namelist() if name.endswith(".so")] == [LIBRARY]
@@ -114,8 +103,34 @@ def test_a_wheel_with_the_library(tree, compiler):
     assert sum("-shared" in line for line in asked) == 1
 
 
-def test_a_build_that_fails_says_how_to_go_without(tree, compiler):
+@pytest.mark.parametrize(
+    ("asked", "home", "script", "message"),
+    [
+        ("1", "compiler", _COMPILER + "echo no such flag; exit 3\n", "without the library: (?s:.*)no such flag"),
+        ("1", "nowhere", _COMPILER, "without the library: CUDA_HOME is nowhere, and there is no bin/nvcc in it"),
+        ("yes", "compiler", _COMPILER, r"APT_KERNELS_CUDA is 'yes'; it needs 1 \(build the CUDA library\) or 0"),
+    ],
+)
+def test_a_library_that_cannot_be_built_is_an_error(tree, compiler, asked, home, script, message):
     nvcc = compiler / "bin" / "nvcc"
-    nvcc.write_text(_COMPILER + "echo no such flag; exit 3\n")
-    with pytest.raises(AssertionError, match=r"failed to build; APT_KERNELS_NO_CUDA=1 goes without it: (?s:.*)no such"):
-        build(tree, "wheel", CUDA_HOME=str(compiler), CXX=str(nvcc), APT_KERNELS_NO_CUDA="0")
+    nvcc.write_text(script)
+    home = str(compiler) if home == "compiler" else home
+    with pytest.raises(AssertionError, match=message):
+        distribution.build(tree, "wheel", CUDA_HOME=home, CXX=str(nvcc), APT_KERNELS_CUDA=asked)
+
+
+def test_links_of_the_long_description(source, tmp_path):
+    """An index has no files that a relative link could lead to."""
+    tree = distribution.unpack(source, tmp_path)
+    without = metadata(distribution.build(tree, "wheel")).get_payload()
+    relative = [link for link in re.findall(r"\]\(([^)]+)\)", without) if "://" not in link]
+    assert not relative
+    assert "![" not in without
+    assert "https://arxiv.org/abs/2305.15212" in without
+    project = (tree / "pyproject.toml").read_text()
+    address = '[project.urls]\nRepository = "https://host.example/owner/apt-kernels/"\n\n[project.optional'
+    (tree / "pyproject.toml").write_text(project.replace("[project.optional", address, 1))
+    linked = metadata(distribution.build(tree, "wheel")).get_payload()
+    assert "[Support table](https://host.example/owner/apt-kernels/blob/HEAD/docs/support.md)" in linked
+    assert re.search(r"!\[[^]]+\]\(https://host.example/owner/apt-kernels/raw/HEAD/docs/[\w-]+\.png\)", linked)
+    assert not [link for link in re.findall(r"\]\(([^)]+)\)", linked) if "://" not in link]
