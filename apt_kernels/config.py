@@ -1,9 +1,8 @@
-"""Every setting of a patched model, validated, to and from JSON."""
+"""The settings of a patched model: validation, and conversion to and from JSON."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import TypedDict
@@ -14,7 +13,7 @@ from .prefix import gates
 GATES = ("auto", *gates.names())
 # What `to_json` writes. Format 1 (release 0.1) had no base, save id or names of trained weights in its files.
 FORMAT = 2
-# Beside the settings, `apt_kernels.save` writes these: what is saved, and for which model.
+# Keys that `apt_kernels.save` writes beside the settings: what is saved, and for which model.
 RECORD = ("model", "lengths", "save_id", "adapter", "trained", "base")
 
 
@@ -39,24 +38,26 @@ class AptConfig:
 
     Args:
         prefix_length: prefix tokens per attention layer: one int, or one int per attention module in model order
-            (0: that module keeps no prefix).
-        layers: which attention modules get a prefix; the others keep none. An index in model order (negative: from
-            the end), ``"self"``, ``"cross"``, ``"encoder"``, ``"decoder"``, the part of the model (``"text"``,
-            ``"vision"``, ``"audio"``), a regular expression that the module's name matches (``re.search``), or several
-            of them: a module that any of them means. None: all.
+            (0: that module gets no prefix).
+        layers: which attention modules get a prefix. An index in model order (negative: from the end), ``"self"``,
+            ``"cross"``, ``"encoder"``, ``"decoder"``, the part of the model (``"text"``, ``"vision"``, ``"audio"``), a
+            regular expression that the module's name matches (``re.search``), or a list of these, which selects the
+            modules that any entry selects. None: all.
         gate: where the gate's logits come from. ``"auto"``: ``"token"`` for causal and for cross-attention,
-            ``"first"`` otherwise.
-            {gates}.
+            ``"first"`` otherwise (``"static"`` where hidden states cannot be read). ``"first"``: the first real token's
+            hidden state, one gate for each sequence; ``"mean"``: the mean hidden state of the real tokens, one gate for
+            each sequence (refused where a token would see later ones through it); ``"token"``: every query's own hidden
+            state; ``"static"``: learned logits, the same for all inputs; ``"none"``: no gate.
         layer_scale: learn the layer's scale lambda; False: lambda is 1.
         init_std: standard deviation of the prefix's normal initialisation.
         init_seed: seed of that initialisation; None: torch's global generator.
-        reparameterisation: width of a two-layer tanh MLP that makes key and value from an embedding while training;
-            `save` writes its result, so that a loaded adapter has none. None: key and value are trained themselves.
-        prefix_dropout: probability with which an element of the prefix's key and value is zeroed in training (the
-            others grow accordingly), once a forward, for all rows of the batch alike.
+        reparameterisation: width of a two-layer tanh MLP that computes key and value from an embedding while training;
+            `save` writes its result, so that a loaded adapter has none. None: key and value are trained directly.
+        prefix_dropout: probability of zeroing an element of the prefix's key and value in training (the others are
+            divided by the probability of keeping one); drawn once per forward for all rows of the batch.
         trainable: regular expressions; exactly the parameters whose name one of them matches (``re.search``) stay
             trainable beside the prefix. None: the parameters of new task heads.
-        implementation: which implementation of the op runs; see `apt_kernels.attention`.
+        implementation: the implementation of the op; see `apt_kernels.attention`.
 
     Raises:
         ConfigError: a value is out of range; the message names it.
@@ -135,15 +136,6 @@ class AptConfig:
         return cls(**data)
 
 
-def _documented(text: str) -> str:
-    """A docstring with the gates in the place of ``{gates}``."""
-    lines = textwrap.wrap(gates.describe(), width=108, break_long_words=False)
-    return text.replace("{gates}", ("\n" + 12 * " ").join(lines))
-
-
-AptConfig.__doc__ = _documented(AptConfig.__doc__ or "")
-
-
 def _lengths(value) -> int | tuple[int, ...]:
     single = isinstance(value, int)
     if not single and (isinstance(value, str) or not isinstance(value, Sequence)):
@@ -162,10 +154,10 @@ def _patterns(value) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, (str, Sequence, Set)) or isinstance(value, (bytes, bytearray)):
         raise ConfigError(f"trainable is {value!r}; it needs regular expressions, or None")
-    found = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in found:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
         _check_pattern("trainable", "a regular expression", pattern)
-    return found
+    return patterns
 
 
 def _check_pattern(name: str, needed: str, pattern) -> None:

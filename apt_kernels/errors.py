@@ -18,4 +18,4 @@ class AdapterError(ValueError):
 
 
 class ImplementationError(RuntimeError):
-    """An implementation that was asked for by name cannot serve this call; the message says why."""
+    """An implementation requested by name cannot compute this call; the message says why."""

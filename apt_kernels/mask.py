@@ -1,4 +1,4 @@
-"""What each query may see, described in a few numbers instead of a 4-D tensor."""
+"""Attention masks as a few numbers and small tensors instead of a 4-D tensor."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Mask:
         return Mask(**{f.name: move(f.name, getattr(self, f.name)) for f in fields(self)})
 
     def visible(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
-        """The whole mask but its bias as a bool tensor ``[B, 1 or Hq, T, S]``, True where the key may be seen."""
+        """The mask without its bias as a bool tensor ``[B, 1 or Hq, T, S]``, True where the key may be seen."""
         offset = keys - queries if self.query_offset is None else self.query_offset
         if isinstance(offset, Tensor):
             offset = offset.reshape(-1, 1)

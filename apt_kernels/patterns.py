@@ -1,7 +1,8 @@
-"""Regular expressions with a bound on their work.
+"""Search for regular expressions in bounded time.
 
-Python's `re` backtracks: some expressions take exponential time on short texts. `search` gives what `re.search` gives,
-with work in proportion to pattern times text. `check` refuses what cannot be searched so: a pattern from a file.
+Python's `re` backtracks: some expressions take exponential time on short texts. `search` returns what `re.search`
+finds, in time proportional to the sizes of pattern and text. `check` refuses a pattern from a file that cannot be
+searched for in this way.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ try:
 except ImportError:  # Python 3.10
     _op, _parser = import_module("sre_constants"), import_module("sre_parse")
 
-# A pattern of a file: its characters, and the instructions that its repetitions expand to.
+# Limits of a pattern from a file: its characters, and the instructions to which its repetitions expand.
 LONGEST, _PROGRAM = 1000, 4000
-# All patterns of a file over all names of a model: steps of `_run`, about a microsecond each.
+# Limit of all patterns of a file on all names of a model: steps of `_run`, about a microsecond each.
 WORK = 1_000_000
 _CATEGORY_TEXTS = {
     _op.CATEGORY_DIGIT: r"\d",
@@ -51,7 +52,7 @@ class TooMuchWork(ConfigError):
 
 @dataclass
 class Budget:
-    """How many steps are left to all searches together."""
+    """How many steps are left for all searches together."""
 
     left: int = WORK
 
@@ -96,10 +97,10 @@ def search(pattern: str, text: str, budget: Budget | None = None) -> bool:
         return re.search(pattern, text) is not None
     tried: set[tuple] = set()
     limit = float("inf") if budget is None else budget.left
-    found = any(_run(program, text, start, None, tried, limit) for start in range(len(text) + 1))
+    matched = any(_run(program, text, start, None, tried, limit) for start in range(len(text) + 1))
     if budget is not None:
         budget.left -= len(tried) + len(text)
-    return found
+    return matched
 
 
 @functools.lru_cache(256)
@@ -186,7 +187,7 @@ def _assertion(program: _Program, wanted: bool, direction: int, items) -> None:
 
 
 def _run(program: _Program, text: str, start: int, end: int | None, tried: set[tuple], limit: float) -> bool:
-    """Whether the program accepts from ``start`` (and at ``end``, if given). ``tried``: what has failed before."""
+    """Whether the program accepts from ``start`` (and at ``end``, if given). ``tried``: states that failed before."""
     waiting = [(0, start)]
     while waiting:
         state = waiting.pop()
@@ -220,9 +221,9 @@ def _holds(assertion: tuple, text: str, position: int, tried: set[tuple], at: in
     wanted, behind, inside = assertion
     begin, end = (position, None) if behind is None else (position - behind, position)
     own: set[tuple] = set()
-    found = begin >= 0 and _run(inside, text, begin, end, own, limit - len(tried))
+    accepted = begin >= 0 and _run(inside, text, begin, end, own, limit - len(tried))
     tried.update((at, place, step) for step, place in own)  # counted as work; no state of the program
-    return found is wanted
+    return accepted is wanted
 
 
 def _matches(item: tuple[Any, Any], character: str) -> bool:

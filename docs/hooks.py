@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -23,16 +22,6 @@ OUTSIDE = {
     "bench/NOTES.md": "benchmark-notes.md",
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-
-
-def on_page_content(html: str, page, config, files) -> str:
-    """Fill in what the package fills into its docstrings when it is imported; the reference is made without that."""
-    if "{gates}" not in html:
-        return html
-    sys.path.insert(0, str(ROOT))
-    from apt_kernels.prefix import gates
-
-    return html.replace("{gates}", re.sub(r"``([^`]+)``", r"<code>\1</code>", gates.describe()))
 
 
 def on_files(files, config):

@@ -105,15 +105,15 @@ def attention(
         seed: int or one-element int64 tensor that fixes the dropout; None: drawn from torch's generator.
         return_logsumexp: return ``(out, logsumexp)``; the log-sum-exp ``[B, Hq, T]`` is over prefix, sink and token
             columns, in float32 (float64 for float64), and differentiable.
-        implementation: ``"auto"`` or the name of one, which is then obeyed or raises; see `apt_kernels.info`. The
-            environment variable ``APT_KERNELS_IMPLEMENTATION`` does the same where the argument is ``"auto"``.
+        implementation: ``"auto"`` or the name of one, which is then used or raises; see `apt_kernels.info`. The
+            environment variable ``APT_KERNELS_IMPLEMENTATION`` sets it where the argument is ``"auto"``.
 
     Returns:
         ``[B, Hq, T, Dv]`` in the query's dtype, stored as ``[B, T, Hq, Dv]``.
 
     Raises:
         ArgumentError: an argument has a wrong shape, dtype or device.
-        ImplementationError: the implementation asked for by name cannot run here or on these inputs.
+        ImplementationError: the implementation requested by name cannot run on this machine or on these inputs.
     """
     if others:
         refuse(others)
@@ -134,20 +134,20 @@ def attention(
         seed=seed,
     )
     plan, tensors = choose.choose(x, implementation), x.tensors()
-    found: tuple
+    results: tuple
     if transforms.active():
-        found = choose.load(plan.name).attend(x)
+        results = choose.load(plan.name).attend(x)
     elif _is_plain(tensors):
-        # The same result as the registered operator's, without its 20 microseconds of dispatch.
+        # Fast path: the same result as the registered operator's without about 20 us of dispatch.
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        found = _Attention.apply(*x.flat(), plan.text) if recorded else choose.load(plan.name).forward(x, plan)
+        results = _Attention.apply(*x.flat(), plan.text) if recorded else choose.load(plan.name).forward(x, plan)
     else:
-        found = torch.ops.apt_kernels.attention.default(*x.flat(), plan.text)
-    return (found[0], found[1]) if return_logsumexp else found[0]
+        results = torch.ops.apt_kernels.attention.default(*x.flat(), plan.text)
+    return (results[0], results[1]) if return_logsumexp else results[0]
 
 
 def _is_plain(tensors: list[Tensor]) -> bool:
-    """Whether nothing but autograd watches a call: no compiler, tracer, transform, mode, profiler or subclass."""
+    """Whether a call needs no dispatch but autograd's: no compiler, tracer, transform, mode, profiler, subclass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.autograd._profiler_enabled():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
@@ -157,13 +157,13 @@ def _is_plain(tensors: list[Tensor]) -> bool:
 
 def selected(*arguments, implementation: str = "auto", return_logsumexp: bool = False, **keywords) -> Plan:
     """The plan of `attention` for these arguments: ``name`` and ``strategy`` of the implementation, and the ``reason``
-    for which those before it in the automatic choice do not serve."""
+    of the choice: what excludes the implementations before it in the automatic choice."""
     return choose.choose(make_inputs(*arguments, **keywords), implementation)
 
 
-# Registration. One forward and one backward operator; the last argument is the text of the plan. Beside the output
-# and the log-sum-exp, the forward returns what an implementation keeps for its backward in place of key and value, or
-# two empty tensors.
+# Registration: one forward and one backward operator; the last argument is the text of the plan. The forward returns
+# the output, the log-sum-exp, and the two buffers that an implementation keeps for its backward in place of key and
+# value, or two empty tensors.
 
 torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -200,11 +200,11 @@ def _backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, ne
     backend, plan = choose.planned(arguments[-1], x)
     result = Result(out, logsumexp, None if kept_key is None else (kept_key, kept_value))
     grads = backend.backward(x, plan, result, grad_out, grad_logsumexp, list(needs))
-    return [_as_promised(x, name, grad, backend) for name, grad in zip(DIFFERENTIABLE, grads)]
+    return [_as_declared(x, name, grad, backend) for name, grad in zip(DIFFERENTIABLE, grads)]
 
 
-def _as_promised(x: Inputs, name: str, grad: Tensor | None, backend: Backend) -> Tensor:
-    """The gradient in the shape, dtype and layout that `_fake_backward` promises; empty where there is none."""
+def _as_declared(x: Inputs, name: str, grad: Tensor | None, backend: Backend) -> Tensor:
+    """The gradient in the shape, dtype and layout that `_fake_backward` declares; empty where there is none."""
     if grad is None:
         return x.query.new_empty(0)
     grad = grad.to(getattr(x, name).dtype)
@@ -225,7 +225,7 @@ def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_valu
 
 
 class _Attention(torch.autograd.Function):
-    """The autograd of the forward operator, by hand: torch's own helper reads the whole schema at every call."""
+    """The autograd of the forward operator. torch.library's helper would read the whole schema at every call."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -237,7 +237,7 @@ class _Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(*kept)
         ctx.keys = flat[1].shape[2] if kept[0].numel() else 0
         if ctx.keys:
-            # The tokens stand in what the forward kept, in an order of its choice; the inputs themselves may go.
+            # The kept buffers hold the tokens, in the implementation's order: the inputs need not be saved.
             flat[1] = flat[2] = None
         ctx.rest = [None if isinstance(part, Tensor) else part for part in flat]
         ctx.is_tensor = [isinstance(part, Tensor) for part in flat]
@@ -261,11 +261,11 @@ class _Attention(torch.autograd.Function):
             kept = kept_key, kept_value
             flat[1], flat[2] = (part[:, :, : ctx.keys] for part in kept)
         with torch.no_grad():
-            found = torch.ops.apt_kernels.attention_backward.default(
+            results = torch.ops.apt_kernels.attention_backward.default(
                 torch.zeros_like(out) if grad_out is None else grad_out,
                 *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.plan),
             )
-        grads = [grad if need else None for need, grad in zip(needs, found)]
+        grads = [grad if need else None for need, grad in zip(needs, results)]
         if torch.is_grad_enabled():
             grads = _refuse_second_derivatives(backend.name, grads, [*tensors, grad_out, grad_logsumexp])
         return (*grads, *nothing)
@@ -279,8 +279,8 @@ def _composite_gradients(
     pairs = [(part, grad) for part, grad in zip(backend.attend(x), (grad_out, grad_logsumexp)) if grad is not None]
     outputs, grads = zip(*[(part, grad) for part, grad in pairs if part.requires_grad]) if pairs else ((), ())
     inputs = [getattr(x, name) for name in wanted]
-    found = torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True, allow_unused=True)
-    by_name = dict(zip(wanted, found))
+    results = torch.autograd.grad(outputs, inputs, grads, create_graph=True, materialize_grads=True, allow_unused=True)
+    by_name = dict(zip(wanted, results))
     return [by_name.get(name) for name in DIFFERENTIABLE]
 
 
@@ -288,7 +288,7 @@ def _refuse_second_derivatives(
     name: str, grads: list[Tensor | None], depends_on: list[Tensor | None]
 ) -> list[Tensor | None]:
     """The same gradients, which raise where they are differentiated (``create_graph=True``)."""
-    # Key and value may not have been saved, so that something else has to require a gradient.
+    # Key and value may not have been saved, so another tensor has to require a gradient.
     anchor = torch.zeros((), requires_grad=True)
     parts = [part for part in depends_on if part is not None and part.requires_grad]
     present = [grad for grad in grads if grad is not None]

@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and why."""
+"""The choice of the implementation that computes a call."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..impl.inputs import Inputs
 
 VARIABLE = "APT_KERNELS_IMPLEMENTATION"
 
-# Modules of ``impl/``, in the order of the automatic choice, which takes the first that serves. Each defines
-# ``BACKEND``, whose name is the module's, and importing it needs torch alone.
+# Modules of ``impl/``, in the order of the automatic choice, which takes the first that can compute a call. Each
+# defines ``BACKEND``, whose name is the module's, and importing it needs torch alone.
 _PREFERENCE = ("cpu", "triton", "cuda", "reference")
 
 _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Add an implementation behind those that there are, in the order of the automatic choice.
+    """Add an implementation as the last in the order of the automatic choice.
 
     Raises:
-        ImplementationError: it is no `Backend`, or its name is taken.
+        ImplementationError: it is not a `Backend`, or its name is taken.
     """
     if not isinstance(backend, Backend):
         raise ImplementationError(f"the implementation is a {type(backend).__name__}; it needs a Backend")
@@ -66,7 +66,7 @@ def _obstacle(backend: Backend, x: Inputs) -> str | None:
 
 
 def choose(x: Inputs, implementation: str = "auto") -> Plan:
-    """The plan of a call. A named implementation is obeyed or raises; only ``"auto"`` picks another."""
+    """The plan of a call. An implementation requested by name is used or raises; only ``"auto"`` chooses."""
     asked = implementation if implementation != "auto" else os.environ.get(VARIABLE) or "auto"
     if asked != "auto":
         backend = load(asked)
@@ -84,7 +84,7 @@ def choose(x: Inputs, implementation: str = "auto") -> Plan:
 
 
 def planned(text: str, x: Inputs) -> tuple[Backend, Plan]:
-    """The implementation and the plan of the operator's last argument: a plan's text, or an implementation's name."""
+    """Implementation and plan from the operator's last argument: a plan's text, or an implementation's name."""
     plan = Plan.parse(text)
     backend = load(plan.name)
     return backend, plan if plan.strategy else backend.plan(x)
@@ -115,7 +115,7 @@ def info() -> dict:
 
 
 class Info(dict):
-    """What `info` found: a dict that prints as a few lines."""
+    """The result of `info`: a dict that prints as a few lines."""
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in self["versions"].items())

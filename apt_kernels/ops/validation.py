@@ -1,4 +1,4 @@
-"""The op's arguments: checked, and brought to the form that every implementation takes."""
+"""Validation of the op's arguments, and their conversion to `Inputs`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..mask import Mask
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-# Keywords of `torch.nn.functional.scaled_dot_product_attention`, and what to say instead.
+# Keywords of `torch.nn.functional.scaled_dot_product_attention`, and what to use instead.
 _OF_SDPA = {
     "attn_mask": "mask=Mask(dense=...) for a bool mask, mask=Mask(bias=...) for one that is added",
     "is_causal": "mask=Mask(causal=True), with query_offset=0 where there are more keys than queries",
@@ -48,7 +48,7 @@ def make_inputs(
     seed=None,
     **others,
 ) -> Inputs:
-    """Validate `attention`'s arguments and bring them to the form that implementations take."""
+    """Validate `attention`'s arguments and convert them to `Inputs`."""
     if others:
         refuse(others)
     named = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
@@ -96,7 +96,7 @@ def make_inputs(
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Tensor]:
-    """Under autocast, activations take its dtype, as in ``scaled_dot_product_attention``.
+    """Under autocast, activations are cast to its dtype, as in ``scaled_dot_product_attention``.
 
     The prefix stays as it is, or becomes float32 where it is in another half-precision dtype than autocast's.
     """
@@ -206,12 +206,12 @@ def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read in Python: no compiler, transform or subclass stands in between."""
+    """Whether Python can read the values of a tensor: no compiler, transform or subclass is involved."""
     return not torch.compiler.is_compiling() and is_real(tensor) and not transforms.active()
 
 
 def is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is no subclass: neither fake nor distributed nor wrapped by a mode."""
+    """Whether a tensor is not of a subclass: neither fake nor distributed nor wrapped by a mode."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
@@ -270,7 +270,7 @@ def _softcap(softcap) -> float:
 
 def _finite(name: str, number):
     if torch.compiler.is_compiling() and isinstance(number, (float, torch.SymFloat)):
-        return number  # with dynamic shapes a float of the model is a symbol, and its value is not known yet
+        return number  # with dynamic shapes, a float of the model is symbolic and has no value while it is traced
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         raise ArgumentError(f"{name} is {number!r}; it needs a finite number")
     return float(number)

@@ -12,7 +12,7 @@ from .reparameterisation import Reparameterisation
 
 
 class AdaptivePrefix(nn.Module):
-    """Prefix, gate and layer scale of one attention module; it hangs there as ``module.apt``.
+    """Prefix, gate and layer scale of one attention module, registered on it as ``module.apt``.
 
     Plain parameters, in float32 beside a model of any dtype:
 
@@ -24,15 +24,15 @@ class AdaptivePrefix(nn.Module):
     With a gate, the start ``gate_weight = 0, layer_scale = 2`` makes every weight exactly 1: training begins as plain
     prefix tuning. ``.to(dtype)`` casts these parameters like any others; the gate's logits stay float32 at least.
 
-    With ``reparameterisation=W``, key and value are None while training; ``mlp`` makes them (`Reparameterisation`)
-    until `fold` puts its result in their place. `tokens` gives both either way.
+    With ``reparameterisation=W``, ``key`` and ``value`` are None while training: ``mlp`` (`Reparameterisation`)
+    computes them, until `fold` replaces it by its result. `tokens` returns both in either case.
 
-    The module is called like any other (`forward`), so that whatever holds parameters elsewhere between the calls
-    (DeepSpeed ZeRO-3, offloading) brings them here in time. With tensor parallelism its parameters are distributed
-    tensors (sharding.py), of whose heads every process attends with its own.
+    Attention reads the parameters through ``__call__`` alone, so that the module hooks of DeepSpeed ZeRO-3 and of
+    offloading gather them before use. With tensor parallelism the parameters are distributed tensors, and each process
+    uses its own heads (sharding.py).
     """
 
-    start: dict[str, Tensor]  # what `hf.state.remember_start` keeps
+    start: dict[str, Tensor]  # samples of the initial values, see `hf.state.remember_start`
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class AdaptivePrefix(nn.Module):
         self.gate = gates.find(gate).name
         self.name, self.cross, self.implementation = "", False, "auto"
         self.adapter = "default"
-        self.mesh = None  # over which the heads are sharded
-        # Known without the parameters, of which a process may hold a part or nothing.
+        self.mesh = None  # the device mesh over which the heads are sharded
+        # Stored apart from the parameters, of which a process may hold a part or nothing.
         self.length, self.heads, self.head_dim = length, num_key_value_heads, head_dim
 
         def draw(*shape: int) -> nn.Parameter:
@@ -78,7 +78,7 @@ class AdaptivePrefix(nn.Module):
 
     @property
     def gate_entry(self) -> gates.Gate:
-        """What there is to know of its gate."""
+        """The entry of its gate in gates.py."""
         return gates.find(self.gate)
 
     def extra_repr(self) -> str:
@@ -89,11 +89,11 @@ class AdaptivePrefix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Key, value, gate logits and layer scale, as `apt_kernels.attention` takes them.
 
-        Arguments as for `logits`; without hidden states there are no logits that depend on them.
+        Arguments as for `logits`. Without hidden states, the logits of a gate that reads them are None.
         """
-        waits = hidden_states is None and self.gate_entry.reads_hidden_states
-        gate = None if waits else self.logits(hidden_states, real_tokens, segments)
-        scale = None if self.layer_scale is None else self._here(self.layer_scale)
+        unavailable = hidden_states is None and self.gate_entry.reads_hidden_states
+        gate = None if unavailable else self.logits(hidden_states, real_tokens, segments)
+        scale = None if self.layer_scale is None else self._local(self.layer_scale)
         if self.mesh is not None:
             from .sharding import sum_gradient
 
@@ -122,8 +122,8 @@ class AdaptivePrefix(nn.Module):
                 key, value = by_heads(key), by_heads(value)
             self.key, self.value = nn.Parameter(key), nn.Parameter(value)
 
-    def _here(self, parameter: nn.Parameter) -> Tensor:
-        """A parameter that no process holds a part of."""
+    def _local(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter that is replicated, as a plain tensor."""
         return parameter if self.mesh is None else parameter.to_local()
 
     def logits(
@@ -131,5 +131,5 @@ class AdaptivePrefix(nn.Module):
     ) -> Tensor | None:
         """The logits of this layer's gate; see `gates.Gate.logits`. None without a gate."""
         name = self.gate_entry.parameter
-        parameter = None if name is None else self._here(getattr(self, name))
+        parameter = None if name is None else self._local(getattr(self, name))
         return self.gate_entry.logits(parameter, hidden_states, real_tokens, segments)

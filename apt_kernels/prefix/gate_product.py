@@ -13,13 +13,13 @@ from .. import transforms
 def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
     """``h W^T`` with the operands in the hidden states' dtype, accumulated and returned in float32 (or float64).
 
-    For its backward it keeps the hidden states as they are, not a copy in float32.
+    Saved for the backward are the hidden states in their own dtype, not a copy in float32.
     """
     kind = hidden_states.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
         rows = hidden_states.flatten(0, -2)
-        # torch.func transforms torch's own operators.
+        # torch.func can transform torch's own operators only.
         logits = _composite(rows, weight) if transforms.active() else _GateProduct.apply(rows, weight)
         return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
 
@@ -50,21 +50,21 @@ class _GateProduct(torch.autograd.Function):
         return of_rows, of_weight
 
 
-def _on_matrix_units(tensor: Tensor) -> bool:
+def _on_tensor_cores(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.version.hip is None and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, summed and returned in float32 at least."""
-    if _on_matrix_units(a):
+    if _on_tensor_cores(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)
     return a.to(wide) @ b.to(wide)
 
 
 def _product_of_wide(a: Tensor, b: Tensor) -> Tensor:
-    """`_wide_product` where ``a`` is wide already: for the matrix units as the sum of two bfloat16 parts."""
-    if b.dtype == torch.bfloat16 and _on_matrix_units(b):
+    """`_wide_product` of a float32 ``a``: tensor cores multiply it as the sum of two bfloat16 parts."""
+    if b.dtype == torch.bfloat16 and _on_tensor_cores(b):
         high = a.to(b.dtype)
         return _wide_product(high, b) + _wide_product((a - high).to(b.dtype), b)
     return a @ b.to(a.dtype)

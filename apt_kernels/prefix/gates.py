@@ -1,8 +1,8 @@
 """The gates: one entry for each, with everything that is particular to it.
 
-An entry says which parameter its gate trains, which axes the logits have, how they come from hidden states, on which
-attention modules it is allowed, what a key/value cache keeps of it, and how it is documented. Settings, error messages
-and `apt_kernels.hf` read it from here: CONTRIBUTING.md has the steps to add one.
+An entry defines the parameter that the gate trains, the axes of its logits and how they are computed from hidden
+states, the attention modules on which it is allowed, whether a key/value cache keeps its logits, and its documentation.
+Settings, error messages and `apt_kernels.hf` read it from here: CONTRIBUTING.md has the steps to add one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GateName = Literal["auto", "first", "mean", "token", "static", "none"]
 
 
 class AttentionSite(Protocol):
-    """What a gate asks of the attention module that it belongs to."""
+    """The properties of an attention module on which the choice of its gate depends."""
 
     @property
     def name(self) -> str: ...
@@ -42,7 +42,7 @@ class Gate:
     """A gate. The defaults are those of ``token``: a learned product with every query's own hidden state."""
 
     name: ClassVar[str]
-    # One sentence for settings and documentation.
+    # What the docstring of `AptConfig` says of it.
     documentation: ClassVar[str]
     # The parameter of `AdaptivePrefix` that it trains: "gate_weight" ``[M, d]``, for the product with hidden states;
     # "gate_logits" ``[M]``; or None.
@@ -59,11 +59,11 @@ class Gate:
 
     @property
     def per_sequence(self) -> bool:
-        """Whether one state stands for a whole sequence, so that padding and packed documents have to be known."""
+        """Whether a sequence has one gate computed from its hidden states, which needs its padding and documents."""
         return self.reads_hidden_states and self.axes == "BM"
 
     def obstacle(self, site: AttentionSite) -> str | None:
-        """Why the gate is not allowed on an attention module; None: it is. Starts with the module's name."""
+        """Why the gate is not allowed on an attention module, beginning with the module's name; None: it is."""
         if self.reads_hidden_states and site.hidden_size is None:
             return f"{site.name} does not receive one hidden state for every query"
         return None
@@ -175,7 +175,7 @@ def find(name: str) -> Gate:
 
 
 def resolve(name: str, site: AttentionSite) -> Gate:
-    """The gate that a setting means for an attention module; ``"auto"`` chooses by what the module's queries see.
+    """The gate of an attention module for a setting; ``"auto"`` chooses by the kind of attention.
 
     Raises:
         ConfigError: the gate is not allowed there; the message says why and which are.
@@ -190,12 +190,7 @@ def resolve(name: str, site: AttentionSite) -> Gate:
     return gate
 
 
-def choice(serves: Callable[[Gate], bool], word: str = "or") -> str:
-    """The names of the gates that ``serves`` is true for, for a message: ``'token', 'static' or 'none'``."""
-    found = [repr(gate.name) for gate in _GATES.values() if serves(gate)]
-    return f" {word} ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else "".join(found)
-
-
-def describe() -> str:
-    """What each gate is, for documentation."""
-    return "; ".join(f'``"{gate.name}"``: {gate.documentation}' for gate in _GATES.values())
+def choice(condition: Callable[[Gate], bool], word: str = "or") -> str:
+    """The names of the gates for which ``condition`` is true, for a message: ``'token', 'static' or 'none'``."""
+    listed = [repr(gate.name) for gate in _GATES.values() if condition(gate)]
+    return f" {word} ".join([", ".join(listed[:-1]), listed[-1]]) if len(listed) > 1 else "".join(listed)

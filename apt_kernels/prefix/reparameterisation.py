@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class Reparameterisation(nn.Module):
     """Key and value from a small embedding through an MLP: ``W_out tanh(W_in e + b_in) + b_out`` (Li & Liang 2021).
 
-    Theirs is one MLP for all layers; each layer has its own here, so that lengths may differ. Plain parameters:
+    Theirs is one MLP for all layers; here each layer has its own, so that lengths may differ. Plain parameters:
     ``embedding [M, W]``, ``weight_in [W, W]``, ``bias_in [W]``, ``weight_out [Hkv (D + Dv), W]``,
-    ``bias_out [Hkv (D + Dv)]``. ``weight_out`` is scaled so that the first prefix has the standard deviation ``std``.
+    ``bias_out [Hkv (D + Dv)]``. ``weight_out`` is scaled so that the initial prefix has the standard deviation ``std``.
     """
 
     def __init__(self, length: int, width: int, heads: int, head_dim: int, value_head_dim: int, std: float, generator):
@@ -31,6 +31,6 @@ class Reparameterisation(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         linear = torch.nn.functional.linear
         hidden = torch.tanh(linear(self.embedding, self.weight_in, self.bias_in))
-        made = linear(hidden, self.weight_out, self.bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        key, value = made.split((self.head_dim, made.shape[2] - self.head_dim), dim=2)
+        output = linear(hidden, self.weight_out, self.bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        key, value = output.split((self.head_dim, output.shape[2] - self.head_dim), dim=2)
         return key.contiguous(), value.contiguous()

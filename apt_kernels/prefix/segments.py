@@ -1,4 +1,4 @@
-"""Packed documents: several in one row, told apart by ``segments [B, T]``, integers that are equal within one."""
+"""Packed documents: several in one row. ``segments [B, T]``: integers that are equal within a document."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def document_starts(segments: Tensor) -> Tensor:
-    """``[B, T]``: where each token's document begins in its row."""
+    """``[B, T]``: the index in its row of the first token of each token's document."""
     position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     return torch.where(_begins(segments), position, 0).cummax(dim=1).values
 
 
 def first_states(hidden_states: Tensor, segments: Tensor) -> Tensor:
-    """``[B, T, d]``: for every token the hidden state of its document's first one."""
+    """``[B, T, d]``: for every token the hidden state of its document's first token."""
     start = document_starts(segments)
     return hidden_states.gather(1, start[..., None].expand_as(hidden_states))
 

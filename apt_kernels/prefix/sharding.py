@@ -1,4 +1,4 @@
-"""Prefixes whose heads are spread over processes (tensor parallel): their parameters are distributed tensors."""
+"""Tensor parallelism: the heads of a prefix are sharded over processes, its parameters are distributed tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 def shard_heads(prefix, mesh) -> None:
     """Distribute a prefix's parameters over a one-dimensional ``mesh``: key and value by heads, the others replicated.
 
-    Every process has to hold the same values before, of all heads.
+    Before the call, every process has to hold the same values of all heads.
     """
     prefix.mesh = mesh
     for module in prefix.modules():
@@ -19,15 +19,15 @@ def shard_heads(prefix, mesh) -> None:
 
 
 def distribute(tensor: Tensor, mesh, placements) -> DTensor:
-    """A tensor that every process holds, as a distributed one: each keeps its own part, nothing is sent."""
+    """A tensor that every process holds, as a distributed one: each keeps its own part, without communication."""
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
 
 
 def by_heads(tokens: DTensor) -> DTensor:
-    """Key or value ``[Hkv, M, D]`` with its heads sharded, whatever it was before."""
+    """Key or value ``[Hkv, M, D]`` with its heads sharded, from any placement."""
     return tokens.redistribute(placements=[Shard(0)])
 
 
 def sum_gradient(tensor: Tensor, mesh) -> Tensor:
-    """``tensor``, which every process of ``mesh`` holds; its gradient is the sum of what all their heads give."""
+    """``tensor``, which every process of ``mesh`` holds; its gradient is summed over the processes."""
     return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])

@@ -39,7 +39,7 @@ def hold(dtype: torch.dtype) -> None:
     assert [part.dtype for part in found] == [wide, dtype, wide]
     exact = 64 * torch.finfo(wide).eps
     # Two parts of bfloat16 hold 16 bits of a wide gradient.
-    in_parts = dtype == torch.bfloat16 and module._on_matrix_units(given[0])
+    in_parts = dtype == torch.bfloat16 and module._on_tensor_cores(given[0])
     for part, true, relative in zip(found, truth, (exact, torch.finfo(dtype).eps, 2**-14 if in_parts else exact)):
         assert (part.double() - true).abs().max() <= relative * true.abs().max()
 
@@ -61,14 +61,14 @@ def matrix_units(monkeypatch):
         taken.append(a.dtype)
         return mm(a.float(), b.float())
 
-    monkeypatch.setattr(module, "_on_matrix_units", lambda t: t.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(module, "_on_tensor_cores", lambda t: t.dtype in (torch.bfloat16, torch.float16))
     monkeypatch.setattr(torch, "mm", product)
     return taken
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device has the real ones")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_matrix_units(dtype, matrix_units):
+def test_on_tensor_cores(dtype, matrix_units):
     """A wide gradient goes there in two parts of bfloat16; float16 would lose small ones and is left wide."""
     hold(dtype)
     assert len(matrix_units) == {torch.bfloat16: 5, torch.float16: 1}.get(dtype, 0)

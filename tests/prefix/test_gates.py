@@ -26,11 +26,10 @@ def test_settings_types_and_documentation_have_every_gate():
     assert get_args(gates.GateName) == ("auto", *gates.names())
     assert ("auto", *gates.names()) == apt_kernels.config.GATES
     method = (ROOT / "docs" / "method.md").read_text()
+    settings = " ".join(apt_kernels.AptConfig.__doc__.split())
     for name in gates.names():
         assert f"| `{name}` |" in method, f"docs/method.md has no row for {name}"
-        assert f'``"{name}"``: {gates.find(name).documentation}'.split()[0] in apt_kernels.AptConfig.__doc__
-    assert "{" not in apt_kernels.AptConfig.__doc__
-    assert all(len(line) <= 120 for line in apt_kernels.AptConfig.__doc__.splitlines())
+        assert f'``"{name}"``: {gates.find(name).documentation}' in settings, f"AptConfig's docstring lacks {name}"
 
 
 @pytest.mark.parametrize("name", gates.names())
