@@ -1,4 +1,4 @@
-"""Builds on request (APT_KERNELS_CUDA=1) the CUDA library, and makes the long description; the rest is in pyproject.toml."""
+"""The CUDA library, if APT_KERNELS_CUDA=1 asks for it, and the long description; the rest is in pyproject.toml."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import build as csrc
 
+ROOT = Path(__file__).parent
 _ADDRESS = re.compile(r'^Repository = "([^"]+?)/?"', re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 

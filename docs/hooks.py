@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "README.md": "index.md",
     "bench/results/README.md": "results.md",
     "bench/NOTES.md": "benchmark-notes.md",

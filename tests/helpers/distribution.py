@@ -1,4 +1,4 @@
-"""Builds the source distribution and the wheel of this tree as pip does, and installs a wheel into an empty environment."""
+"""Builds the source distribution and the wheel as pip does, and installs a wheel into an environment of its own."""
 
 from __future__ import annotations
 

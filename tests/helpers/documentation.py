@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def name(page: Path) -> str:
@@ -59,3 +64,7 @@ def quotes(message: str, source: str) -> bool:
     """Whether ``message``, in which ``...`` leaves something out, is what ``source`` says."""
     parts = [re.escape(part) for part in re.split(r"\.\.\.", message)]
     return re.fullmatch(".*".join(parts), source, re.DOTALL) is not None
+
+
+if __name__ == "__main__":  # `python -m helpers.documentation README.md` prints the code of a page
+    print("".join(code for _, code in python_blocks(ROOT / sys.argv[1])))
