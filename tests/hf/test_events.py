@@ -7,7 +7,6 @@ import transformers
 
 import apt_kernels
 from apt_kernels.hf import events
-from apt_kernels.hf.attention import packing
 from helpers import models
 from helpers.generation import tuned
 from helpers.patched import randomise
@@ -130,23 +129,23 @@ def test_trainer_no_longer_expects_a_prefix_that_was_pruned_away(changeable):
     assert model.load_state_dict({}, strict=False).missing_keys  # what Trainer compares with
 
 
-def hooks(model):
-    found = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    return [hook for hook in found if isinstance(hook, packing.ReadDocuments)]
+def readers(model):
+    found = [getattr(module, "apt_documents", None) for module in model.modules()]
+    return [each for each in found if each is not None]
 
 
 def test_packing_follows_the_gates(tmp_path):
     """Bart's encoder has the gate "first", its decoder "token": without the encoder's prefixes no gate is "first"."""
     model = apt_kernels.patch(models.build("bart"), prefix_length=2, gate="static")
     apt_kernels.set_adapter(apt_kernels.add_adapter(model, "first", gate="auto", prefix_length=2), "default")
-    assert hooks(model)
-    assert not any(hook.gated for hook in hooks(model))
+    assert readers(model)
+    assert not any(reader.gated for reader in readers(model))
     apt_kernels.set_adapter(model, "first")
-    assert all(hook.gated for hook in hooks(model))
+    assert all(reader.gated for reader in readers(model))
     names = list(apt_kernels.prefixes(model))
     probe = apt_kernels.probe(model, [models.inputs("bart")])
     apt_kernels.prune(model, [0 if "encoder.layers" in name else 2 for name in names], probe)
-    assert hooks(model)
-    assert not any(hook.gated for hook in hooks(model))
+    assert readers(model)
+    assert not any(reader.gated for reader in readers(model))
     apt_kernels.unpatch(model)
-    assert not hooks(model)
+    assert not readers(model)
