@@ -42,7 +42,10 @@ class Switched(subclass.Mixin):
             entry = calls.disabling_of(fields["apt_before"].token)
             if entry is not None:
                 return entry.implementation or fields["apt_before"].implementation
-        return fields[_FIELD]
+        try:
+            return fields[_FIELD]
+        except KeyError:  # while transformers makes another config of this class
+            raise AttributeError(_FIELD) from None
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value):
