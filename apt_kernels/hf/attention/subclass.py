@@ -7,14 +7,12 @@ object's ``__dict__``. Name, module and signature stay those of the base, for ev
 from __future__ import annotations
 
 import inspect
-import threading
 import types
 from typing import Any
 
 import torch
 
 _made: dict[tuple[type, type], type] = {}
-_lock = threading.Lock()
 
 
 class Mixin:
@@ -45,10 +43,9 @@ def parts(cls: Any) -> tuple[type, tuple[type, ...]]:
 def build(base: type, mixins) -> type:
     """``base`` with the mixins on it."""
     for mixin in mixins:
-        with _lock:
-            if (mixin, base) not in _made:
-                _made[mixin, base] = _make(mixin, base)
-            base = _made[mixin, base]
+        made = _made.get((mixin, base))
+        # No lock, which an interrupt could leave taken: of two threads that make one, the first to store it wins.
+        base = _made.setdefault((mixin, base), _make(mixin, base)) if made is None else made
     return base
 
 
