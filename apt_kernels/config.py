@@ -61,6 +61,11 @@ class AptConfig:
 
     Raises:
         ConfigError: a value is out of range; the message names it.
+
+    Examples:
+        >>> config = apt_kernels.AptConfig(prefix_length=16, gate="token", trainable=("classifier",))
+        >>> apt_kernels.AptConfig.from_json(config.to_json()) == config
+        True
     """
 
     prefix_length: int | Sequence[int] = 16

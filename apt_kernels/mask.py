@@ -25,6 +25,15 @@ class Mask:
         dense: bool, broadcastable to ``[B, Hq, T, S]``, True where the key may be seen.
         bias: added to the scaled (and soft-capped) token logits, broadcastable to ``[B, Hq, T, S]``; it has a gradient
             where it requires one, and is zero on prefix columns.
+
+    Examples:
+        >>> attention_mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+        >>> mask = apt_kernels.Mask(causal=True, key_padding=attention_mask.bool())
+        >>> mask.visible(batch=2, queries=3, keys=3, device=torch.device("cpu"))[1, 0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [1, 1, 0]], dtype=torch.int32)
+        >>> window = apt_kernels.Mask(causal=True, window=(1023, None))  # the last 1,024 tokens
     """
 
     causal: bool = False

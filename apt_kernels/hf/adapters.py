@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def adapters(model: nn.Module) -> dict[str, AptConfig]:
-    """The settings of every adapter by its name, the active one first. `PatchError` if the model is not patched."""
+    """The settings of every adapter by its name, the active one first. `PatchError` if the model is not patched.
+
+    Examples:
+        >>> list(apt_kernels.adapters(model))
+        ['default']
+    """
     state = state_of(model)
     return {state.adapter: state.config, **{name: parked.config for name, parked in state.parked.items()}}
 
@@ -44,6 +49,11 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
     Raises:
         ConfigError: the name is taken, or a setting is out of range.
         PatchError: the model is not patched, or the prefix is disabled.
+
+    Examples:
+        >>> apt_kernels.add_adapter(model, "b", prefix_length=8)
+        >>> list(apt_kernels.adapters(model))
+        ['b', 'default']
     """
     state = state_of(model)
     events.check("add", model)
@@ -71,6 +81,12 @@ def set_adapter(model: Model, name: str) -> Model:
     """Make the adapter ``name`` the active one. Returns the same model.
 
     Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
+
+    Examples:
+        >>> apt_kernels.add_adapter(model, "b", prefix_length=8)
+        >>> apt_kernels.set_adapter(model, "default")
+        >>> list(apt_kernels.adapters(model))
+        ['default', 'b']
     """
     state = state_of(model)
     events.check("set", model)
@@ -85,7 +101,14 @@ def set_adapter(model: Model, name: str) -> Model:
 
 @atomic
 def delete_adapter(model: Model, name: str) -> Model:
-    """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown."""
+    """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown.
+
+    Examples:
+        >>> apt_kernels.add_adapter(model, "b", prefix_length=8)
+        >>> apt_kernels.delete_adapter(model, "default")
+        >>> list(apt_kernels.adapters(model))
+        ['b']
+    """
     state = state_of(model)
     events.check("delete", model)
     if name == state.adapter:

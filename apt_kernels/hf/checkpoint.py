@@ -64,6 +64,11 @@ def save(
         ConfigError: it has no adapter of that name.
         AdapterError: ``state_dict`` lacks a trained weight, the hub refuses the upload, or other processes that hold
             parts of the weights have not called this within ten minutes.
+
+    Examples:
+        >>> apt_kernels.save(model, "adapter")
+        >>> sorted(os.listdir("adapter"))
+        ['adapter.safetensors', 'apt_config.json']
     """
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
@@ -248,7 +253,9 @@ def load(
         PatchError: the model cannot be patched, or has an adapter of that name with other settings.
         ConfigError: ``adapter`` is no name.
 
-    Example:
+    Examples:
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
         >>> apt_kernels.load(model, "first")
         >>> apt_kernels.load(model, "second", adapter="b")  # beside "default", and active
     """

@@ -72,6 +72,13 @@ def patch_from_text(
         PatchError: the copy could not be exact; the message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
         ArgumentError: ``input_ids`` are not the token ids of one text, or the model has no such token.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+        >>> text = tokenizer("Answer briefly and name your source.", return_tensors="pt").input_ids
+        >>> apt_kernels.patch_from_text(model, text)
     """
     ids = _token_ids(model, input_ids)
     length = ids.shape[1]
@@ -114,6 +121,11 @@ def patch_from_peft(
         ArgumentError: ``folder`` is no path.
         PatchError: the copy could not be exact; the message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+        >>> apt_kernels.patch_from_peft(model, "peft-checkpoint")
     """
     compat.require("patch_from_peft")
     if not isinstance(folder, (str, os.PathLike)):

@@ -63,6 +63,12 @@ def patch(
         ConfigError: a setting is out of range, or a gate would let a token see later ones.
         PatchError: the model has no attention that can be patched, or is patched with other settings.
         ImplementationError: there is no implementation of that name.
+
+    Examples:
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
+        >>> apt_kernels.patch(model, prefix_length=16)
+        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     """
     return patch_checked(model, make_config(config, settings), example_inputs)
 
@@ -202,6 +208,11 @@ def unpatch(model: Model) -> Model:
 
     Returns the same model. Raises `PatchError` if the model is not patched, or is wrapped for several processes (by
     other than FSDP2, which goes on with the base model).
+
+    Examples:
+        >>> apt_kernels.unpatch(model)
+        >>> any("apt" in name.split(".") for name, _ in model.named_parameters())
+        False
     """
     state = state_of(model)
     events.check("unpatch", model)

@@ -84,7 +84,16 @@ class LayerProbe:
 
 @dataclass(frozen=True, repr=False)
 class Probe:
-    """The result of `probe`: the layers that have a prefix, in model order."""
+    """The result of `probe`: the layers that have a prefix, in model order.
+
+    Examples:
+        >>> found = apt_kernels.probe(model, [batch])
+        >>> found.save("probe.json")
+        >>> found.picture("probe.png")
+        >>> lengths = found.lengths(budget=sum(layer.length for layer in found.layers) // 2)
+        >>> sum(lengths) <= sum(layer.length for layer in found.layers) // 2
+        True
+    """
 
     layers: list[LayerProbe]
     modules: list[str]
@@ -280,6 +289,10 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
     Raises:
         PatchError: the model is not patched.
         ArgumentError: there are no batches, or one is not a dict.
+
+    Examples:
+        >>> found = apt_kernels.probe(model, [batch])
+        >>> print(found.table())
     """
     state = state_of(model)
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
@@ -327,6 +340,12 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     Raises:
         ConfigError: a length exceeds the layer's, or the tokens cannot be ranked; the model is unchanged.
         PatchError: the model is not patched, or its prefixes are sharded among processes.
+
+    Examples:
+        >>> lengths = apt_kernels.probe(model, [batch]).lengths(budget=24)
+        >>> apt_kernels.prune(model, lengths)
+        >>> sum(prefix.tokens()[0].shape[1] for prefix in apt_kernels.prefixes(model).values())
+        24
     """
     state = state_of(model)
     events.check("prune", model)

@@ -98,7 +98,12 @@ def state_of(model) -> State:
 
 
 def prefixes(model: nn.Module) -> dict[str, AdaptivePrefix]:
-    """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched."""
+    """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched.
+
+    Examples:
+        >>> for name, prefix in apt_kernels.prefixes(model).items():
+        ...     print(name, prefix.layer_scale.item())
+    """
     return state_of(model).prefixes
 
 

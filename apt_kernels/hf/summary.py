@@ -50,6 +50,9 @@ def summary(model: nn.Module) -> Summary:
     """How many parameters train, and where: ``print(apt_kernels.summary(model))``.
 
     Raises `PatchError` if the model is not patched, or if FullyShardedDataParallel holds it in pieces.
+
+    Examples:
+        >>> print(apt_kernels.summary(model))
     """
     state = state_of(model)
     refuse_pieces(model)

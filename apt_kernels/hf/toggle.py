@@ -19,6 +19,10 @@ def disabled(model: Model) -> Iterator[Model]:
     model has its prefix. Trained heads keep their values.
 
     Yields the model. Raises `PatchError` if it is not patched.
+
+    Examples:
+        >>> with apt_kernels.disabled(model):
+        ...     logits = model(**batch).logits  # of the base model's attention
     """
     with calls.disabling(state_of(model).token):
         yield model

@@ -114,6 +114,15 @@ def attention(
     Raises:
         ArgumentError: an argument has a wrong shape, dtype or device.
         ImplementationError: the implementation requested by name cannot run on this machine or on these inputs.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 2, 8, 128, 64)
+        >>> prefix_key, prefix_value = torch.randn(2, 8, 16, 64)
+        >>> gate = torch.zeros(2, 16)  # a weight of sigmoid(0) = 0.5, times layer_scale
+        >>> mask = apt_kernels.Mask(causal=True)
+        >>> out = apt_kernels.attention(query, key, value, prefix_key, prefix_value, gate, 2.0, mask=mask)
+        >>> out.shape
+        torch.Size([2, 8, 128, 64])
     """
     if others:
         refuse(others)
@@ -157,7 +166,14 @@ def _is_plain(tensors: list[Tensor]) -> bool:
 
 def selected(*arguments, implementation: str = "auto", return_logsumexp: bool = False, **keywords) -> Plan:
     """The plan of `attention` for these arguments: ``name`` and ``strategy`` of the implementation, and the ``reason``
-    of the choice: what excludes the implementations before it in the automatic choice."""
+    of the choice: what excludes the implementations before it in the automatic choice.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 2, 8, 128, 64)
+        >>> prefix_key, prefix_value = torch.randn(2, 8, 16, 64)
+        >>> apt_kernels.selected(query, key, value, prefix_key, prefix_value).name
+        'cpu'
+    """
     return choose.choose(make_inputs(*arguments, **keywords), implementation)
 
 

@@ -99,7 +99,12 @@ def _usability(backend: Backend) -> str:
 
 
 def info() -> dict:
-    """Versions, devices, and for each implementation ``"usable"`` or why it is not. Initialises no device."""
+    """Versions, devices, and for each implementation ``"usable"`` or why it is not. Initialises no device.
+
+    Examples:
+        >>> apt_kernels.info()["implementations"]["reference"]
+        'usable'
+    """
     versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "transformers"):
         try:

@@ -30,6 +30,14 @@ class AdaptivePrefix(nn.Module):
     Attention reads the parameters through ``__call__`` alone, so that the module hooks of DeepSpeed ZeRO-3 and of
     offloading gather them before use. With tensor parallelism the parameters are distributed tensors, and each process
     uses its own heads (sharding.py).
+
+    Examples:
+        >>> prefix = next(iter(apt_kernels.prefixes(model).values()))
+        >>> key, value = prefix.tokens()
+        >>> key.shape[1]
+        16
+        >>> prefix.layer_scale.item()
+        2.0
     """
 
     start: dict[str, Tensor]  # samples of the initial values, see `hf.state.remember_start`
