@@ -54,7 +54,13 @@ def test_any_inputs(case):
     accuracy.check(case.inputs(), "cpu", generator=GENERATOR().manual_seed(case.seed))
 
 
+# One row of the batch sees no key, and there are more queries than the keys that any row sees.
+_NOTHING_SEEN = Case(batch=2, kv_heads=1, group=1, queries=16, keys=16, length=1, head_dim=16, gate="none",
+                     causal=True, padding="all")  # fmt: skip
+
+
 @examples(150)
+@example(_NOTHING_SEEN)
 @given(
     cases(
         dropout=(0.0,), softcap=(0.0,), segments=(False,), window=(None,), dense=("",), bias=("",),

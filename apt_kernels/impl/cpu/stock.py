@@ -98,7 +98,7 @@ class Call(NamedTuple):
             if seen.shape[2] > 1:
                 seen = seen & (columns <= rows[:, None])
             else:
-                first = torch.where(seen, columns, seen.shape[3]).amin(-1, keepdim=True)
+                first = torch.where(seen, columns, rows.numel()).amin(-1, keepdim=True)
                 seen = first <= rows[:, None]
         hidden = ~seen.any(-1)
         return out.masked_fill(hidden[..., None], 0), logsumexp.masked_fill(hidden, NOTHING)
