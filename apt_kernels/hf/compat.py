@@ -79,6 +79,7 @@ FEATURES = {
                 "PreTrainedModel.base_model",
             ),
             "transformers.masking_utils": (
+                "ALL_MASK_ATTENTION_FUNCTIONS",
                 "bidirectional_mask_function",
                 "causal_mask_function",
                 "prepare_padding_mask",
