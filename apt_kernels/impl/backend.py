@@ -1,4 +1,4 @@
-"""What an implementation of the op provides, and the plan that is made once for each call."""
+"""The interface of an implementation of the op, and the plan that is made once for each call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .inputs import Inputs, heads_last_empty
 
 
 class Plan(NamedTuple):
-    """Which implementation computes a call, by which of its strategies, and why the preferred ones do not.
+    """The implementation and the strategy that compute a call, and why those preferred to them do not.
 
     `choose.choose` makes it once; forward and backward receive it. ``text`` carries it through the registered
     operator, whose arguments are tensors, numbers and strings.
@@ -51,16 +51,16 @@ class Result(NamedTuple):
 class Backend(ABC):
     """An implementation of the op. A module of ``impl/`` defines one instance of a subclass, ``BACKEND``.
 
-    `strategy`, `forward` and `backward` are required; everything else has a default. The results are held to
-    ``tests/impl/test_backends.py``: the error rule, the promised dtypes and layouts, the same bits in every run.
+    `strategy`, `forward` and `backward` are required; everything else has a default. ``tests/impl/test_backends.py``
+    tests every implementation: the error rule, the declared dtypes and layouts, the same bits in every run.
     """
 
     name: ClassVar[str]
-    # Of which inputs it returns the gradient in a layout of its own, the one of `empty_gradient`. The op brings every
-    # other gradient to the default layout.
+    # The inputs whose gradients it returns in its own layout, that of `empty_gradient`. The op converts every other
+    # gradient to the default layout.
     own_layouts: ClassVar[frozenset[str]] = frozenset()
-    # Whether it can also compute a call by torch's own differentiable operators (`attend`), and so serves transforms of
-    # torch.func, forward-mode differentiation and second derivatives.
+    # Whether it can also compute a call by torch's own differentiable operators (`attend`), and so supports torch.func,
+    # forward-mode differentiation and second derivatives.
     composite: ClassVar[bool] = False
 
     def obstacle(self) -> str | None:
@@ -72,7 +72,7 @@ class Backend(ABC):
         return None
 
     def reserved(self, x: Inputs) -> str | None:
-        """Why only a call that names it uses it for these inputs; None: the automatic choice may take it as well."""
+        """Why it computes these inputs only if requested by name; None: the automatic choice may use it, too."""
         return None
 
     def details(self) -> str:
@@ -81,7 +81,7 @@ class Backend(ABC):
 
     @abstractmethod
     def strategy(self, x: Inputs) -> str:
-        """Which of its ways to compute these inputs is the best: one word, for the plan."""
+        """The name of the strategy that is best for these inputs, one word."""
 
     def plan(self, x: Inputs, reason: str = "") -> Plan:
         """The plan for these inputs, by `strategy`; ``reason``: why the call uses this implementation."""

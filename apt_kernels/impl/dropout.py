@@ -1,4 +1,4 @@
-"""One random stream for attention dropout, the same in every implementation, addressed by position.
+"""A counter-based random stream for attention dropout, the same in every implementation.
 
 The element of batch row ``b``, query head ``h``, query ``t`` and column ``j`` (prefix columns ``0..M-1``, then token
 columns ``M..M+S-1``) is kept iff ``mix(row_key ^ (j * 0x9E3779B9)) >> 8 >= round(p * 2^24)``, all in unsigned 32-bit
@@ -25,14 +25,14 @@ def _constant(value: int) -> Tensor:
     return torch.tensor(_signed(value), dtype=torch.int32, device="cpu")
 
 
-# A Python number would be made a tensor, and cast, at every call.
+# Tensors, since a Python number would be converted to one at every call.
 _SHIFTS = {n: (_constant(n), _constant((1 << (32 - n)) - 1)) for n in (8, 15, 16)}
 _FIRST, _SECOND = map(_constant, MIX_MULTIPLIERS)
 _STEP, _SIGN = _constant(COLUMN_STEP), _constant(31)
 
 
 def _shift(x: Tensor, n: int, out: Tensor) -> Tensor:
-    """The unsigned shift (torch has none: the sign's copies are masked off)."""
+    """The unsigned shift, which torch does not have: an arithmetic one with the sign bits masked off."""
     places, left = _SHIFTS[n]
     return torch.bitwise_right_shift(x, places, out=out).bitwise_and_(left)
 
@@ -51,7 +51,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Columns whose 24-bit hash lies below this are dropped."""
+    """Columns whose 24-bit hash is below this are dropped."""
     return round(p * (1 << 24))
 
 

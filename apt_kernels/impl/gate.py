@@ -1,4 +1,4 @@
-"""From the gradient of the weights ``g = lambda * sigmoid(gate)`` to those of the gate's logits and of lambda."""
+"""The gradients of the gate's logits and of lambda from that of the weights ``g = lambda * sigmoid(gate)``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .inputs import Inputs
 def gate_gradients(
     x: Inputs, d_weights: Tensor, sum_by_index: Callable[[Inputs, Tensor], Tensor] | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``gate`` and ``layer_scale``, each None where it is not there.
+    """Gradients of ``gate`` and ``layer_scale``, each None where that input is None.
 
     ``d_weights``: ``[B|1, T|1, M]``, summed to the sizes of ``x.weights()`` (the last one always M). ``sum_by_index``
     replaces `index_add_`, which is not deterministic on a GPU.
@@ -32,5 +32,5 @@ def gate_gradients(
 
 
 def _sum_by_index(x: Inputs, rows: Tensor) -> Tensor:
-    """``[G, M]``: the rows ``[B, T|1, M]`` summed by the row of the gate that they picked."""
+    """``[G, M]``: the rows ``[B, T|1, M]`` summed by their index in the gate."""
     return rows.new_zeros(x.gate.shape).index_add_(0, x.gate_index.flatten(), rows.flatten(0, 1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..mask import visible_keys
 
-# The inputs that may have a gradient, in the order in which `backward` returns them.
+# The differentiable inputs, in the order in which `backward` returns their gradients.
 DIFFERENTIABLE = (
     "query",
     "key",
@@ -92,7 +92,7 @@ class Inputs:
 
     @property
     def gate_per_query(self) -> bool:
-        """Whether the queries of one row have gates of their own (a single query has the gate of its row)."""
+        """Whether each query of a row has its own gate (a single query has the gate of its row)."""
         rows = self.gate if self.gate_index is None else self.gate_index
         return rows is not None and rows.shape[1] > 1
 
@@ -119,7 +119,7 @@ class Inputs:
         return row[None] + self.query_offset[:, None]
 
     def _last_sees_all(self) -> bool:
-        """Whether a single query stands behind all keys, and nothing but causality could hide one: plain decoding."""
+        """Whether a single query sees every key: plain decoding, with no mask but a causal one that hides nothing."""
         if self.query.shape[2] > 1 or self.query_offset is not None or self.window_left >= 0 or self.window_right >= 0:
             return False
         parts = (self.key_padding, self.query_segments, self.dense)
@@ -128,7 +128,7 @@ class Inputs:
     def visible(
         self, first: int = 0, rows: int | None = None, first_key: int = 0, keys: int | None = None
     ) -> Tensor | None:
-        """bool, broadcastable to ``[B, Hq, rows, keys]``: which keys the queries see; None: all of them.
+        """bool, broadcastable to ``[B, Hq, rows, keys]``: which keys the queries see; None: every key.
 
         Of the queries ``first .. first + rows - 1`` and the keys ``first_key .. first_key + keys - 1``.
         """

@@ -54,7 +54,7 @@ def _prefix(x: Inputs, expand) -> tuple[Tensor, Tensor]:
     """Prefix logits ``[B, Hq, T, M]`` before the soft-cap, and the value ``[., Hq, M, Dv]`` that weighs them."""
     dtype, weights = x.query.dtype, x.weights()
     if weights is None or weights.shape[1] == 1:
-        # One gate a row: the scaled prefix P' itself, as the usual implementation materialises it.
+        # One gate per row: the scaled prefix P' is materialised, as in the usual implementation.
         column = 1.0 if weights is None else weights.transpose(-1, -2)[:, None]
         key = (expand(x.prefix_key)[None].to(x.compute_dtype) * column).to(dtype)
         value = (expand(x.prefix_value)[None].to(x.compute_dtype) * column).to(dtype)
@@ -106,13 +106,13 @@ class Reference(Backend):
         with torch.enable_grad():
             out, logsumexp = attend(Inputs(**values))
             outputs, seeds = [out], [grad_out]
-            # It depends on neither value.
+            # The log-sum-exp depends on neither value.
             if grad_logsumexp is not None and logsumexp.requires_grad:
                 outputs.append(logsumexp)
                 seeds.append(grad_logsumexp)
             grads = torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)
-        found = dict(zip(wanted, grads))
-        return [found.get(name) for name in DIFFERENTIABLE]
+        by_name = dict(zip(wanted, grads))
+        return [by_name.get(name) for name in DIFFERENTIABLE]
 
 
 BACKEND = Reference()

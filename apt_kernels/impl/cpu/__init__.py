@@ -1,4 +1,4 @@
-"""The CPU implementation: which of three ways computes a call, by what the stock kernel can do and by shape.
+"""The CPU implementation: one of three strategies, chosen by the limits of torch's own kernel and by shape.
 
 Source of its sizes: measured on two cores, bench/NOTES.md.
 """
@@ -15,15 +15,15 @@ from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
 from . import blocks, blocks_backward, prefix, stock
 from .scratch import Scratch
 
-# Query rows a key head from which one call on a copy of the keys beats two calls.
+# Query rows per key head from which one call on concatenated keys is faster than two calls.
 CONCAT_ROWS = 16
-# Most keys that one call on a copy takes under a causal mask: it computes the whole square, two calls skip half of it.
+# Most keys to concatenate under a causal mask: one call then computes the whole square, two calls skip half of it.
 CAUSAL_KEYS = 512
 
 
 class Cpu(Backend):
-    """``"merge"``: the stock kernel on the tokens, and the prefix folded in through the log-sum-exp; ``"concat"``: the
-    stock kernel on the prefix put behind the keys; ``"blockwise"``: our own blocks."""
+    """``"merge"``: the stock kernel on the tokens, merged with the prefix through the log-sum-exp; ``"concat"``: the
+    stock kernel on ``[keys ; prefix]``; ``"blockwise"``: blocks.py."""
 
     name = "cpu"
     own_layouts = frozenset({"key", "value"})
@@ -46,7 +46,7 @@ class Cpu(Backend):
         per_query = x.gate_per_query
         result = Result(*blocks.forward(x, stock.forward(x))) if per_query else prefix.forward(x, plan.strategy)
         if _is_masked(x) and bool(result.logsumexp.isnan().any()):
-            # A hidden logit was infinite or NaN: the stock kernel adds the mask, the blocks overwrite.
+            # A hidden logit was infinite or NaN: the stock kernel adds the mask, the blocks overwrite the logit.
             return Result(*blocks.forward(x), result.kept)
         return result
 
@@ -59,16 +59,16 @@ class Cpu(Backend):
         grad_logsumexp: Tensor | None,
         needs: list[bool],
     ) -> list[Tensor | None]:
-        way, (out, logsumexp, kept) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
-        if way != "blockwise" and _is_masked(x) and not _is_bounded(x):
+        strategy, (out, logsumexp, kept) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
+        if strategy != "blockwise" and _is_masked(x) and not _is_bounded(x):
             return self._unbounded_backward(x, plan, result, grad_out, needs)
-        if kept is not None and way != "concat" and stock.reverses(x):
-            # Key and value are views of what was kept.
+        if kept is not None and strategy != "concat" and stock.reverses(x):
+            # Key and value are views of the kept buffers.
             x = replace(x, key=x.key.flip(2), value=x.value.flip(2))
-        if way == "blockwise":
+        if strategy == "blockwise":
             return blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
         if not x.gate_per_query:
-            return prefix.backward(x, way, result, grad_out, needs)
+            return prefix.backward(x, strategy, result, grad_out, needs)
         of_tokens = None
         if any(needs[:3]):
             tokens = {"query": x.query, "key": x.key, "value": x.value}
@@ -79,7 +79,7 @@ class Cpu(Backend):
     def _unbounded_backward(
         self, x: Inputs, plan: Plan, result: Result, grad_out: Tensor, needs: list[bool]
     ) -> list[Tensor | None]:
-        """In blocks, which overwrite hidden logits, and in the layout of the plan's strategy."""
+        """The blockwise backward, which overwrites hidden logits, with results in the layout of the plan's strategy."""
         grads = self.backward(x, plan._replace(strategy="blockwise"), result, grad_out, None, needs)
         for i, name in enumerate(DIFFERENTIABLE):
             if name in self.own_layouts and grads[i] is not None:
@@ -87,7 +87,7 @@ class Cpu(Backend):
         return grads
 
     def empty_kept(self, x: Inputs, plan: Plan) -> tuple[Tensor, Tensor] | None:
-        """``[key ; prefix]`` and ``[value ; prefix]``, which ``"concat"`` makes."""
+        """``[key ; prefix]`` and ``[value ; prefix]`` of ``"concat"``."""
         if plan.strategy != "concat":
             return None
         batch, _, kv_heads, _, keys, length, head_dim, value_dim = x.sizes
@@ -100,13 +100,13 @@ class Cpu(Backend):
             return super().empty_gradient(x, plan, name, of_logsumexp, needs)
         like, length = getattr(x, name), x.prefix_key.shape[1]
         batch, kv_heads, keys, dim = like.shape
-        # What the stock kernel returns for the concatenation, less the prefix: uncopied.
+        # A view without the prefix of what the stock kernel returns for the concatenation: not copied.
         whole = heads_last_empty(like, batch, kv_heads, keys + length, dim)[:, :, :keys]
         return torch.empty_like(whole) if stock.reverses(x) else whole
 
 
 def _short_square(x: Inputs) -> bool:
-    """Whether a causal mask is that and nothing more, over few keys; query 0 stands at -1 or later."""
+    """Whether a causal mask has no other part, few keys, and query 0 at position -1 or later."""
     plain = all(part is None for part in (x.key_padding, x.dense, x.bias, x.query_offset))
     return plain and x.key.shape[2] <= CAUSAL_KEYS and x.offset >= -1
 
@@ -126,7 +126,7 @@ def _is_bounded(x: Inputs) -> bool:
 
 
 def _backward_strategy(plan: Plan, of_logsumexp: bool, needs: list[bool]) -> str:
-    """The stock backward has no place for a gradient of the log-sum-exp, nor one for a bias."""
+    """``"blockwise"`` where the stock backward cannot be used: with a gradient of the log-sum-exp or of the bias."""
     return "blockwise" if of_logsumexp or needs[DIFFERENTIABLE.index("bias")] else plan.strategy
 
 

@@ -1,8 +1,8 @@
-"""Attention in blocks that stay in the cache: matrix products by the BLAS, everything between them in place.
+"""Attention in blocks that fit the cache: matrix products by the BLAS, everything between them in place.
 
 A stream is a batch row and a key/value head. A block is some streams, some of their query rows, and the columns that
-these can see: the prefix, ungated, then keys. The gate scales the prefix columns of a block's matrices, never a tensor
-of keys. The backward recomputes probabilities from the log-sum-exp.
+these can see: the ungated prefix, then keys. The gate scales the prefix columns of a block's matrices, not the prefix.
+The backward recomputes probabilities from the log-sum-exp.
 
 Matrices are ``[n, group * rows, columns]``, ``n`` streams; seen as ``[B, Hq, rows, columns]`` where heads matter.
 
@@ -21,13 +21,13 @@ from ..inputs import Inputs, heads_last_empty, part_of
 from .ranges import Chunk, Rows, key_limits, visible_rows
 from .scratch import Scratch
 
-# Elements of one block's logits for each thread, and its most query rows: see bench/NOTES.md.
+# Elements of one block's logits per thread, and the most query rows of a block: see bench/NOTES.md.
 BLOCK_ELEMENTS = 1 << 18
 BLOCK_ROWS = 128
 
 
 def forward(x: Inputs, of_tokens: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of the op. ``of_tokens``: those over the tokens alone, to fold prefix and sinks into."""
+    """Output and log-sum-exp of the op. ``of_tokens``: those over the tokens alone, if they are computed already."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     if of_tokens is not None and of_tokens[0].dtype == x.query.dtype:
         out = of_tokens[0]
@@ -42,7 +42,7 @@ def forward(x: Inputs, of_tokens: tuple[Tensor, Tensor] | None = None) -> tuple[
 
 
 class Blocks:
-    """A call cut into streams; ``tokens`` False: the prefix columns alone."""
+    """A call split into streams; ``tokens`` False: the prefix columns alone."""
 
     def __init__(self, x: Inputs, tokens: bool):
         self.x, self.tokens = x, tokens
@@ -52,7 +52,7 @@ class Blocks:
             self.row_keys = row_keys(x.seed, x.query.shape[0], x.query.shape[1], 0, x.query.shape[2])
 
     def streams(self) -> Iterator[Streams]:
-        """Cut the streams and the query rows so that one block's logits fit the cache."""
+        """Split the streams and the query rows so that one block's logits fit the cache."""
         batch, heads, kv_heads, queries, _, length, dim, _ = self.x.sizes
         group = heads // kv_heads
         budget = BLOCK_ELEMENTS * torch.get_num_threads()
@@ -71,7 +71,7 @@ class Blocks:
                 yield Streams(self, chunk)
 
     def _span(self, rows: int) -> int:
-        """How many keys a block of rows sees at most."""
+        """The largest number of keys that a block of rows sees."""
         x, keys = self.x, self.x.key.shape[2]
         right = 0 if x.causal else x.window_right
         return min(keys, rows + x.window_left + right) if x.window_left >= 0 and right >= 0 else keys
@@ -165,7 +165,7 @@ class Streams:
         for keys in rows.masked:
             visible = self.x.visible(rows.first, rows.count, keys.start, keys.stop - keys.start)
             if visible is not None:
-                # Not by adding: a hidden logit may be infinite, or NaN.
+                # Overwritten, not added to: a hidden logit may be infinite or NaN.
                 tokens[..., keys.start - rows.low : keys.stop - rows.low].masked_fill_(~visible, -torch.inf)
         return logits, tanh
 

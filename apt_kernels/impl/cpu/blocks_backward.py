@@ -1,4 +1,4 @@
-"""The backward of `cpu_blocks`: the closed form, block by block, and only the gradients that are needed.
+"""The backward of blocks.py: the closed form, block by block, and only the gradients that are needed.
 
 With ``p`` from the log-sum-exp, ``g`` the gate's weights (1 on tokens), ``s`` the scaled product of query and ungated
 key, ``dO`` divided by ``1 - dropout_p``, ``keep`` the dropout mask and ``r = keep (dO . v)``:
@@ -28,7 +28,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed.
 
-    ``of_tokens``: the tokens' share of those of query, key and value, where it is known; the query's is added to.
+    ``of_tokens``: the tokens' part of those of query, key and value, if computed; the query's is added to in place.
     """
     grads = Gradients(x, needs, of_tokens)
     for streams in Blocks(x, grads.of_tokens).streams():
@@ -37,7 +37,7 @@ def backward(
 
 
 class Gradients:
-    """The whole call's gradients while they are summed; None where not needed."""
+    """The gradients of the whole call, summed block by block; None where not needed."""
 
     query: Tensor | None
     key: Tensor | None
@@ -67,7 +67,7 @@ class Gradients:
 
     @property
     def of_tokens(self) -> bool:
-        """Whether any gradient is still to come through the token columns."""
+        """Whether any gradient through the token columns remains to be computed."""
         parts = (self.query, self.key, self.value, self.bias)
         return not self.adds_to_query and any(part is not None for part in parts)
 
@@ -97,7 +97,7 @@ class Backward:
         return self.streams.scratch.take(name, like.shape[0], columns, like.shape[2]).zero_()
 
     def run(self, out: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None) -> None:
-        """Add this chunk's share to the gradients."""
+        """Add this chunk's part to the gradients."""
         streams, chunk = self.streams, self.streams.chunk
         grad = streams.stacked("grad_out", grad_out[chunk.batch, chunk.heads])
         delta = self.delta(grad, out, grad_logsumexp)
@@ -178,7 +178,7 @@ class Backward:
         if target is not None and target.is_contiguous():
             target.baddbmm_(columns.mT, operand)
             return
-        # The batched product takes a contiguous result alone; others it would make one by one.
+        # The batched product needs a contiguous result; into others it would multiply one matrix at a time.
         part = self.streams.product("part", columns.mT, operand)
         if target is not None:
             target.add_(part)

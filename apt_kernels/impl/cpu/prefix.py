@@ -1,10 +1,10 @@
-"""A prefix with one gate a row by the stock kernel: gated and scaled in memory (it is short), then merged or joined.
+"""A prefix with one gate per row, by the stock kernel: it is gated in memory, then merged or concatenated.
 
-``concat``: one call on the prefix behind the keys; results are what the kernel returns, uncopied. Under a causal mask
-the keys stand in reverse there, so that what query ``i`` sees of column ``c`` depends on ``i + c`` alone: the mask is
-one vector, seen as a matrix by strides of (1, 1), and never hides the prefix. ``merge``: one call on the tokens, one on
-the prefix, joined through their log-sum-exps, a few batch rows at a time, so that what lies between two calls stays in
-the cache and padding beyond the chunk's longest row costs nothing.
+``concat``: one call on ``[keys ; prefix]``; results are what the kernel returns, not copies. Under a causal mask the
+keys are in reverse order, so that whether query ``i`` sees column ``c`` depends on ``i + c`` alone: the mask is one
+vector, viewed as a matrix with strides (1, 1), and never hides the prefix. ``merge``: one call on the tokens, one on
+the prefix, merged through their log-sum-exps, a few batch rows at a time, so that intermediate results stay in the
+cache and padding beyond the chunk's longest row costs nothing.
 
 Source of its sizes: measured on two cores, bench/NOTES.md.
 """
@@ -21,15 +21,15 @@ from . import stock
 from .ranges import Chunk, by_batch
 from .scratch import Scratch
 
-# Elements of the keys of a chunk of batch rows, and the least heads a thread in it: see bench/NOTES.md.
+# Elements of the keys of a chunk of batch rows, and its least number of heads per thread: see bench/NOTES.md.
 CHUNK_ELEMENTS = 1 << 18
 CHUNK_HEADS = 4
 
 
-def _chunks(x: Inputs, way: str) -> list[Chunk]:
+def _chunks(x: Inputs, strategy: str) -> list[Chunk]:
     batch, heads, kv_heads, queries, keys, length, dim, _ = x.sizes
-    # A single query reads every key once: nothing is left to find in the cache.
-    if way == "concat" or queries == 1:
+    # A single query reads every key once: caching them gains nothing.
+    if strategy == "concat" or queries == 1:
         return by_batch(x, batch)
     row = kv_heads * (length + keys) * dim
     size = max(CHUNK_ELEMENTS // row, -(-CHUNK_HEADS * torch.get_num_threads() // heads), 1)
@@ -39,10 +39,12 @@ def _chunks(x: Inputs, way: str) -> list[Chunk]:
 class _Prefix:
     """The gated prefix in the query's dtype, rounded once, ``[B, Hkv, M, dim]``, and the calls that use it."""
 
-    def __init__(self, x: Inputs, way: str, kept: tuple[Tensor, Tensor] | None = None):
-        self.x, self.way, self.length, self.weights = x, way, x.prefix_key.shape[1], x.weights()
+    def __init__(self, x: Inputs, strategy: str, kept: tuple[Tensor, Tensor] | None = None):
+        self.x, self.strategy, self.length, self.weights = x, strategy, x.prefix_key.shape[1], x.weights()
         self.scratch, self.kept = Scratch(x.query, x.query.dtype), kept
-        self.gated = None if kept or way == "concat" else [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
+        self.gated = (
+            None if kept or strategy == "concat" else [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
+        )
 
     def _gated(self, prefix: Tensor, out: Tensor | None = None) -> Tensor:
         batch, dtype, wide = self.x.query.shape[0], self.x.query.dtype, self.x.compute_dtype
@@ -56,7 +58,7 @@ class _Prefix:
         return gated if out is None else out.copy_(gated)
 
     def _joined(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """``[tokens ; gated prefix]``, written once; under a causal mask the tokens in reverse."""
+        """``[tokens ; gated prefix]``; under a causal mask the tokens in reverse order."""
         batch, kv_heads, keys, dim = tokens.shape
         both = tokens.new_empty(batch, kv_heads, keys + self.length, dim)
         if stock.reverses(self.x):
@@ -69,7 +71,7 @@ class _Prefix:
 
     def call(self, chunk: Chunk, x: Inputs) -> stock.Call:
         """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, of the tokens as well."""
-        if self.way != "concat":
+        if self.strategy != "concat":
             key, value = (gated[chunk.batch] for gated in self.gated)
             return stock.Call(x.query, key, value, None, x.scale)
         if self.kept is None:
@@ -81,10 +83,10 @@ class _Prefix:
         return stock.Call(x.query, *self.kept, mask, x.scale)
 
 
-def forward(x: Inputs, way: str) -> Result:
-    """The op's forward. ``way``: ``"merge"`` or ``"concat"``, which keeps the two concatenations."""
+def forward(x: Inputs, strategy: str) -> Result:
+    """The op's forward. ``strategy``: ``"merge"`` or ``"concat"``, which keeps the two concatenations."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    prefix, chunks = _Prefix(x, way), _chunks(x, way)
+    prefix, chunks = _Prefix(x, strategy), _chunks(x, strategy)
     if len(chunks) > 1:
         whole_out = heads_last_empty(x.query, batch, heads, queries, value_dim)
         whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
@@ -95,7 +97,7 @@ def forward(x: Inputs, way: str) -> Result:
             alone, sinks = logsumexp, x.sinks.to(logsumexp.dtype).view(1, -1, 1)
             logsumexp = torch.logaddexp(alone, sinks)
             out.mul_(torch.exp(alone - logsumexp)[..., None])
-        if way == "merge":
+        if strategy == "merge":
             for tokens in stock.parts(part, prefix.scratch):
                 tokens.merge_(out, logsumexp)
         if len(chunks) == 1:
@@ -107,21 +109,21 @@ def forward(x: Inputs, way: str) -> Result:
 
 def backward(
     x: Inputs,
-    way: str,
+    strategy: str,
     result: Result,
     grad_out: Tensor,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
     out, logsumexp, kept = result
-    need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, way, kept), _chunks(x, way)
+    need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, strategy, kept), _chunks(x, strategy)
     batch, _, kv_heads, _, _, length, dim, value_dim = x.sizes
-    # By position, so that both sums over it are batched products: see _prefix_gradients.
+    # Prefix position first, so that both sums are batched products: see `_prefix_gradients`.
     d_gated = x.query.new_empty(length, batch, kv_heads * (dim + value_dim))
     parts = d_gated[..., : kv_heads * dim], d_gated[..., kv_heads * dim :]
     d_parts = [part.unflatten(2, (kv_heads, -1)) for part in parts]
     whole = {}
-    if way == "merge":
+    if strategy == "merge":
         whole = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
     for chunk in chunks:
         part, rows = x if len(chunks) == 1 else chunk.of(x), chunk.batch
@@ -130,8 +132,8 @@ def backward(
         for total, name in zip(d_parts, ("key", "value")):
             tokens, of_prefix = found[name].tensor_split([found[name].shape[2] - length], 2)
             total[:, rows].copy_(of_prefix.permute(2, 0, 1, 3))
-            found[name] = tokens.flip(2) if way == "concat" and stock.reverses(x) and need[name] else tokens
-        if way == "concat":
+            found[name] = tokens.flip(2) if strategy == "concat" and stock.reverses(x) and need[name] else tokens
+        if strategy == "concat":
             whole = found
             break
         into = {name: total[rows] for name, total in whole.items()}
@@ -151,7 +153,7 @@ def _tokens(x: Inputs) -> dict[str, Tensor]:
 
 
 def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: dict[str, bool]) -> dict:
-    """From the gradient ``[M, B, Hkv * (D + Dv)]`` of the gated prefix: the prefix's, the gate's and the scale's.
+    """The gradients of prefix, gate and scale from that of the gated prefix, ``[M, B, Hkv * (D + Dv)]``.
 
     Both sums, over the batch and over heads and dims, are matrix products, one for each prefix position.
     """
@@ -162,7 +164,7 @@ def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: 
     d_gated = d_gated.to(wide)
     if need["gate"] or need["layer_scale"]:
         prefix = torch.cat([part.transpose(0, 1).flatten(1) for part in (x.prefix_key, x.prefix_value)], 1).to(wide)
-        # As rows: the product with a column is twice as slow.
+        # As a row: the product with a column is twice as slow.
         d_weights = torch.bmm(prefix[:, None], d_gated.mT).permute(2, 1, 0)
         found["gate"], found["layer_scale"] = gate_gradients(x, d_weights)
     if weights is not None:

@@ -1,4 +1,4 @@
-"""How a call is cut: into chunks of batch rows and heads, and into query rows with the keys that these can see."""
+"""Splitting a call into chunks of batch rows and heads, and into query rows with the keys that these can see."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..inputs import Inputs
 
 
 class Chunk(NamedTuple):
-    """What is computed together: batch rows, query heads, their key/value heads; blocks of at most ``rows`` queries."""
+    """A unit of work: batch rows, query heads, their key/value heads; blocks of at most ``rows`` queries."""
 
     batch: slice
     heads: slice
@@ -20,7 +20,7 @@ class Chunk(NamedTuple):
     rows: int
 
     def narrow(self, tensor: Tensor | None, *cuts: slice) -> Tensor | None:
-        """Cut the leading dimensions, except those of size 1, which broadcast."""
+        """Slice the leading dimensions, except those of size 1, which broadcast."""
         for dim, cut in enumerate(cuts):
             if tensor is not None and tensor.shape[dim] > 1:
                 tensor = tensor.narrow(dim, cut.start, cut.stop - cut.start)
@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Query rows ``first .. first + count - 1``; keys ``low .. high - 1`` hold all that they see; ``masked``: the
+    """Query rows ``first .. first + count - 1``, which see no keys outside of ``low .. high - 1``; ``masked``: the
     ranges among these where some query does not see some key."""
 
     first: int
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of all queries: the first and last position of query 0, and the range of keys that are not padding."""
+    """Over all batch rows: the first and last position of query 0, and the range of keys that are not padding."""
 
     least_offset: int
     most_offset: int
@@ -100,7 +100,7 @@ def row_ends(x: Inputs) -> tuple[list[int], list[bool]]:
 def visible_rows(x: Inputs, limits: Limits, first: int, count: int) -> Rows:
     """The keys that the queries ``first .. first + count - 1`` can see."""
     low, high = limits.low, limits.high
-    # Keys from clear_low to clear_high are seen by all these queries, as far as positions go.
+    # By position alone, all these queries see the keys from clear_low to clear_high.
     clear_low, clear_high = low, high
     right = 0 if x.causal else x.window_right
     if right >= 0:
@@ -120,7 +120,7 @@ def visible_rows(x: Inputs, limits: Limits, first: int, count: int) -> Rows:
 
 
 def _of_segments(x: Inputs, first: int, count: int, low: int, high: int) -> tuple[int, int]:
-    """The range of the keys whose segment is not outside those of the queries."""
+    """The range of the keys whose segments are among those of the queries."""
     segments = x.query_segments[:, first : first + count]
     keys = x.key_segments[:, low:high]
     near = (keys >= segments.amin(1, keepdim=True)) & (keys <= segments.amax(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Memory that one call uses again and again."""
+"""Buffers that one call reuses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Scratch:
-    """Buffers by name, kept from block to block: fresh pages cost as much as the arithmetic on them."""
+    """Buffers by name, reused from block to block: new memory pages cost as much as the arithmetic on them."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
         self.like, self.dtype = like, dtype
         self.kept: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised contiguous tensor that is valid until the name is taken again."""
+        """An uninitialised contiguous tensor that is valid until the name is requested again."""
         count = 1
         for size in shape:
             count *= size

@@ -1,9 +1,9 @@
-"""The stock CPU flash kernel on the tokens, and what it can and cannot do.
+"""torch's own CPU flash kernel ("stock kernel") on the tokens, and its limits.
 
-It takes float32, float64, bfloat16 and float16, rows that lie anywhere but are contiguous, grouped heads, an additive
-mask that broadcasts, and causality from the top left. Its backward uses the output and the log-sum-exp that it is
-handed, so those of the whole softmax give the exact gradients of a part of its columns. It refuses dropout and values
-of another size.
+It takes float32, float64, bfloat16 and float16, contiguous rows with any strides between them, grouped heads, an
+additive mask that broadcasts, and a causal mask aligned to the top left. Its backward uses the output and the
+log-sum-exp that it is given, so those of the whole softmax give the exact gradients of a part of its columns. It
+refuses dropout, and values whose head size differs.
 
 Source of its sizes: measured on two cores, bench/NOTES.md.
 """
@@ -23,19 +23,19 @@ from .scratch import Scratch
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# The log-sum-exp of a row that sees no token: finite, so that it can be merged, and so low that it weighs nothing.
+# The log-sum-exp of a row that sees no token: finite, so that it can be merged, and so low that its weight is zero.
 NOTHING = torch.finfo(torch.float32).min
 
-# The kernel skips hidden keys 512 at a time. A causal square is halved down to this many rows, so that what is left to
-# skip is small, at the price of a merge for each halving: see bench/NOTES.md.
+# The kernel skips hidden keys 512 at a time. A causal square is halved down to this many rows, so that few hidden keys
+# are computed, at the price of a merge for each halving: see bench/NOTES.md.
 CAUSAL_ROWS = 256
 
-# Query rows for each key from which a copy of the keys that the kernel reads faster pays: see bench/NOTES.md.
+# Query rows per key from which a contiguous copy of the keys pays: see bench/NOTES.md.
 COPY_ROWS = 64
 
 
 def obstacle(x: Inputs) -> str | None:
-    """Why the stock kernel cannot serve these inputs; None: it can."""
+    """Why the stock kernel cannot compute these inputs; None: it can."""
     if x.dropout_p > 0:
         return "dropout"
     if x.softcap > 0:
@@ -65,7 +65,7 @@ def _mask_grows(x: Inputs) -> bool:
 
 
 class Call(NamedTuple):
-    """One call of the kernel, and which ``rows`` and ``keys`` of the whole it is about. ``mask`` is additive."""
+    """One call of the kernel, on these ``rows`` and ``keys`` of the whole. ``mask`` is additive."""
 
     query: Tensor
     key: Tensor
@@ -77,19 +77,19 @@ class Call(NamedTuple):
     keys: slice = slice(None)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp, in layouts of the kernel's choice."""
+        """Output and log-sum-exp, in the layouts that the kernel returns."""
         key, value, mask = _rows(self.key), _rows(self.value), _mask_rows(self.mask)
         if not self._folds():
-            found = _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
-            return self._marked(*found)
-        # The heads of a group as the rows of one: their keys are read once, not once a head.
+            results = _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
+            return self._marked(*results)
+        # The heads of a group become rows of one head: their keys are read once, not once per head.
         size = self.query.shape
         folded = _rows(self.query.reshape(size[0], key.shape[1], -1, size[3]))
         out, logsumexp = _flash(folded, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
         return self._marked(out.reshape(*size[:3], -1), logsumexp.reshape(size[:3]))
 
     def _marked(self, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
-        """Where a row sees no key, the output 0 and the log-sum-exp `NOTHING`, for which the kernel returns 0."""
+        """The results, where a row sees no key with output 0 and log-sum-exp `NOTHING` (the kernel returns 0)."""
         if self.mask is None or bool(logsumexp.all()):
             return out, logsumexp
         seen = self.mask > -torch.inf
@@ -118,19 +118,19 @@ class Call(NamedTuple):
         more, more_logsumexp = self.forward()
         out, logsumexp = out[:, :, self.rows], logsumexp[:, :, self.rows]
         total = torch.logaddexp(logsumexp, more_logsumexp)
-        # Two weights, each exact in relative terms; as "w and 1 - w" the smaller would not be.
+        # Two exponentials: "w and 1 - w" would lose the relative accuracy of the smaller weight.
         weight, more_weight = ((part - total).exp_()[..., None].to(out.dtype) for part in (logsumexp, more_logsumexp))
         out.mul_(weight).addcmul_(more, more_weight)
         logsumexp.copy_(total)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension, which the kernel takes for granted: it would read other memory."""
+    """The tensor with a contiguous last dimension, which the kernel assumes without a check."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _mask_rows(mask: Tensor | None) -> Tensor | None:
-    """The same of a mask, whose last stride may also be 0."""
+    """`_rows` of a mask, whose last stride may also be 0."""
     return mask if mask is None or mask.stride(-1) == 0 else _rows(mask)
 
 
@@ -152,11 +152,11 @@ def parts(x: Inputs, scratch: Scratch) -> list[Call]:
 
 
 def _rectangles(causal: bool, offset: int, queries: int, keys: int) -> list[tuple[slice, slice, bool]]:
-    """Rows, keys, and whether causality from the top left holds among them; together what a causal mask shows."""
+    """Rows, keys, and whether a causal mask holds among them; together they cover what a causal mask shows."""
     if not causal or offset >= keys - 1:
         return [(slice(0, queries), slice(0, keys), False)]
-    # Query ``first`` stands at key ``low``: a causal square from there, with what all rows see before it in keys, and
-    # what later rows see of it.
+    # Query ``first`` is at key ``low``, where a causal square begins. All rows see the keys before the square; the rows
+    # after it see the keys in it.
     first, low = max(-offset, 0), max(offset, 0)
     size = min(queries - first, keys - low)
     if size <= 0:
@@ -186,12 +186,12 @@ def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Ten
 
 
 def reverses(x: Inputs) -> bool:
-    """Whether one call on a copy of the keys takes them in reverse: see `causal_mask_of_reversed`."""
+    """Whether ``concat`` has the keys in reverse order: see `causal_mask_of_reversed`."""
     return x.causal and x.query.shape[2] > 1
 
 
 def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
-    """Causality over ``[keys in reverse ; prefix]`` as `additive_mask` gives masks, without a matrix in memory.
+    """The causal mask over ``[reversed keys ; prefix]`` as an additive mask, without a matrix in memory.
 
     Column ``c`` holds key ``S - 1 - c``, which query ``i`` at position ``i + offset`` sees iff ``i + c`` is at least
     ``S - 1 - offset``; the prefix's columns, from ``S`` on, always are if the offset is -1 or more.
@@ -203,9 +203,9 @@ def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
 
 
 def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | None:
-    """What is added to the logits of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, keys + prefix]``; None: nothing.
+    """The additive mask of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, keys + prefix]``; None: none is needed.
 
-    Zero on prefix columns, which stand last. Causality is not in it unless there is one query.
+    Zero on prefix columns, which come last. It includes causality only for a single query.
     """
     keys = slice(low, high)
     if x.query.shape[2] == 1:
@@ -231,7 +231,7 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Output, stored heads last, and log-sum-exp over the tokens alone, both in the dtype of the sums.
 
-    Where a row sees no token the output is finite, and the log-sum-exp so low that it weighs nothing.
+    Where a row sees no token the output is finite, and the log-sum-exp so low that its weight is zero.
     """
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     out = heads_last_empty(x.query, batch, heads, queries, value_dim, x.compute_dtype).zero_()
@@ -244,7 +244,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
 def backward_(
     x: Inputs, scratch: Scratch, out: Tensor, logsumexp: Tensor, grad_out: Tensor, into: dict[str, Tensor]
 ) -> None:
-    """Add the gradients through the tokens to those ``into`` has by name, of query, key and value.
+    """Add the gradients through the tokens to those of query, key and value, which ``into`` holds by name.
 
     ``out, logsumexp`` are those of the whole softmax.
     """

@@ -1,22 +1,20 @@
-"""The CUDA C++ kernels of ``csrc/``, for where Triton cannot go. Importing this loads no library."""
+"""The CUDA C++ kernels of ``csrc/``, for GPUs and platforms without Triton. Importing this loads no library."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backend import Backend, Plan, Result
 from ..inputs import Inputs
 from . import library
 
-MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Cuda(Backend):
-    """The kernels of the built library, on a CUDA device, or on the host where a build for it was loaded."""
+    """The kernels of the built library, on a CUDA device, or on the host if a host build was loaded."""
 
     name = "cuda"
 
@@ -38,10 +36,7 @@ class Cuda(Backend):
             obstacle = self._device_obstacle(device, dtype)
             if obstacle:
                 return obstacle
-        *_, head_dim, value_dim = x.sizes
-        if max(head_dim, value_dim) > MAX_HEAD_DIM:
-            return f"head sizes are {head_dim} and {value_dim}; it takes up to {MAX_HEAD_DIM}"
-        return None
+        return gpu.head_size_obstacle(x)
 
     def _device_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if torch.version.hip:
@@ -67,7 +62,7 @@ class Cuda(Backend):
     def forward(self, x: Inputs, plan: Plan) -> Result:
         from . import attend
 
-        with _on(x.query.device):
+        with gpu.current(x.query.device):
             return Result(*attend.forward(x))
 
     def backward(
@@ -81,13 +76,8 @@ class Cuda(Backend):
     ) -> list[Tensor | None]:
         from . import attend
 
-        with _on(x.query.device):
+        with gpu.current(x.query.device):
             return attend.backward(x, result.out, result.logsumexp, grad_out, grad_logsumexp, needs)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 BACKEND = Cuda()

@@ -1,4 +1,4 @@
-"""Forward and backward: one kernel each for the output, dq, dk and dv, the prefix, a gate by query, and the bias."""
+"""Forward and backward: one kernel each for the output, dq, dk and dv, the prefix, a gate per query, and the bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..sinks import sinks_gradient
 from .launch import Problem, count_tiles, rows
 from .ranges import find_ranges
 
-# Blocks that fill every device; by this alone, and by shape, are the prefix's partial sums cut.
+# Enough blocks for every device. The number of the prefix's partial sums depends on this and on shapes alone, so that
+# results are the same on every device.
 _BLOCKS = 512
 
 
@@ -56,7 +57,7 @@ def backward(
         if d_weights is None:
             batch, _, _, queries, _, length, *_ = x.sizes
             d_weights = problem.empty(batch, queries, length)
-            # Four dimensions, the heads' with one element, as the kernel writes it.
+            # With a head dimension of size one, as the kernel writes it.
             problem.run("gate", sums=_beside_heads(d_weights), **given)
         elif x.gate is None or (x.gate_index is None and x.gate.shape[0] == 1):
             d_weights = d_weights.sum(0, keepdim=True)
@@ -74,7 +75,7 @@ def _beside_heads(d_weights: Tensor) -> Tensor:
 
 
 def _parts(problem: Problem) -> tuple[int, int, int]:
-    """Batch rows that share a partial sum, how many such chunks, and the splits of a row. By shape alone."""
+    """Batch rows per partial sum, the number of such chunks, and the splits of a row; they depend on shapes alone."""
     batch, heads, kv_heads, queries, _, length, *_ = problem.x.sizes
     size, columns = problem.tile("prefix")
     base = count_tiles(length, size) * kv_heads
@@ -89,7 +90,7 @@ def _parts(problem: Problem) -> tuple[int, int, int]:
 def _prefix_gradient(
     problem: Problem, given: dict[str, Tensor], key: bool, value: bool, gate: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dPk, dPv, and the gradient ``[B, 1, M]`` of a gate that a row's queries share: partial sums, then their sum."""
+    """dPk, dPv, and the gradient ``[B, 1, M]`` of a gate per row: partial sums, then their sum."""
     batch, _, kv_heads, _, _, length, head_dim, value_dim = problem.x.sizes
     chunk, chunks, splits = _parts(problem)
     keys = problem.empty(chunks * splits, kv_heads, length, head_dim) if key else None
@@ -104,7 +105,7 @@ def _prefix_gradient(
 
 
 def _sum_by_index(x: Inputs, d_gate: Tensor) -> Tensor:
-    """``[G, M]``: the rows ``[B, T|1, M]`` summed, in order, by the row of the gate that they picked."""
+    """``[G, M]``: the rows ``[B, T|1, M]`` summed, in order, by their index in the gate."""
     problem = Problem(x)
     summed = problem.empty(*x.gate.shape)
     problem.run("index", delta=d_gate.contiguous(), sums=summed, queries=d_gate.shape[1], splits=x.gate.shape[0])

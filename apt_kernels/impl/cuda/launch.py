@@ -1,4 +1,4 @@
-"""What the kernels take, in the order that the library names, and the launch."""
+"""The kernels' arguments, in the order that the library declares, and the launch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LAUNCHES: Counter[str] = Counter()
 
 @functools.cache
 def _fields(operators) -> list[list[str]]:
-    """Names of the tensors, the integers, the real numbers and the kernels, each in the library's order."""
+    """The names of tensors, integers, real numbers and kernels, each in the library's order."""
     return [part.split() for part in operators.fields().split(";")]
 
 
 class Problem:
-    """`Inputs` as the kernels see them."""
+    """`Inputs` as arguments of the kernels."""
 
     def __init__(self, x: Inputs):
         self.x = x
@@ -54,7 +54,7 @@ class Problem:
 
     @staticmethod
     def _take(x: Inputs) -> dict[str, Tensor | None]:
-        """The tensors in the types that the kernels read; a copy only of what is small, or strided in its rows."""
+        """The tensors in the kernels' types; copied are small tensors and those whose rows are not contiguous."""
         dtype, single = x.query.dtype, torch.float32
         parts = {name: rows(getattr(x, name)) for name in ("query", "key", "value")}
         parts |= {name: rows(getattr(x, name).to(dtype)) for name in ("prefix_key", "prefix_value")}
@@ -65,7 +65,7 @@ class Problem:
         return parts | {name: getattr(x, name) for name in ("bias", "dense", "key_padding")}
 
     def tile(self, kernel: str) -> tuple[int, int]:
-        """Rows and columns that a block of a kernel takes at a time."""
+        """The tile size of a kernel: rows and columns of a block."""
         *_, head_dim, value_dim = self.x.sizes
         rows, columns, _ = self._operators.tile(self._number(kernel), self._type, max(head_dim, value_dim))
         return rows, columns
@@ -75,7 +75,7 @@ class Problem:
         return torch.empty(shape, dtype=torch.float32, device=self.x.query.device)
 
     def run(self, kernel: str, **more: Tensor | int | None) -> None:
-        """Launch a kernel on the current stream; ``more``: further tensors and numbers, or others in their place."""
+        """Launch a kernel on the current stream; ``more``: additional or replaced tensors and numbers."""
         LAUNCHES[kernel] += 1
         given = self._tensors | self._integers | self._reals | more
         tensors, integers, reals, _ = self._names

@@ -1,4 +1,4 @@
-"""The built library: where it lies, whether it loads, and what it was built for."""
+"""The built library: its path, whether it loads, and the chips that it was built for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 PATH = Path(__file__).parent / "libapt_kernels_cuda.so"
 
-# The operators of a build for the host, where `use_host` loaded one: the tests run the same kernels there.
+# The operators of the host build, if `use_host` loaded one: tests run the same kernels on the CPU.
 host = None
 
 
 @functools.cache
 def _load() -> tuple[object | None, str | None]:
-    """The operators, or why there are none."""
+    """The operators, or why they are not available."""
     if not PATH.exists():
         return None, "its library is not built: install with APT_KERNELS_CUDA=1 and nvcc, see docs/installation.md"
     try:
@@ -31,19 +31,19 @@ def device():
 
 
 def obstacle() -> str | None:
-    """Why there is no library; None: there is."""
+    """Why the library is not available; None: it is."""
     return _load()[1]
 
 
 def use_host(path: Path) -> None:
-    """Load a build of the same kernels for the host: from then on they serve CPU tensors, when asked for by name."""
+    """Load a host build of the same kernels, which then compute calls on CPU tensors that request ``"cuda"``."""
     global host
     torch.ops.load_library(path)
     host = torch.ops.apt_kernels_cuda_host
 
 
 def architectures() -> list[str]:
-    """What the library was built for: ``"7.5"``: that chip; ``"9.0+PTX"``: others too, compiled by the driver."""
+    """The chips that the library was built for: ``"7.5"``; ``"9.0+PTX"``: newer ones too, compiled by the driver."""
     operators = device() or host
     return operators.architectures().split()
 

@@ -1,4 +1,4 @@
-"""Which tiles padding and segments leave anything of: a range for every tile, so that kernels pass over the others."""
+"""The visible range of each tile under padding and segments, so that kernels skip hidden tiles."""
 
 from __future__ import annotations
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..backend import Backend, Plan, Result
 from ..inputs import Inputs
-
-MAX_HEAD_DIM = 256
 
 
 def _interpreted() -> bool:
@@ -20,8 +18,8 @@ def _interpreted() -> bool:
 
 
 class Triton(Backend):
-    """``"split"``: few queries, the keys divided among programs; ``"merge"``: a stock kernel on the tokens, the prefix
-    folded in through the log-sum-exp; ``"fused"``: prefix and tokens in one kernel."""
+    """``"split"``: few queries, the keys divided among programs; ``"merge"``: a library's kernel on the tokens, merged
+    with the prefix through the log-sum-exp; ``"fused"``: prefix and tokens in one kernel."""
 
     name = "triton"
 
@@ -38,10 +36,7 @@ class Triton(Backend):
             return f"the tensors are on {device}; it needs a CUDA device, or the CPU under TRITON_INTERPRET=1"
         if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
             return "the device is older than compute capability 8.0"
-        *_, head_dim, value_dim = x.sizes
-        if max(head_dim, value_dim) > MAX_HEAD_DIM:
-            return f"head sizes are {head_dim} and {value_dim}; it takes up to {MAX_HEAD_DIM}"
-        return None
+        return gpu.head_size_obstacle(x)
 
     def reserved(self, x: Inputs) -> str | None:
         return "the interpreter runs only when asked for by name" if x.query.device.type == "cpu" else None
@@ -57,7 +52,7 @@ class Triton(Backend):
     def forward(self, x: Inputs, plan: Plan) -> Result:
         from . import attend
 
-        with _on(x.query.device):
+        with gpu.current(x.query.device):
             return Result(*attend.forward(x, plan.strategy))
 
     def backward(
@@ -71,14 +66,9 @@ class Triton(Backend):
     ) -> list[Tensor | None]:
         from . import gradients
 
-        with _on(x.query.device):
+        with gpu.current(x.query.device):
             given = (x, result.out, result.logsumexp, grad_out, grad_logsumexp, needs, plan.strategy)
             return gradients.backward(*given)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 BACKEND = Triton()

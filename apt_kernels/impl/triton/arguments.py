@@ -1,4 +1,4 @@
-"""What the kernels take: tensors and their strides as small tuples, numbers as run-time arguments, and the launch."""
+"""The kernels' arguments (tensors and strides in tuples, numbers passed at run time), and the launch."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from ..dropout import threshold
 from ..inputs import Inputs, dense_last
 from . import tiles
 
-# A tile of at most 256 rows of this stride reaches beyond 32 bits.
+# From this stride on, offsets within a tile of 256 rows need more than 32 bits.
 _FAR_ROWS = 1 << 23
 _WIDE = 1 << 31  # numbers from here on have 64 bits
 # Beyond every position: twice this number, encoded by `odd`, has 32 bits.
 FAR = 1 << 28
 
-# The dtype of sums, in Triton's terms.
+# The dtype of sums as a Triton type.
 WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 LAUNCHES: Counter[str] = Counter()
-# What Triton compiled, by `_Signature.key`.
+# Compiled kernels, by `_Signature.key`.
 _COMPILED: dict[tuple, object] = {}
 
 
 def odd(n: int) -> int:
-    """A stride in a form that Triton never compiles in: tuple members cannot be exempted, but only 1 and 16 k are."""
+    """A number encoded so that Triton does not specialise on it: it does on 1 and on multiples of 16, and members of a
+    tuple cannot be exempted from that."""
     return 2 * n + 3
 
 
@@ -58,7 +59,7 @@ class Operands(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Run-time numbers, encoded by `odd`: a new length or window costs no compilation. ``offset`` is `FAR` too large,
+    """Run-time numbers, encoded by `odd`: a new length or window needs no compilation. `FAR` is added to ``offset``,
     so that none is negative."""
 
     batch: int
@@ -74,10 +75,10 @@ class Numbers(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What every kernel is compiled with: head sizes and their powers of two, which parts of the call there are, and
+    """Compile-time constants of every kernel: head sizes and their powers of two, which features the call uses, and
     how tiles are loaded and multiplied (``W``: the dtype of sums).
 
-    ``DESCRIPTORS``: tiles of rows come through tensor descriptors. ``PAD``: row sums are padded to its multiples.
+    ``DESCRIPTORS``: rows are loaded through tensor descriptors. ``PAD``: row sums are padded to its multiples.
     """
 
     D: int
@@ -98,7 +99,7 @@ class Constants(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """Gate logits by row and query, contiguous along the prefix; the rows' index; the layer scale."""
+    """Gate logits by row and query, contiguous along the prefix; the index of the rows; the layer scale."""
 
     ptr: Tensor | None
     b: int
@@ -110,7 +111,7 @@ class Gate(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The parts of a mask that are tensors."""
+    """The tensors of a mask."""
 
     padding: Tensor | None
     padding_b: int
@@ -145,7 +146,7 @@ def rows(tensor: Tensor | None) -> Rows:
 
 
 def aligned(operands: Iterable[Rows]) -> bool:
-    """Whether every stride is a multiple of 8 elements, so that rows load in vectors of 16 bytes, and no tile of rows
+    """Whether every stride is a multiple of 8 elements, so that rows load as vectors of 16 bytes, and no tile of rows
     spans 2^31 elements, so that offsets within it have 32 bits."""
     bits, farthest = 0, _ZERO
     for _, b, h, t in operands:
@@ -155,22 +156,22 @@ def aligned(operands: Iterable[Rows]) -> bool:
 
 
 def describable(operands: Iterable[Rows]) -> bool:
-    """Whether tensor descriptors take these, if they are `aligned`: they begin at multiples of 16 bytes, and
-    nothing is there twice."""
+    """Whether tensor descriptors support these `aligned` operands: they begin at multiples of 16 bytes and are not
+    expanded."""
     given = [(ptr, h, t) for ptr, _, h, t in operands if ptr is not None]
     return not any(ptr.data_ptr() % 16 or _repeats(ptr, h, t) for ptr, h, t in given)
 
 
 def _repeats(tensor: Tensor, h: int, t: int) -> bool:
-    """Whether a row, or a head, is there twice: expanded tensors have a stride of zero."""
+    """Whether rows or heads are expanded (have a stride of zero)."""
     return (t == _ZERO and tensor.shape[-2] > 1) or (h == _ZERO and tensor.shape[-3] > 1)
 
 
 def _strides(tensor: Tensor | None, dims: int = 0) -> list[int]:
-    """Strides, encoded; zero along dimensions of size one, whatever the tensor says."""
+    """Strides, encoded; zero along dimensions of size one, whose stride has no meaning."""
     if tensor is None:
         return [_ZERO] * dims
-    # `odd`, written out: every launch asks for some twenty.
+    # `odd` inlined: a launch encodes about twenty strides.
     return [_ZERO if size == 1 else 2 * stride + 3 for size, stride in zip(tensor.shape, tensor.stride())]
 
 
@@ -196,19 +197,19 @@ _ALL_SEEN = Seen._make(field for dims in (2, 2, 2, 4, 4, 1) for field in (None, 
 
 
 class Problem:
-    """`Inputs` as the kernels see them: tensors, the run-time ``numbers`` that every kernel takes, and its tiles."""
+    """`Inputs` as arguments of the kernels: tensors, the run-time ``numbers`` of every kernel, and the tiles."""
 
     def __init__(self, x: Inputs):
         prefix = [x.prefix_key, x.prefix_value]
         if x.prefix_key.shape[1] >= tiles.LONG_PREFIX:
-            # Every program reads it: half the bytes are worth two launches.
+            # Every program reads the prefix: half the bytes outweigh two launches.
             prefix = [t.to(x.query.dtype) for t in prefix]
         self.x, self.sizes, self.architecture = x, x.sizes, tiles.architecture(x.query.device)
         self.operands = Operands(*[rows(t) for t in (x.query, x.key, x.value, *prefix)])
         self.gate, self.seen, self.numbers = _gate(x), _seen(x), self._numbers()
         self.scales = (float(x.scale), float(x.softcap), 1 / (1 - x.dropout_p))
         *_, head_dim, value_dim = self.sizes
-        self.dim = max(head_dim, value_dim)  # by which tiles are chosen
+        self.dim = max(head_dim, value_dim)  # the head size by which tiles are chosen
         self._aligned = head_dim % 8 == 0 and value_dim % 8 == 0 and aligned(self.operands)
         self._described = self._aligned and tiles.has_descriptors(self.architecture, x.query.element_size())
         self._described = self._described and describable(self.operands)
@@ -247,27 +248,27 @@ class Problem:
         return Numbers(*map(odd, numbers))
 
     def constants(self, *operands: Rows) -> Constants:
-        """The compile-time numbers that every kernel takes; ``operands`` are the further `Rows` that it touches."""
+        """The compile-time constants of a kernel; ``operands`` are the `Rows` that it accesses beside the inputs."""
         straight = self._aligned and aligned(operands)
         return self._constants._replace(
             ALIGNED=straight, DESCRIPTORS=straight and self._described and describable(operands)
         )
 
     def band(self, tile: tiles.Tile) -> int:
-        """How many query heads go side by side in the kernels over queries: whole groups, whose keys and values fit
-        the second-level cache together (see `tiles.band`)."""
+        """How many query heads the kernels over queries process concurrently: whole groups whose keys and values fit
+        the L2 cache together (see `tiles.band`)."""
         _, heads, kv_heads, queries, keys, _, head_dim, value_dim = self.sizes
         group, row = heads // kv_heads, keys * (head_dim + value_dim) * self.x.query.element_size()
         return tiles.band(self.architecture, row, count_tiles(queries, tile.rows) * group) * group
 
     def shares(self, tile: tiles.Tile) -> int:
-        """Into how many shares a group's query heads are cut for dk and dv."""
+        """The number of shares into which a group's query heads are divided for dk and dv."""
         batch, heads, kv_heads, queries, keys, *_ = self.sizes
         counts = count_tiles(keys, tile.columns), count_tiles(queries, tile.rows)
         return tiles.shares(self.architecture, batch * kv_heads, heads // kv_heads, *counts, self._constants.RIGHT)
 
     def column_band(self, tile: tiles.Tile, shares: int) -> int:
-        """The same for programs of key tiles, each of which takes one of ``shares`` of a group's heads."""
+        """`band` for the programs over key tiles, each of which processes one of ``shares`` of a group's heads."""
         _, heads, kv_heads, queries, keys, _, head_dim, value_dim = self.sizes
         row = queries * (head_dim + value_dim) * self.x.query.element_size()
         return tiles.band(self.architecture, row * (heads // kv_heads) // shares, count_tiles(keys, tile.columns))
@@ -278,27 +279,27 @@ class Problem:
         return tiles.tile(kernel, self.architecture, self.x.query.element_size(), self.dim, crowded)
 
     def prefix_columns(self, tile: tiles.Tile) -> int:
-        """Prefix columns that a kernel over queries takes at once."""
+        """The tile size of a kernel over queries along the prefix."""
         width = self.x.query.element_size()
         return tiles.prefix_columns(self.architecture, tile, width, self.dim, self.x.gate_per_query)
 
 
 def _precision(architecture: str) -> str:
-    """How tiles multiply; float32 ones as torch's own products do (gfx90a has no tf32)."""
+    """The precision of products of float32 tiles: that of torch's own products (gfx90a has no tf32)."""
     if architecture == "interpreter":
         return "upcast"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and architecture != "gfx90a" else "ieee"
 
 
 class _Signature(NamedTuple):
-    """A kernel's parameters in order, and the values of those that are compiled in."""
+    """The names of a kernel's parameters, in order, and a getter for the values of its compile-time constants."""
 
     names: list[str]
     constants: Callable[[dict], tuple]
 
     def key(self, arguments: tuple, named: dict) -> tuple | None:
-        """All that Triton compiles in of a launch: numbers by their width, for none is compiled in by its value, and
-        tensors by dtype and alignment. None where a number has more than 32 bits: which one would matter."""
+        """The properties of a launch on which compiled code depends: the width of numbers (not their values), dtype and
+        alignment of tensors. None where a number has more than 32 bits, since it would matter which one."""
         bits, device, forms = 0, None, []
         add = forms.append
         for argument in arguments:
@@ -321,28 +322,28 @@ class _Signature(NamedTuple):
 
 
 def _parts(argument) -> Iterable:
-    """The tensors and numbers of an argument of a kernel, out of tuples and their tuples."""
+    """The tensors and numbers of a kernel's argument, flattened over two levels of tuples."""
     if not isinstance(argument, tuple):
         return (argument,)
-    found = []
+    parts = []
     for part in argument:
         if isinstance(part, tuple):
-            found.extend(part)
+            parts.extend(part)
         else:
-            found.append(part)
-    return found
+            parts.append(part)
+    return parts
 
 
 @memoise
 def _signature(function) -> _Signature:
-    """That of the Python function which a kernel was made of."""
+    """The signature of a kernel's Python function."""
     kinds = {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()}
     constants = [name for name, kind in kinds.items() if kind in (tl.constexpr, "tl.constexpr")]
     return _Signature(list(kinds), itemgetter(*constants))
 
 
 def launch(kernel, programs: int, tile: tiles.Tile, *arguments, **named) -> None:
-    """Launch ``programs`` instances of a kernel. Every launch goes through here."""
+    """Launch ``programs`` instances of a kernel. Every launch uses this function."""
     LAUNCHES[kernel.__name__] += 1
     named.update(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     if tile.registers:
@@ -351,10 +352,9 @@ def launch(kernel, programs: int, tile: tiles.Tile, *arguments, **named) -> None
 
 
 def execute(kernel, programs: int, *arguments, **named) -> None:
-    """Run a kernel on the device of its tensors; `bench.compiled.aot_compile` puts a compiler in its place.
+    """Run a kernel on the device of its tensors; `bench.compiled.aot_compile` replaces this by a compilation.
 
-    What Triton asks of the arguments of every launch costs it 25 microseconds; what is compiled is therefore kept here
-    by the same facts, told in fewer.
+    Compiled kernels are looked up by `_Signature.key`, since Triton's own lookup takes about 25 us per launch.
     """
     signature = _signature(kernel.fn)
     facts = signature.key(arguments, named)
@@ -365,14 +365,14 @@ def execute(kernel, programs: int, *arguments, **named) -> None:
         _with_scratch(named, compiled[(programs, 1, 1)], *arguments, *rest)
         return
     compiled = _with_scratch(named, kernel[(programs,)], *arguments, **named)
-    # Interpreted, nothing is compiled. For AMD, Triton also asks how far a tensor's memory reaches.
+    # The interpreter compiles nothing. For AMD, Triton also specialises on the size of a tensor's memory.
     if key and compiled is not None and not torch.version.hip:
         _COMPILED[key] = compiled
 
 
 def _with_scratch(constants: dict, call: Callable, *arguments, **named):
-    """Call, with memory for the tensor descriptors that a kernel writes, where it does. Triton asks for that memory
-    through a context variable, which belongs to the user: it is set for this call alone."""
+    """``call(...)`` with an allocator for the tensor descriptors that a kernel writes. Triton reads the allocator from
+    a context variable, which users may set themselves: it is changed for this call alone."""
     if "C" in constants and constants["C"].DESCRIPTORS:
         return copy_context().run(_call_with_scratch, call, arguments, named)
     return call(*arguments, **named)
@@ -384,7 +384,7 @@ def _call_with_scratch(call: Callable, arguments: tuple, named: dict):
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory of the current device; torch hands it to others in the order of the stream, after the launch."""
+    """Memory of the current device; torch reuses it in the order of the stream, that is after the launch."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 

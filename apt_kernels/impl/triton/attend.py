@@ -1,6 +1,6 @@
-"""Forward: each program takes a tile of queries of one head through the prefix, then through the tokens it sees.
+"""Forward: each program processes a tile of queries of one head over the prefix, then over the visible tokens.
 
-Where a stock kernel took the tokens (``merge``), it begins with what that left, and only the prefix is its own.
+With ``merge``, a library's kernel computes the tokens; the program starts from its result and adds the prefix.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _tokens(
     so_far, query, k, v, seen, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, COLUMNS: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Take the tokens ``i_first .. i_end - 1`` into the running output, maximum and sum."""
+    """Accumulate the tokens ``i_first .. i_end - 1`` into output, maximum and sum."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -78,7 +78,7 @@ def _prefix(
     so_far, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, PREFIX: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Take the prefix columns ``i_first .. i_end - 1`` into the running output, maximum and sum."""
+    """Accumulate the prefix columns ``i_first .. i_end - 1`` into output, maximum and sum."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -109,7 +109,7 @@ def attention_forward(
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``ROWS`` queries of one head. ``tokens`` and ``p_tokens_lse``: those over the tokens
-    alone, where they are known."""
+    alone, if they are computed already."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -117,7 +117,7 @@ def attention_forward(
     T, S, M = lengths(n)
     heads, i_tiles = plain(n.heads), tl.cdiv(T, ROWS)
     i_tile, i_bh = longest_first(tl.program_id(0), i_tiles, plain(n.batch) * heads, plain(band[0]))
-    # Under a causal mask the last queries have most to do.
+    # Under a causal mask the last queries see the most keys.
     i_t = (i_tiles - 1 - i_tile) * ROWS
     i_b, i_h = i_bh // heads, i_bh % heads
     i_kv = i_h // plain(n.group)
@@ -164,16 +164,16 @@ def attention_forward(
     tl.store(p_lse + tl.cast(i_bh, tl.int64) * T + o_row, (b_max + tl.log2(b_sum)) * LN2, mask=o_row < T)
 
 
-def forward(x: Inputs, way: str) -> tuple[Tensor, Tensor]:
+def forward(x: Inputs, strategy: str) -> tuple[Tensor, Tensor]:
     """The op's forward, ``"fused"``, ``"split"`` or ``"merge"``."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     problem = Problem(x)
     out = heads_last_empty(x.query, batch, heads, queries, value_dim)
     logsumexp = torch.empty(batch, heads, queries, dtype=x.compute_dtype, device=x.query.device)
-    if way == "split":
+    if strategy == "split":
         split_forward(problem, rows(out), logsumexp)
         return out, logsumexp
-    tokens, tokens_logsumexp = stock.forward(x) if way == "merge" else (None, None)
+    tokens, tokens_logsumexp = stock.forward(x) if strategy == "merge" else (None, None)
     tile, first, to = problem.tile("forward"), rows(tokens), rows(out)
     launch(
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,

@@ -27,8 +27,8 @@ from .primitives import (
 
 
 class Ones(NamedTuple):
-    """Along which dimensions the bias has one entry, encoded by `arguments.odd`: run-time numbers, so that lengths of
-    one cost no compilation."""
+    """Along which dimensions the bias has size one, encoded by `arguments.odd`: run-time numbers, so that lengths of
+    one need no compilation."""
 
     batch: int
     head: int
@@ -41,7 +41,7 @@ def token_bias_gradient(
     x, d_out, p_sums, p_sum, seen, p_seed, ones, n, scale: tl.float64, softcap: tl.float64, kept: tl.float64,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the bias's gradient: a sum over whatever the bias was broadcast along, in a fixed order."""
+    """One tile of the bias's gradient: a sum over the dimensions along which it was broadcast, in a fixed order."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -50,7 +50,7 @@ def token_bias_gradient(
     batch, heads, group = plain(n.batch), plain(n.heads), plain(n.group)
     one_row, one_column = plain(ones.row), plain(ones.column)
     i_t_tiles, i_n_tiles = tl.cdiv(T, ROWS), tl.cdiv(S, COLUMNS)
-    # How many tiles the gradient has, and how many inputs each of them sums, along every dimension.
+    # Along each dimension, the number of tiles of the gradient, and of tiles of the scores that each of them sums.
     i_t_sums, i_n_sums = tl.where(one_row != 0, i_t_tiles, 1), tl.where(one_column != 0, i_n_tiles, 1)
     i_b_sums, i_h_sums = tl.where(plain(ones.batch) != 0, batch, 1), tl.where(plain(ones.head) != 0, heads, 1)
     i_columns, i_rows, i_heads = i_n_tiles // i_n_sums, i_t_tiles // i_t_sums, heads // i_h_sums
@@ -101,7 +101,7 @@ def token_bias_gradient(
 
 
 def bias_gradient(problem: Problem, d_out: Rows, sums: Tensor) -> Tensor:
-    """The gradient of the bias, in its own shape: no tile is stored that is then only summed."""
+    """The gradient of the bias, in its own shape: tiles are summed in registers, none is stored first."""
     x, tile = problem.x, problem.tile("bias")
     batches, bias_heads, queries, keys = x.bias.shape
     summed = torch.empty(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)

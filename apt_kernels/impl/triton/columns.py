@@ -1,8 +1,8 @@
 """Backward: the gradients of columns.
 
-Some programs take a tile of keys through the queries that see them (dk, dv); some a tile of prefix columns through a
-share of all queries (partial sums of dPk, dPv and of a gate that a row's queries share); and where each query has a
-gate of its own, some take a tile of it through all heads. They share a launch.
+Some programs process a tile of keys over the queries that see them (dk, dv); some a tile of prefix columns over a share
+of all queries (partial sums of dPk, dPv and of a gate per row); with a gate per query, some a tile of the gate over all
+heads. They share a launch.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from .ranges import query_tiles
 
 
 class Roles(NamedTuple):
-    """Which programs a launch has: those of dk and of dv (``APART``: from programs of their own, since two sums of 256
-    columns do not fit the registers beside tiles of the size that Hopper's and Blackwell's matrix instructions need),
-    those of prefix columns, and those of a gate that each query has."""
+    """The programs of a launch: for dk and dv (``APART``: separate programs for each, since two sums of 256 columns do
+    not fit the registers beside tiles of the size that Hopper's and Blackwell's matrix instructions need), for prefix
+    columns, and for a gate per query."""
 
     KEY: bool
     VALUE: bool
@@ -63,11 +63,11 @@ class Roles(NamedTuple):
 
 
 class Work(NamedTuple):
-    """How many programs do what, encoded by `arguments.odd`.
+    """The numbers of programs, encoded by `arguments.odd`.
 
-    ``tokens`` for tiles of keys: each takes one of ``shares`` of a group's query heads, ``share`` heads, and ``band``
-    of them go side by side. Then ``prefixes`` for tiles of prefix columns: each takes ``chunk`` batch rows, or one of
-    ``splits`` of one.
+    ``tokens`` for tiles of keys: each processes one of ``shares`` of a group's query heads (``share`` heads), ``band``
+    of them concurrently. ``prefixes`` for tiles of prefix columns: each processes ``chunk`` batch rows, or one of
+    ``splits`` of one row.
     """
 
     tokens: int
@@ -80,12 +80,12 @@ class Work(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go, and the partial sums of those that `finish` completes.
+    """The tensors for gradients, or for the partial sums that `finish` completes.
 
-    ``dk``, ``dv`` ``[shares * B, Hkv, S, D or Dv]``; ``dpk``, ``dpv``: a tile from each program, that is ``[parts,
-    Hkv, tiles * PREFIX, WIDTH or WIDTH_V]``; ``d_gate``: of the logits of a gate for each query; ``dg``: of ``g``,
-    ``[B, splits, Hkv, M]``, or ``[B, T, M]`` for an indexed gate for each query; ``d_scale``: what each program adds
-    to that of the layer scale.
+    ``dk``, ``dv`` ``[shares * B, Hkv, S, D or Dv]``; ``dpk``, ``dpv``: one tile per program, that is ``[parts, Hkv,
+    tiles * PREFIX, WIDTH or WIDTH_V]``; ``d_gate``: of the logits of a gate per query; ``dg``: of ``g``,
+    ``[B, splits, Hkv, M]``, or ``[B, T, M]`` for an indexed gate per query; ``d_scale``: each program's part of the
+    gradient of the layer scale.
     """
 
     dk: Rows
@@ -102,10 +102,10 @@ def _queries(
     b_dk, b_dv, columns, queries, seen, p_seed, place, n, scales, steps, C: tl.constexpr, ROWS: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Add what a range of queries of some heads gives to ``dk / scale`` and dv.
+    """Add the part of a range of queries of some heads to ``dk / scale`` and dv.
 
-    ``steps``: how many heads; where the range begins, from where it leaves out how many queries, and where it ends.
-    ``CHECK``: positions may hide keys, or queries may be past the last.
+    ``steps``: the number of heads; the first query; the query before which the range skips queries, and their number;
+    the end. ``CHECK``: positions may hide keys, or queries may be past the last.
     """
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
@@ -115,7 +115,7 @@ def _queries(
     q, do, row = queries
     i_b, i_h, i_bh, o_n, i_base = place
     i_heads, i_first, i_skip, i_skipped, i_end = steps
-    # Heads and their tiles in one loop, which counts both without a division: one loop in another costs registers.
+    # One loop over heads and their tiles, which counts both without a division: nested loops need more registers.
     i_head, i_tile, i_last = i_first * 0, i_first, i_end - i_skipped
     for _ in tl.range(0, i_heads * ((i_last - i_first) // ROWS)):
         i_t = i_tile
@@ -127,7 +127,7 @@ def _queries(
         # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
         b_lse = load_sums(row, i_head, i_t, False, ROWS)
         b_s = similarity(b_k, at_k, b_q, at_head(q, i_head, i_t), D, C)
-        # Keys past the end need no check: what they get is not stored.
+        # Keys past the end need no check: their results are not stored.
         b_p, b_x = token_weights(
             b_s, b_lse[None, :], seen, (i_b, i_h + i_head, o_t, o_n, i_base), n, scales, C,
             CHECK and (C.LEFT or C.RIGHT),
@@ -160,7 +160,7 @@ def _tokens(
     T, S, _ = lengths(n)
     batch, heads, group = plain(n.batch), plain(n.heads), plain(n.group)
     shares, i_kv_heads = plain(work.shares), heads // group
-    # Under a causal mask the first keys have most to do.
+    # Under a causal mask the first keys are seen by the most queries.
     i_tile, i_head = longest_first(i, tl.cdiv(S, COLUMNS), batch * i_kv_heads * shares, plain(work.band))
     i_n, i_share = i_tile * COLUMNS, i_head % shares
     i_b, i_kv = i_head // shares // i_kv_heads, i_head // shares % i_kv_heads
@@ -173,7 +173,7 @@ def _tokens(
     o_n = i_n + tl.arange(0, COLUMNS)[:, None]
     i_base = position(seen, i_b, n)
     i_first, i_whole, i_whole_end, i_end = query_tiles(seen, i_b, i_n, i_base, n, C, ROWS, COLUMNS)
-    # Opened before the loop, which then holds fewer numbers in registers.
+    # Opened before the loop, which then needs fewer registers.
     i_part = i_share * batch + i_b
     if KEY:
         dk = open_rows(to.dk, i_part, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
@@ -188,7 +188,7 @@ def _tokens(
         row_sums(p_sums, i_bh, T, C.PAD),
     )
     place = (i_b, i_h, i_bh, o_n, i_base)
-    # One checked loop for both edges: it jumps over the whole tiles, which have a loop of their own.
+    # One checked loop for both edges: it skips the whole tiles, which have their own loop.
     steps = (i_heads, i_first, i_whole, i_whole_end - i_whole, i_end)
     b_dk, b_dv = _queries(
         b_dk, b_dv, columns, queries, seen, p_seed, place, n, scales, steps, C, ROWS, KEY, VALUE, True
@@ -207,8 +207,8 @@ def _tokens(
 def _prefix_queries(
     b_dk, b_dv, columns, queries, gate, b_g, p_seed, place, n, scales, steps, C: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Add what tiles of queries give to ``dPk / (scale g)`` and ``dPv / g``; without the division by ``g`` where each
-    query has its own. ``steps``: how many tiles, the head and the query of the first, and where each head ends."""
+    """Add the part of tiles of queries to ``dPk / (scale g)`` and ``dPv / g``; without the division by ``g`` for a gate
+    per query. ``steps``: the number of tiles, the head and the query of the first, and the end of each head."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -225,7 +225,7 @@ def _prefix_queries(
         b_lse = load_sums(row, i_head, i_t, False, ROWS)
         b_w = weights(gate, i_b, o_t, o_m, T, M, True, C.W) if C.PER_QUERY else b_g  # [COLUMNS, ROWS or 1]
         b_s = similarity(b_k, at_k, b_q, at_head(q, i_head, i_t), D, C)
-        # Columns past the end need no check: what they get is not stored.
+        # Columns past the end need no check: their results are not stored.
         b_x = exponent(b_s, b_w * scales[0], scales[1], C.CAPPED)
         b_p = tl.exp2(b_x - b_lse[None, :])
         m_kept = kept_columns(row_keys(p_seed, i_bh + i_head, o_t), o_m, plain(n.threshold))
@@ -248,14 +248,14 @@ def _prefix_queries(
 
 @triton.jit
 def _add_part(p_parts, i_part, b_tile, more):
-    """Store a tile of partial sums, or (``more``) add it to what this program stored there before. Whole tiles one
-    after another: their addresses take no registers."""
+    """Store a tile of partial sums, or (``more``) add it to what this program stored there before. Tiles are contiguous
+    in memory, so that their addresses need no registers."""
     if p_parts is not None:
         ROWS: tl.constexpr = b_tile.shape[0]
         WIDTH: tl.constexpr = b_tile.shape[1]
         o_r, o_d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
         p_tile = p_parts + tl.cast(i_part, tl.int64) * (ROWS * WIDTH) + (o_r * WIDTH + o_d)
-        # Other threads may have stored what this one loads; and one tile after the other, to save registers.
+        # A thread may load what another thread stored. One tile at a time, to save registers.
         tl.debug_barrier()
         if more:
             b_tile += tl.load(p_tile)
@@ -265,7 +265,7 @@ def _add_part(p_parts, i_part, b_tile, more):
 @triton.jit
 def _load_prefix(x, i_kv, i_first, limit, element, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
                  C: tl.constexpr):  # fmt: skip
-    """A tile of the prefix as it is multiplied."""
+    """A tile of the prefix in the dtype of the products."""
     rows = open_rows(x, 0, i_kv, limit, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
     return load_tile(rows, i_first, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS).to(element)
 
@@ -276,9 +276,9 @@ def _prefix(
 ):
     """dPk and dPv of ``COLUMNS`` prefix columns of one key head over ``chunk`` batch rows, or one split of one row.
 
-    A split is a share of the row's (head, query tile) pairs. Where a row's queries share a gate, the loop is that of
-    `_tokens` without a mask: the gate, a number for each column, multiplies the sums after it, and its own gradient
-    is ``scale <Pk, sum dz q> + <Pv, sum p dO>``.
+    A split is a share of the row's (head, query tile) pairs. For a gate per row, the loop is that of `_tokens` without
+    a mask: the gate, a number for each column, multiplies the sums after the loop, and its own gradient is
+    ``scale <Pk, sum dz q> + <Pv, sum p dO>``.
     """
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
@@ -322,7 +322,7 @@ def _prefix(
         more = i_b > i_first
         b_dg = tl.zeros([COLUMNS, 1], C.W)
         if not C.PER_QUERY and (to.dg is not None or to.d_scale is not None):
-            # Loaded again: kept, it would take registers from the loop.
+            # Loaded again: to keep it would cost registers in the loop.
             tl.debug_barrier()
             b_rows = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C).to(C.W)
             b_dg = tl.sum(b_rows * b_dk, 1)[:, None]  # [COLUMNS, 1]
@@ -335,11 +335,11 @@ def _prefix(
                 p_row = to.dg + ((tl.cast(i_b, tl.int64) * splits + i_split) * i_kv_heads + i_kv) * M
                 tl.store(p_row + o_m, b_dg, mask=o_m < M)
             if to.d_scale is not None:
-                # Columns past the end have gathered anything.
+                # Columns past the end hold arbitrary sums.
                 b_dg = tl.where(o_m < M, b_dg, 0.0)
                 b_d_scale += b_dg * sigmoids(gate, i_b, o_m, o_m, T, M, False, C.W)
         _add_part(to.dpv, i, b_dv * b_g, more)
-        # Carried by the loop, so that Triton keeps them in shared memory: what was cast, it keeps in registers.
+        # Carried by the loop, so that Triton keeps them in shared memory: it keeps the result of a cast in registers.
         b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)
         b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)
     if not C.PER_QUERY and to.d_scale is not None:
@@ -350,7 +350,7 @@ def _prefix(
 def _query_gate(
     x, d_out, p_sums, to, gate, p_seed, i, n, scales, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A tile of the gradient of a gate ``[B, T, M]``, where each query has its own: a sum over heads, in registers."""
+    """A tile of the gradient of a gate per query, ``[B, T, M]``: a sum over heads, in registers."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -389,7 +389,7 @@ def _query_gate(
             b_r = rescale(drop(b_r, kept_columns(b_keys, o_m, plain(n.threshold))), scales[2], b_keys)
             b_w = uncap(b_r * b_g - b_delta, b_x, scales[1], C.CAPPED)
             b_dg += b_p * (b_w * (b_s * scales[0]) + b_r)
-    tl.debug_barrier()  # loaded again: kept, it would take registers from the loop
+    tl.debug_barrier()  # loaded again: to keep it would cost registers in the loop
     b_sigmoid = sigmoids(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
     o_row = (tl.cast(i_b, tl.int64) * T + o_t) * M + o_m
     m_row = (o_t < T) & (o_m < M)
@@ -399,7 +399,7 @@ def _query_gate(
         b_d_gate = b_dg * layer_scale(gate, C.W) * b_sigmoid * (1 - b_sigmoid)
         tl.store(to.d_gate + o_row, b_d_gate.to(to.d_gate.dtype.element_ty), mask=m_row)
     if to.d_scale is not None:
-        # Columns past the last have gathered anything.
+        # Columns past the last hold arbitrary sums.
         tl.store(to.d_scale + i, tl.sum(tl.sum(tl.where(m_row, b_dg * b_sigmoid, 0.0), 1), 0))
 
 
@@ -408,7 +408,7 @@ def _prefix_or_gate(
     x, d_out, p_sums, to, gate, p_seed, i, work, n, scales, C: tl.constexpr, ROLES: tl.constexpr,
     PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
-    """Program ``i`` of those of prefix columns and, after them, of a gate."""
+    """Program ``i`` of those for prefix columns, followed by those for a gate."""
     GATE_ROWS: tl.constexpr = GATES[0]
     GATE: tl.constexpr = GATES[1]
     prefixes = plain(work.prefixes)
@@ -426,8 +426,8 @@ def column_gradients(
     C: tl.constexpr, ROLES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr,
     PREFIX: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys (the first ``tokens`` programs; ``APART``: so many for dk, then for dv), of prefix columns, or
-    of a gate."""
+    """One tile of keys (the first ``tokens`` programs; ``APART``: as many for dk, then as many for dv), of prefix
+    columns, or of a gate."""
     i, tokens = tl.program_id(0), plain(work.tokens)
     scales = (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W))
     if ROLES.KEY:
@@ -451,8 +451,8 @@ def prefix_column_gradients(
     x, d_out, p_sums, to, gate, p_seed, work, n, scale: tl.float64, softcap: tl.float64, kept: tl.float64,
     C: tl.constexpr, ROLES: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
-    """The prefix's and the gate's programs of `column_gradients`, where a launch of their own keeps the registers of
-    dk and dv free."""
+    """The programs of `column_gradients` for prefix and gate in a separate launch, so that those for dk and dv need
+    fewer registers."""
     scales = (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W))
     _prefix_or_gate(
         x, d_out, p_sums, to, gate, p_seed, tl.program_id(0), work, n, scales, C, ROLES, PREFIX_ROWS, PREFIX, GATES
@@ -460,10 +460,10 @@ def prefix_column_gradients(
 
 
 class Columns(NamedTuple):
-    """What the launches leave: gradients, and partial sums for `finish`; None for what is not needed.
+    """The results of the launches: gradients, and partial sums for `finish`; None for what is not needed.
 
-    ``key`` and ``value``: ``[shares * B, Hkv, S, D or Dv]``, done where there is one share. ``prefix_key`` and
-    ``prefix_value``: ``[parts, Hkv, M, D or Dv]``, the last two padded to tiles. ``gate`` is done.
+    ``key`` and ``value``: ``[shares * B, Hkv, S, D or Dv]``, complete if there is one share. ``prefix_key`` and
+    ``prefix_value``: ``[parts, Hkv, M, D or Dv]``, the last two padded to tiles. ``gate`` is complete.
     ``weights`` ``[B, n, M]``: gradients of ``g``, ``n`` rows for every batch row. ``layer_scale``: ``[programs]``.
     """
 
@@ -477,7 +477,7 @@ class Columns(NamedTuple):
 
 
 def _parts(problem: Problem, tile: tiles.Tile) -> tuple[int, int, int]:
-    """Batch rows that share a partial sum, how many such chunks, and the splits of a row. By shape alone."""
+    """Batch rows per partial sum, the number of such chunks, and the splits of a row; they depend on shapes alone."""
     batch, heads, kv_heads, queries, _, length, *_ = problem.sizes
     base, most = count_tiles(length, tile.columns) * kv_heads, tiles.programs(problem.architecture)
     chunk = max(1, batch * base // most)

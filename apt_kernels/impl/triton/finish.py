@@ -16,7 +16,7 @@ from .primitives import LOG2E, layer_scale, plain
 
 
 class Parts(NamedTuple):
-    """What is summed: see `columns.Columns`; the sinks and the row sums (see `primitives.row_sums`)."""
+    """The partial sums of `columns.Columns`, the sinks, and the row sums (see `primitives.row_sums`)."""
 
     key: Tensor | None
     value: Tensor | None
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
 
 
 class Done(NamedTuple):
-    """Where the gradients go."""
+    """The tensors for the gradients."""
 
     key: Tensor | None
     value: Tensor | None
@@ -43,9 +43,9 @@ class Done(NamedTuple):
 class Counts(NamedTuple):
     """Run-time numbers, encoded by `arguments.odd`.
 
-    Programs of dk and dv, where these have ``shares``, of dPk, dPv, the gate and lambda; parts of the prefix's
-    gradients and of lambda's; rows of the gate, and of its partial sums for each batch row; ``length`` and
-    ``padded_length``: prefix columns, and those of a part; ``padded``: queries, as row sums are padded.
+    The numbers of programs for dk and dv (if they have ``shares``), dPk, dPv, the gate and lambda; of parts of the
+    prefix's gradients and of lambda's; of rows of the gate, and of its partial sums per batch row. ``length`` and
+    ``padded_length``: prefix columns, and those of a part; ``padded``: the padded number of queries in row sums.
     """
 
     token_key_programs: int
@@ -71,7 +71,7 @@ class Counts(NamedTuple):
 
 @triton.jit
 def _sum_shares(p_parts, p_sum, i, shares, size, W: tl.constexpr, COLUMNS: tl.constexpr):
-    """``COLUMNS`` of ``size`` elements, each summed over a few shares, one after another."""
+    """``COLUMNS`` of ``size`` elements, each summed over a few shares in order."""
     o = tl.cast(i, tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     b_sum = tl.zeros([COLUMNS], W)
     for i_share in tl.range(0, shares):
@@ -82,7 +82,7 @@ def _sum_shares(p_parts, p_sum, i, shares, size, W: tl.constexpr, COLUMNS: tl.co
 @triton.jit
 def _sum_parts(p_parts, p_sum, i, c, D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
                COLUMNS: tl.constexpr):  # fmt: skip
-    """``COLUMNS`` elements of ``[Hkv, M, D]``, each summed over the parts, which are padded."""
+    """``COLUMNS`` elements of ``[Hkv, M, D]``, each summed over the padded parts."""
     length, padded_length, heads, parts = plain(c.length), plain(c.padded_length), plain(c.kv_heads), plain(c.parts)
     o = i * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     m_o = o < heads * length * D
@@ -98,13 +98,13 @@ def _sum_parts(p_parts, p_sum, i, c, D: tl.constexpr, WIDTH: tl.constexpr, W: tl
 
 @triton.jit
 def _sum_gate(p_weights, p_d_gate, gate, i, c, W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A part of one gate row's gradient: the sum over the rows ``[B * share, M]`` that it served."""
+    """A part of one gate row's gradient: the sum over the rows ``[B * share, M]`` that used it."""
     batch, gate_rows, share, M = plain(c.batch), plain(c.gate_rows), plain(c.share), plain(c.length)
     i_tiles = tl.cdiv(M, COLUMNS)
     i_g, o_m = i // i_tiles, i % i_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     i_first, i_end = 0, batch * share
     if gate.index is None:
-        # A gate for each batch row, or one for all.
+        # One gate per batch row, or one for all.
         i_first = tl.where(gate_rows == 1, 0, i_g * share)
         i_end = tl.where(gate_rows == 1, batch * share, (i_g + 1) * share)
     b_dg = tl.zeros([COLUMNS], W)
@@ -139,8 +139,8 @@ def finish_gradients(
     parts, to, gate, c, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs sum the shares of dk and of dv, where there are any; then come ``keys`` for dPk, ``values``
-    for dPv, ``gates`` for the gate, ``scales`` (one, or none) for lambda, and one a head for the sinks."""
+    """The first programs sum the shares of dk and of dv, if there are any; the next ones are ``keys`` for dPk,
+    ``values`` for dPv, ``gates`` for the gate, ``scales`` (one or none) for lambda, and one per head for the sinks."""
     i, keys, values = tl.program_id(0), plain(c.key_programs), plain(c.value_programs)
     gates, scales = plain(c.gate_programs), plain(c.scale_programs)
     if to.key is not None:

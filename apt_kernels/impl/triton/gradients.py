@@ -1,7 +1,7 @@
-"""Backward in three launches: dq and the row sums that the rest needs, the gradients of columns (four, where the prefix
-has a launch of its own), their final sums.
+"""Backward in three launches: dq and the row sums that the others need; the gradients of columns; their final sums.
 
-Where a stock kernel took the tokens (``merge``), dk and dv are its own, and the prefix's part is added to its dq.
+It is four launches where the prefix has its own. With ``merge``, a library's kernel computes dk, dv and the tokens'
+part of dq, to which the prefix's part is added.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _query_tokens(
     b_dq, query, k, v, seen, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, COLUMNS: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Add what the tokens ``i_first .. i_end - 1`` give to ``dq / scale``."""
+    """Add the part of the tokens ``i_first .. i_end - 1`` to ``dq / scale``."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -73,7 +73,7 @@ def _query_prefix(
     b_dq, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, PREFIX: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Add what the prefix columns ``i_first .. i_end - 1`` give to ``dq / scale``."""
+    """Add the part of the prefix columns ``i_first .. i_end - 1`` to ``dq / scale``."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -98,7 +98,7 @@ def _query_gradient(
     x, tokens, to, gate, seen, p_seed, do, sums, place, n, scales, C: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """dq of ``ROWS`` queries of one head. ``tokens``: what the tokens give to it, where that is known."""
+    """dq of ``ROWS`` queries of one head. ``tokens``: the tokens' part, if it is computed already."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
@@ -142,14 +142,14 @@ def query_gradient(
     scale: tl.float64, softcap: tl.float64, kept: tl.float64,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of ``ROWS`` queries of one head (see `primitives.row_sums`; delta is ``sum(dO * O) - dL``) and, where
-    wanted, dq: through the prefix, then through the tokens they see."""
+    """Row sums of ``ROWS`` queries of one head (see `primitives.row_sums`; delta is ``sum(dO * O) - dL``) and, if
+    needed, dq: over the prefix, then over the visible tokens."""
     DV: tl.constexpr = C.DV
     WIDTH_V: tl.constexpr = C.WIDTH_V
     T, _, _ = lengths(n)
     heads, i_tiles = plain(n.heads), tl.cdiv(T, ROWS)
     i_tile, i_bh = longest_first(tl.program_id(0), i_tiles, plain(n.batch) * heads, plain(band[0]))
-    # Under a causal mask the last queries have most to do.
+    # Under a causal mask the last queries see the most keys.
     i_t = (i_tiles - 1 - i_tile) * ROWS
     i_b, i_h = i_bh // heads, i_bh % heads
     o_t = i_t + tl.arange(0, ROWS)[:, None]
@@ -181,7 +181,7 @@ def _query_gradient_of(
     of_tokens: Tensor | None,
     wanted: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Row sums, ``[B, Hq, 2, padded T]``, and dq where it is wanted; ``of_tokens``: the tokens' part, where known."""
+    """Row sums ``[B, Hq, 2, padded T]``, and dq if ``wanted``; ``of_tokens``: the tokens' part, if computed already."""
     x = problem.x
     batch, heads, _, queries, _, _, head_dim, _ = problem.sizes
     tile, tokens = problem.tile("query"), rows(of_tokens)
@@ -205,13 +205,13 @@ def backward(
     grad_out: Tensor,
     grad_logsumexp: Tensor | None,
     needs: list[bool],
-    way: str,
+    strategy: str,
 ) -> list[Tensor | None]:
-    """The op's backward; what nobody needs is not computed. ``way`` as in `attend.forward`."""
+    """The op's backward; only the gradients in ``needs`` are computed. ``strategy`` as in `attend.forward`."""
     need, grads = dict(zip(DIFFERENTIABLE, needs)), dict.fromkeys(DIFFERENTIABLE)
     of_query, still = None, need
-    # The stock backward has no place for a gradient of the log-sum-exp; ours has, and takes any way's output.
-    if way == "merge" and grad_logsumexp is None and any(needs[:3]):
+    # The library's backward takes no gradient of the log-sum-exp; ours does, whichever strategy the forward used.
+    if strategy == "merge" and grad_logsumexp is None and any(needs[:3]):
         of_query, grads["key"], grads["value"] = stock.backward(x, out, logsumexp, grad_out)
         still = need | {"key": False, "value": False}
     problem, d_out = Problem(x), rows(grad_out)
@@ -219,7 +219,7 @@ def backward(
     sums, grads["query"] = _query_gradient_of(problem, rows(out), d_out, *rest)
     columns = column_gradients_of(problem, d_out, sums, still)
     done = finish(problem, columns, sums, need)
-    # Where the stock kernel gave those of the keys, `done` has none.
+    # With those of key and value from the library's kernel, `done` has none.
     grads.update(done if still is need else {name: t for name, t in done.items() if name not in ("key", "value")})
     if need["bias"]:
         grads["bias"] = bias_gradient(problem, d_out, sums)

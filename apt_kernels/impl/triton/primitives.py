@@ -1,8 +1,8 @@
-"""The pieces that every kernel is made of.
+"""Functions that the kernels share.
 
 Names: ``i_`` ids and first indices, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` blocks, ``s_`` strides.
-Index tiles come expanded (``o_t`` ``[T, 1]`` beside ``o_n`` ``[1, N]``, or the other way round), so that each piece
-serves a tile and its transpose. Logits are in base 2. ``W`` is the dtype of sums.
+Index tiles are expanded (``o_t`` ``[T, 1]`` beside ``o_n`` ``[1, N]``, or transposed), so that a function works on a
+tile and on its transpose. Logits are in base 2. ``W`` is the dtype of sums.
 """
 
 import triton
@@ -24,15 +24,15 @@ def plain(n):
 
 @triton.jit
 def lengths(n):
-    """How many queries, keys and prefix columns there are, of `Numbers`."""
+    """The numbers of queries, keys and prefix columns, of `Numbers`."""
     return plain(n.T), plain(n.S), plain(n.M)
 
 
 @triton.jit
 def longest_first(i, tiles, heads, band):
-    """Tile and head of program ``i``, of ``tiles`` for each of ``heads``: the first tiles of all heads come first.
+    """Tile and head of program ``i``, for ``tiles`` of each of ``heads``: the first tiles of all heads come first.
 
-    ``band``: so many heads at a time, which share the second-level cache.
+    ``band``: the number of heads processed concurrently, which share the L2 cache.
     """
     i_band = i // (tiles * band) * band
     i_rest, i_heads = i - i_band * tiles, tl.minimum(band, heads - i_band)
@@ -41,9 +41,9 @@ def longest_first(i, tiles, heads, band):
 
 @triton.jit
 def stride(n, ALIGNED: tl.constexpr):
-    """`plain` of a stride. ``ALIGNED``: of a multiple of 8, which the product shows to any compiler (a hint on what a
-    function returns does not outlive inlining in Triton 3.6, and rows were then loaded element by element), and so
-    small that offsets within a tile have 32 bits."""
+    """`plain` of a stride. ``ALIGNED``: of a multiple of 8, written as a product so that the compiler sees it (Triton
+    3.6 loses a hint on a returned value when it inlines, and then loads rows element by element), and so small that
+    offsets within a tile have 32 bits."""
     s = tl.cast(n - 3, tl.int64) >> 1
     if ALIGNED:
         s = ((n - 3) >> 4) * 8
@@ -65,7 +65,7 @@ def load_rows(p, s_t, i_first, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH
     p_tile = p + tl.cast(i_first, tl.int64) * s_t + (o_r * s_t + o_d)
     m_tile = (i_first + o_r < limit) & (o_d < D)
     if ALIGNED:
-        # Where i_first comes from a reduction, Triton does not see this by itself, and loads element by element.
+        # If i_first is the result of a reduction, Triton does not infer this and loads element by element.
         p_tile = tl.max_contiguous(tl.multiple_of(p_tile, (1, 16)), (1, WIDTH))
         m_tile = tl.max_constancy(m_tile, (1, 8))
     if CHECK:
@@ -93,7 +93,7 @@ def load_row_sums(p, i_bh, o_t, T, other):
 
 @triton.jit
 def row_sums(p_sums, i_bh, T, PAD: tl.constexpr):
-    """Where the row sums of a head begin, ``[2, padded]``: base-2 log-sum-exps, infinite past ``T``, and deltas, zero
+    """Pointer to the row sums of a head, ``[2, padded]``: base-2 log-sum-exps, infinite past ``T``, and deltas, zero
     past ``T``; and the padded length, a multiple of ``PAD``."""
     i_padded = tl.cdiv(T, PAD) * PAD
     return p_sums + tl.cast(i_bh, tl.int64) * 2 * i_padded, i_padded
@@ -103,7 +103,7 @@ def row_sums(p_sums, i_bh, T, PAD: tl.constexpr):
 def load_sums(row, i_head, i_t, DELTA: tl.constexpr, ROWS: tl.constexpr):
     """``[ROWS]`` base-2 log-sum-exps, or deltas, from query ``i_t`` on of a head beyond that of `row_sums`."""
     p_row, i_padded = row
-    # As a vector: of a [1, ROWS] tile, Triton 3.6 has every thread copy many elements.
+    # As a vector: with a [1, ROWS] tile, every thread copies many elements in Triton 3.6.
     return tl.load(p_row + ((i_head * 2 + DELTA) * i_padded + i_t) + tl.arange(0, ROWS))
 
 
@@ -114,7 +114,7 @@ def open_rows(x, i_b, i_h, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl
     p, s_t = head(x, i_b, i_h, ALIGNED)
     d = p
     if DESCRIPTORS:
-        # The stride of a single row is given as zero, which a descriptor does not take.
+        # The stride of a single row is passed as zero, which a descriptor does not accept.
         d = tl.make_tensor_descriptor(p, [limit, D], [tl.maximum(s_t, 16), 1], [ROWS, WIDTH])
     return d, p, s_t, limit
 
@@ -122,7 +122,7 @@ def open_rows(x, i_b, i_h, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl
 @triton.jit
 def load_tile(x, i_first, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
               ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """``[ROWS, WIDTH]`` from row ``i_first`` of what `open_rows` returned, zero past its ends."""
+    """``[ROWS, WIDTH]`` from row ``i_first`` of the result of `open_rows`, zero past its ends."""
     d, p, s_t, limit = x
     b_tile = d.load([i_first, 0]) if DESCRIPTORS else load_rows(p, s_t, i_first, limit, D, ROWS, WIDTH, CHECK, ALIGNED)
     return b_tile
@@ -145,7 +145,7 @@ def open_heads(x, i_b, i_h, heads, limit, D: tl.constexpr, ROWS: tl.constexpr, W
 @triton.jit
 def load_head(x, i_head, i_first, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHECK: tl.constexpr,
               ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """`load_tile` of a head of what `open_heads` returned."""
+    """`load_tile` of a head of the result of `open_heads`."""
     d, p, s_t, limit, s_h = x
     if DESCRIPTORS:
         b_tile = tl.reshape(d.load([i_head, i_first, 0]), [ROWS, WIDTH])
@@ -157,13 +157,13 @@ def load_head(x, i_head, i_first, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def at_head(x, i_head, i_first):
-    """`at` of a head of what `open_heads` returned."""
+    """`at` of a head of the result of `open_heads`."""
     return x[1] + tl.cast(i_head, tl.int64) * x[4], x[2], i_first, x[3]
 
 
 @triton.jit
 def store_opened(x, i_first, b_tile, D: tl.constexpr, C: tl.constexpr):
-    """Store a tile from row ``i_first`` of what `open_rows` returned, up to its last row and column ``D``."""
+    """Store a tile from row ``i_first`` of the result of `open_rows`, up to its last row and column ``D``."""
     ROWS: tl.constexpr = b_tile.shape[0]
     WIDTH: tl.constexpr = b_tile.shape[1]
     if C.DESCRIPTORS:
@@ -183,19 +183,19 @@ def store_tile(x, i_b, i_h, i_first, limit, b_tile, D: tl.constexpr, C: tl.const
 
 @triton.jit
 def whole_prefix(M, PREFIX: tl.constexpr):
-    """Where the last prefix columns that fill no tile begin."""
+    """The first of the last prefix columns, which do not fill a tile."""
     return M // PREFIX * PREFIX
 
 
 @triton.jit
 def at(x, i_first):
-    """What `similarity` takes of a tile of `open_rows`: pointer, stride, first row and number of rows."""
+    """The origin of a tile of `open_rows` for `similarity`: pointer, stride, first row and number of rows."""
     return x[1], x[2], i_first, x[3]
 
 
 @triton.jit
 def product(a, b, acc, C: tl.constexpr):
-    """``a @ b + acc``. The interpreter keeps bfloat16 as bits and cannot multiply it: ``"upcast"``, exact in ``W``."""
+    """``a @ b + acc``. ``"upcast"``: exact in ``W``, for the interpreter, which cannot multiply bfloat16."""
     if C.PRECISION == "upcast":
         a, b = a.to(C.W), b.to(C.W)
         return tl.dot(a, b, acc, input_precision="ieee", out_dtype=C.W)
@@ -204,7 +204,7 @@ def product(a, b, acc, C: tl.constexpr):
 
 @triton.jit
 def load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """``COLUMNS`` columns from ``i_d`` of the rows that ``at`` names."""
+    """``COLUMNS`` columns from ``i_d`` of the rows at the origin ``at``."""
     p, s_t, i_first, limit = at
     o_r, o_d = tl.arange(0, ROWS)[:, None], i_d + tl.arange(0, COLUMNS)[None, :]
     p_tile = p + tl.cast(i_first, tl.int64) * s_t + (o_r * s_t + o_d)
@@ -213,10 +213,10 @@ def load_columns(at, i_d, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def similarity(b_a, at_a, b_b, at_b, D: tl.constexpr, C: tl.constexpr, ONCE: tl.constexpr = False):
-    """``b_a @ b_b.T``; ``at``: pointer, stride, first row and number of rows of what each was loaded from, or None.
+    """``b_a @ b_b.T``; ``at``: pointer, stride, first row and number of rows from which each was loaded, or None.
 
-    float32 and float64 products hold both rows of a sum in registers at once, so wide ones are loaded anew in parts.
-    ``ONCE``: neither tile is used again, so that half-precision ones are loaded in parts as well, for the same reason.
+    float32 and float64 products hold both rows of a sum in registers, so wide rows are loaded again in parts.
+    ``ONCE``: neither tile is used again, so that half-precision ones are loaded in parts for the same reason.
     """
     BITS: tl.constexpr = b_a.dtype.primitive_bitwidth
     b_s = tl.zeros([b_a.shape[0], b_b.shape[0]], C.W)
@@ -241,7 +241,7 @@ def as_tile(x, W: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent, accurate to a few ulp near zero too, where one minus an exponential is not."""
+    """Hyperbolic tangent, accurate to a few ulp, near zero too, where the formula with one exponential is not."""
     square = x * x
     if x.dtype == tl.float64:
         b_small = x / (1 + square / (3 + square / (5 + square / (7 + square / (9 + square / (11 + square / 13))))))
@@ -256,7 +256,7 @@ def tanh(x):
 
 @triton.jit
 def logits(b_s, b_g, b_scale, b_cap, CAPPED: tl.constexpr, POSITIVE: tl.constexpr):
-    """A tile and the factor above zero that makes base-2 logits of it; the factor then costs nothing (`online`).
+    """A tile and the positive factor that converts it to base-2 logits; `online` applies the factor at no cost.
 
     ``POSITIVE``: the scale is.
     """
@@ -271,8 +271,8 @@ def logits(b_s, b_g, b_scale, b_cap, CAPPED: tl.constexpr, POSITIVE: tl.constexp
 
 @triton.jit
 def online(b_x, b_factor, b_max, b_sum):
-    """One step of the online softmax over the base-2 logits ``b_x * b_factor``: probabilities against the new maximum,
-    and the rescale of what was summed. The maximum is finite: the prefix, seen by all, comes first."""
+    """One step of the online softmax over the base-2 logits ``b_x * b_factor``: probabilities relative to the new
+    maximum, and the factor for earlier sums. The maximum is finite: the prefix, always visible, comes first."""
     b_new = tl.maximum(b_max, tl.max(b_x, 1) * b_factor)
     b_rescale = tl.exp2(b_max - b_new)
     b_p = tl.exp2(b_x * b_factor - b_new[:, None])
@@ -290,7 +290,7 @@ def exponent(b_s, b_weight, b_cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
-    """The gradient of logits brought through the soft-cap that gave ``b_x``."""
+    """The gradient of logits before the soft-cap that returned ``b_x``."""
     if CAPPED:
         b_tanh = b_x / (b_cap * LOG2E)
         b_dz = b_dz * (1 - b_tanh * b_tanh)
@@ -302,7 +302,7 @@ def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
-    """``sigmoid(gate)`` of prefix columns ``o_m``, 1 without a gate; a tile only where each query has its own."""
+    """``sigmoid(gate)`` of prefix columns ``o_m``, 1 without a gate; a 2-D tile only for a gate per query."""
     b_sigmoid = tl.full((1, 1), 1.0, W)
     if gate.ptr is not None:
         i_row = tl.cast(i_b, tl.int64)
@@ -323,7 +323,7 @@ def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr
 
 @triton.jit
 def layer_scale(gate, W: tl.constexpr):
-    """Lambda as a ``[1]`` tile; 1 where there is none."""
+    """Lambda as a ``[1]`` tile; 1 without a layer scale."""
     b_lambda = tl.full((1,), 1.0, W)
     if gate.scale is not None:
         b_lambda = b_lambda * tl.load(gate.scale).to(W)
@@ -338,18 +338,18 @@ def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr)
 
 @triton.jit
 def column_weights(gate, i_b, o_t, i_m, T, M, PREFIX: tl.constexpr, C: tl.constexpr):
-    """`weights` of a tile: ``[ROWS, PREFIX]``, or ``[1, PREFIX]`` where the row's queries share a gate."""
+    """`weights` of a tile: ``[ROWS, PREFIX]``, or ``[1, PREFIX]`` for a gate per row."""
     if C.PER_QUERY:
         b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[None, :], T, M, True, C.W)
     else:
         b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[:, None], T, M, False, C.W)
-        # A sum over one element, which Triton does not move: else every thread computes the sigmoids of the columns
-        # that it multiplies, those of others too.
+        # A sum over one element, which Triton does not move: without it, every thread computes the sigmoids of all
+        # columns that it multiplies, those of other threads included.
         b_g = tl.sum(tl.broadcast_to(b_g, [PREFIX, 1]), 1)[None, :]
     return b_g
 
 
-# What a query sees of the tokens.
+# Visibility of tokens.
 
 
 @triton.jit
@@ -387,7 +387,7 @@ def end_key(i_t, i_base, right, S, RIGHT: tl.constexpr):
 
 @triton.jit
 def near(i):
-    """A difference of positions in 32 bits; those beyond every length lose nothing."""
+    """A difference of positions in 32 bits; one that exceeds every length may be clamped."""
     return tl.minimum(tl.maximum(i, -(2**30)), 2**30).to(tl.int32)
 
 
@@ -420,7 +420,7 @@ def seen_tokens(seen, place, n, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHECK: 
         m_seen = o_n < S
         i_right = near(i_base + plain(n.right) + 1)
         if LEFT:
-            # One comparison, and one bound for each row in registers: below the first key, the difference wraps round.
+            # One comparison and one bound per row: below the first key, the unsigned difference wraps.
             i_left = near(i_base - plain(n.left))
             m_seen = m_seen & ((o_n - (o_t + i_left)).to(tl.uint32) < (i_right - i_left).to(tl.uint32))
         elif RIGHT:
@@ -443,7 +443,7 @@ def seen_tokens(seen, place, n, LEFT: tl.constexpr, RIGHT: tl.constexpr, CHECK: 
 
 @triton.jit
 def add_bias(b_x, b_factor, seen, place, n):
-    """Base-2 logits plus the bias, and the factor that is left to multiply. ``place`` as in `seen_tokens`."""
+    """Base-2 logits plus the bias, and the factor that remains to be applied. ``place`` as in `seen_tokens`."""
     i_b, i_h, o_t, o_n, _ = place
     T, S, _ = lengths(n)
     if seen.bias is not None:
@@ -499,7 +499,7 @@ def drop(b, m_kept):
 
 @triton.jit
 def rescale(b, b_kept, p_seed):
-    """A sum over kept columns brought back to scale."""
+    """A sum over kept columns, rescaled."""
     if p_seed is not None:
         b = b * b_kept
     return b
@@ -530,8 +530,8 @@ def token_gradients(b_s, b_r, b_lse, b_delta, seen, b_keys, place, n, scales, C:
 def prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
     """Of prefix columns: probabilities after dropout, and the gradient of ``g s``.
 
-    ``CHECK``: columns past the last are hidden; without it, what they get must not be used. A gate of one number a
-    column costs nothing here: it enters multiply-adds that there are anyway.
+    ``CHECK``: columns past the last are hidden; without it, their results must not be used. A gate of one number per
+    column costs nothing here: existing multiply-adds include it.
     """
     b_x = exponent(b_s, b_g * scales[0], scales[1], C.CAPPED)
     b_p = tl.exp2(b_x - b_lse)

@@ -1,4 +1,4 @@
-"""Which keys a tile of queries must go through, and which queries a tile of keys: closed tiles are skipped."""
+"""The range of keys for a tile of queries, and of queries for a tile of keys: hidden tiles are skipped."""
 
 import triton
 import triton.language as tl
@@ -14,9 +14,9 @@ def _load_part(p, i_b, s_b, s_o, o, length, other):
 
 @triton.jit
 def _narrow(seen, i_b, i_own, i_first, i_end, T, S, QUERIES: tl.constexpr, SIZE: tl.constexpr, SCAN: tl.constexpr):
-    """Keys (or queries) ``i_first .. i_end - 1`` cut to what padding and segments leave of them.
+    """The part of the keys (or queries) ``i_first .. i_end - 1`` that padding and segments do not hide.
 
-    The own tile are ``SIZE`` queries (keys) from ``i_own``. Segments are compared by their range in it: the result may
+    The tile has ``SIZE`` queries (keys) from ``i_own``. Segments are compared by their range in it: the result may
     be too wide, never too narrow.
     """
     if seen.padding is not None or seen.query_segment is not None:
@@ -54,8 +54,8 @@ def _narrow(seen, i_b, i_own, i_first, i_end, T, S, QUERIES: tl.constexpr, SIZE:
 
 @triton.jit
 def key_tiles(seen, i_b, i_t, i_base, n, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the key tiles of queries ``i_t .. i_t + ROWS - 1`` begin, where those that need no check begin and end,
-    and where all end."""
+    """The key tiles of queries ``i_t .. i_t + ROWS - 1``: the first key, first and end of those that need no check,
+    and the end."""
     T, S, _ = lengths(n)
     left, right = plain(n.left), plain(n.right)
     i_last = tl.minimum(i_t + ROWS, T) - 1
@@ -83,8 +83,8 @@ def key_share(seen, i_b, i_t, i_last, i_base, n, i_split, splits, C: tl.constexp
 
 @triton.jit
 def query_tiles(seen, i_b, i_n, i_base, n, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1`` begin, where those that need no
-    check of positions begin and end, and where all end: multiples of ``ROWS``."""
+    """The tiles of ``ROWS`` queries that see keys ``i_n .. i_n + COLUMNS - 1``: the first query, first and end of those
+    that need no check of positions, and the end; multiples of ``ROWS``."""
     T, S, _ = lengths(n)
     left, right = plain(n.left), plain(n.right)
     i_first, i_end = i_n * 0, i_n * 0 + T

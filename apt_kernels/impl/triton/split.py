@@ -1,7 +1,7 @@
-"""Forward of few queries over many keys (decoding): the keys are dealt out to programs, then their results are merged.
+"""Forward of few queries over many keys (decoding): the keys are split among programs, whose results are merged.
 
 The query heads of a group, and the few queries of each, are rows of one tile, so that every key is read once. The
-prefix is the same for all batch rows: its programs take rows of the whole batch.
+prefix is the same for all batch rows: its programs process rows of the whole batch.
 """
 
 from typing import NamedTuple
@@ -53,8 +53,8 @@ def _load_queries(q, o_b, o_h, o_t, i_d, T, D: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def _similarity(b_q, q, rows, b_k, at_k, D: tl.constexpr, C: tl.constexpr, TRANSPOSED: tl.constexpr):  # fmt: skip
-    """`primitives.similarity` of queries that are no tile of rows, or (``TRANSPOSED``) of keys and queries; ``rows``:
-    batch rows, heads and positions, each ``[rows, 1]``, and the number of positions."""
+    """`primitives.similarity` of queries that are not consecutive rows, or (``TRANSPOSED``) of keys and queries;
+    ``rows``: batch rows, heads and positions, each ``[rows, 1]``, and the number of positions."""
     if b_q.dtype.primitive_bitwidth < 32 or b_q.shape[1] <= 128:
         b_s = similarity(b_k, None, b_q, None, D, C) if TRANSPOSED else similarity(b_q, None, b_k, None, D, C)
     else:
@@ -71,7 +71,7 @@ def _similarity(b_q, q, rows, b_k, at_k, D: tl.constexpr, C: tl.constexpr, TRANS
 
 @triton.jit
 def _online(b_x, b_factor, b_max, b_sum, AXIS: tl.constexpr):
-    """`primitives.online` along an axis, where a row may have seen nothing yet."""
+    """`primitives.online` along an axis, for rows that may have seen no column yet."""
     b_new = tl.maximum(b_max, tl.max(b_x, AXIS) * b_factor)
     b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_rescale = tl.exp2(b_max - b_finite)
@@ -81,7 +81,7 @@ def _online(b_x, b_factor, b_max, b_sum, AXIS: tl.constexpr):
 
 @triton.jit
 def _store_part(part, b_out, b_max, b_sum, o_row, m_row, i_slot, slots, DV: tl.constexpr, WIDTH_V: tl.constexpr):
-    """Keep what one program found for its rows: the sums against its own maximum."""
+    """Store one program's results for its rows: the sums relative to its own maximum."""
     p_out, p_max, p_sum = part
     o_slot, o_d = tl.cast(o_row, tl.int64) * slots + i_slot, tl.arange(0, WIDTH_V)[None, :]
     tl.store(p_out + o_slot[:, None] * DV + o_d, b_out, mask=m_row[:, None] & (o_d < DV))
@@ -135,7 +135,7 @@ def _token_share(
 ):  # fmt: skip
     """A share of the keys of one batch row and key head for ``ROWS`` rows (query, head of the group).
 
-    Rows are few and keys many, so tiles are transposed: keys, and columns of the values, are shared out to the warps.
+    Rows are few and keys many, so tiles are transposed: keys, and columns of the values, are divided among the warps.
     """
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
@@ -177,8 +177,8 @@ def _token_share(
 
 
 class Shares(NamedTuple):
-    """How the work is dealt out, encoded by `arguments.odd`: the prefix's programs, into how many shares the prefix is
-    cut, and into how many the keys."""
+    """The division of work, encoded by `arguments.odd`: the number of programs for the prefix, and into how many shares
+    the prefix and the keys are split."""
 
     prefix_programs: int
     prefix_splits: int
@@ -190,7 +190,7 @@ def split_attention(
     x, part, gate, seen, p_seed, shares, n, scale: tl.float64, softcap: tl.float64, kept: tl.float64,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PREFIX_ROWS: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """What a share of the prefix, or of the keys, gives to the output: unnormalised sums, in a slot for each share."""
+    """The unnormalised sums of a share of the prefix or of the keys, in a slot for each share."""
     prefix_splits, token_splits = plain(shares.prefix_splits), plain(shares.token_splits)
     i, prefix_programs, slots = tl.program_id(0), plain(shares.prefix_programs), prefix_splits + token_splits
     scales = (as_tile(scale, C.W), as_tile(softcap, C.W), as_tile(kept, C.W))
@@ -251,7 +251,7 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
         *(torch.empty(batch * heads * queries, slots, **like) for _ in range(2)),
     )
     shares = Shares(*map(odd, (prefix_programs * prefix_splits, prefix_splits, token_splits)))
-    # Gates are all taken as those of queries, and rows are loaded by pointers: less to compile.
+    # Every gate is passed as one per query, and rows are loaded by pointers: fewer variants to compile.
     constants = problem.constants(out)._replace(PER_QUERY=False, DESCRIPTORS=False, PAD=0)
     launch(
         split_attention, prefix_programs * prefix_splits + token_programs * token_splits, tile,

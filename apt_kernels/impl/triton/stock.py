@@ -1,7 +1,8 @@
-"""The fastest stock kernel on the tokens, for `merge`: cuDNN's on NVIDIA chips, the CPU's under the interpreter.
+"""A library's kernel ("stock kernel") on the tokens, for `merge`: cuDNN's on NVIDIA GPUs, torch's for the CPU under the
+interpreter.
 
-Both return the log-sum-exp, and their backward uses the output and the log-sum-exp that it is handed: those of the
-whole softmax give the exact gradients of a part of its columns.
+Both return the log-sum-exp, and their backward uses the output and the log-sum-exp that it is given: those of the whole
+softmax give the exact gradients of a part of its columns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _CUDNN_BATCH = 65535
 
 
 def obstacle(x: Inputs) -> str | None:
-    """Why no stock kernel can serve the tokens of these inputs; None: one can."""
+    """Why no stock kernel can compute the tokens of these inputs; None: one can."""
     _, _, _, queries, keys, _, head_dim, value_dim = x.sizes
     given = ("key_padding", "query_segments", "dense", "bias", "query_offset", "sinks")
     present = [name for name in given if getattr(x, name) is not None]
@@ -32,7 +33,7 @@ def obstacle(x: Inputs) -> str | None:
 
 
 def _cudnn_obstacle(x: Inputs) -> str | None:
-    """What torch's own choice asks of a call before it hands it to cuDNN (``check_cudnn_tensor_shapes``)."""
+    """torch's conditions for a call to cuDNN (``check_cudnn_tensor_shapes``)."""
     batch, heads, _, _, keys, _, head_dim, _ = x.sizes
     if torch.version.hip or not torch.backends.cudnn.is_available():
         return "cuDNN is not available"
@@ -57,7 +58,7 @@ def _most_columns(device: torch.device) -> int:
 
 
 def _operands(*tensors: Tensor) -> list[Tensor]:
-    """The CPU's kernel takes rows to be contiguous without looking."""
+    """A tensor with contiguous rows, which torch's kernel for the CPU assumes without a check."""
     return [dense_last(tensor) for tensor in tensors]
 
 
@@ -69,7 +70,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     else:
         ask = (None, True, 0.0, x.causal, False)
         out, logsumexp, *_ = _OPS._scaled_dot_product_cudnn_attention(*given, *ask, scale=x.scale)
-    # [B, H, T] stored otherwise, or [B, H, T, 1].
+    # [B, H, T] with other strides, or [B, H, T, 1].
     return out, logsumexp.reshape(x.query.shape[:3]).contiguous()
 
 
@@ -80,7 +81,7 @@ def backward(x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tup
         return _OPS._scaled_dot_product_flash_attention_for_cpu_backward(
             *given, logsumexp, 0.0, x.causal, scale=x.scale
         )
-    # The random state of a dropout that there is not.
+    # The random state: unused, since there is no dropout.
     state = (torch.empty((), dtype=torch.int64, device=x.query.device),) * 2
     lengths = (None, None, x.query.shape[2], x.key.shape[2])
     return _OPS._scaled_dot_product_cudnn_attention_backward(

@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages: the only place where they stand.
+"""Tile sizes, warps and pipeline stages of the Triton kernels; no other module defines any.
 
 One entry for an architecture, the bytes of an element, a padded head size and a kernel. ``rows`` counts queries,
 ``columns`` keys or prefix columns. `python -m bench compiled` compiles every entry and checks that none spills.
@@ -19,9 +19,10 @@ from ..inputs import Inputs
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: queries, keys, warps, stages (0: those of the launch that it is part of).
+    """Tile size in queries and keys, warps, pipeline stages (0: those of the launch that the kernel is part of).
 
-    ``registers``: how many a thread may have. NVIDIA's assembler, when not told, spills some for more warps at a time.
+    ``registers``: the limit per thread; 0: none is passed to the compiler. Without a limit, NVIDIA's assembler spills
+    registers to reach a higher occupancy.
     """
 
     rows: int
@@ -31,9 +32,9 @@ class Tile(NamedTuple):
     registers: int = 255
 
 
-# `prefix` and `gate` are further programs of `key_value`'s launch, or, where the tile of `prefix` has warps, share a
-# launch of their own; `split_prefix` is part of `split`'s. Where each query has a gate of its own, `prefix_by_query`
-# takes the place of `prefix`, if there is one.
+# `prefix` and `gate` are programs of the launch of `key_value`, or, if the tile of `prefix` has warps, of a separate
+# launch; `split_prefix` belongs to the launch of `split`. `prefix_by_query`, if there is one, replaces `prefix` for a
+# gate per query.
 KERNELS = ("forward", "query", "key_value", "prefix", "gate", "bias", "split", "split_prefix")
 
 
@@ -42,18 +43,18 @@ def _entry(tiles: str, **more: int) -> dict[str, Tile]:
     return {name: Tile(*map(int, re.split("[x/]", text)), **more) for name, text in zip(KERNELS, tiles.split())}
 
 
-# Bits of a row that float32 and float64 products take at once (see `primitives.similarity`).
+# Bits of a row that float32 and float64 products process at once (see `primitives.similarity`).
 PART = 2048
-# How many programs the prefix's gradient is spread over, at least; each leaves a partial sum.
+# The least number of programs for the prefix's gradient; each writes a partial sum.
 PROGRAMS = 512
-# The kernels that hold no heads are cut alike everywhere.
+# Kernels whose tiles do not depend on architecture and head size.
 _EVERYWHERE = {"finish": Tile(32, 128, 4, 1, 0), "merge": Tile(16, 0, 4, 1, 0)}
-# Elements of padding or segments that a program looks at together.
+# Elements of padding or segments that a program loads at once.
 SCAN = 1024
-# From here on a float32 prefix beside half-precision activations is cast once, not by every program.
+# The prefix length from which a float32 prefix is cast once to half-precision activations, not in every program.
 LONG_PREFIX = 512
-# Few queries (this many rows with the heads of a group) over keys dealt out to about so many programs, each of them
-# with at least so many keys.
+# `split`: the most rows (queries times heads of a group), the number of programs to aim for, and the least keys for
+# each.
 _SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_KEYS = 16, 512, 256
 # Small, so that small inputs have whole, partial and skipped tiles.
 _INTERPRETER = _entry("16x16/4/1 16x16/4/1 16x16/4/1 16x16 16x16 16x16/4/1 16x16/4/1 16x16", registers=0)
@@ -92,7 +93,7 @@ _BLACKWELL = {
     256: _entry("64x32/8/1   64x32/8/1  16x64/8/1   32x32   32x16   32x16/8/1  16x32/4/2  16x32"),
 }
 _CDNA = {
-    # In two stages, a dense mask's dk and dv do not compile: AMD's compiler stages tiles of bits then.
+    # dk and dv under a dense mask do not compile in two stages: AMD's compiler then also stages the mask's tiles.
     64: _entry("128x64/8/2  128x64/4/2 64x64/4/1   32x64   64x64   64x64/4/1  16x64/4/2  64x32"),
     128: _entry("64x64/4/1   64x64/4/1  32x64/4/1   32x64   64x64   64x64/8/1  16x64/4/2  32x32"),
     256: _entry("32x32/4/1   32x32/4/1  32x32/4/1   32x16   32x32   32x32/4/1  16x32/4/2  16x32"),
@@ -104,8 +105,8 @@ _CDNA_FLOAT32 = {
 }
 
 
-def _told(architecture: str, heads: dict[int, dict[str, Tile]]) -> dict[int, dict[str, Tile]]:
-    """Entries by head size, as an architecture takes them: AMD's compiler is told no number of registers."""
+def _limited(architecture: str, heads: dict[int, dict[str, Tile]]) -> dict[int, dict[str, Tile]]:
+    """Entries by head size with the architecture's limit on registers: AMD's compiler gets none."""
     if architecture.startswith("sm_"):
         return heads
     return {head: {name: tile._replace(registers=0) for name, tile in tiles.items()} for head, tiles in heads.items()}
@@ -113,7 +114,7 @@ def _told(architecture: str, heads: dict[int, dict[str, Tile]]) -> dict[int, dic
 
 # By architecture, bytes of an element, and padded head size.
 _TABLE = {
-    name: {2: _told(name, halves), 4: _told(name, float32), 8: _told(name, _FLOAT64)}
+    name: {2: _limited(name, halves), 4: _limited(name, float32), 8: _limited(name, _FLOAT64)}
     for names, halves, float32 in (
         (("sm_80", "sm_86"), _AMPERE, _IEEE_FLOAT32),
         (("sm_120",), _RTX_BLACKWELL, _IEEE_FLOAT32),
@@ -123,23 +124,23 @@ _TABLE = {
     )
     for name in names
 }
-# Where heads of more than 128 columns have dk and dv apart, beside float64 everywhere.
+# Where heads wider than 128 have separate programs for dk and dv; with float64 they always have.
 _APART = {("sm_90", 2), ("sm_100", 2), ("interpreter", 4)}
-# Chips that copy tiles of half precision by tensor descriptors; interpreted, every dtype does.
+# Architectures and bytes of an element for which tiles are loaded by tensor descriptors.
 _DESCRIPTORS = {("sm_90", 2), ("sm_100", 2), ("sm_120", 2), ("interpreter", 2), ("interpreter", 4), ("interpreter", 8)}
-# Bytes that neighbouring programs may share: half of the second-level cache.
+# Bytes that concurrent programs may share: half of the L2 cache.
 _CACHE = {
     "sm_80": 20 << 20, "sm_86": 3 << 20, "sm_90": 25 << 20, "sm_100": 60 << 20, "sm_120": 24 << 20,
     "gfx90a": 4 << 20, "gfx942": 4 << 20, "interpreter": 1 << 12,
 }  # fmt: skip
-# How many programs a band has for each multiprocessor, at least.
+# The least number of programs of a band for each multiprocessor.
 _BAND_PROGRAMS = 8
 # Multiprocessors of the chips.
 _PROCESSORS = {
     "sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx90a": 104, "gfx942": 304,
     "interpreter": 1,
 }  # fmt: skip
-# From how many tokens on a stock kernel takes them, by architecture and head size. Nothing was measured yet: no entry.
+# The number of tokens from which `merge` is used, by architecture and head size. Not measured yet: no entries.
 _MERGED: dict[tuple[str, int], int] = {}
 ARCHITECTURES = tuple(sorted(_TABLE))
 WIDTHS = (2, 4, 8)
@@ -147,7 +148,7 @@ HEADS = (64, 128, 256)
 
 
 def padded(dim: int) -> int:
-    """Head size as the kernels hold it: the next power of two, at least 16."""
+    """Head size of the kernels' tiles: the next power of two, at least 16."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -165,50 +166,50 @@ def architecture(device: torch.device) -> str:
 
 
 def tile(kernel: str, architecture: str, width: int, dim: int, crowded: bool = False) -> Tile:
-    """The entry that serves a head size. ``crowded``: a bias or a dense mask takes a tile of registers more, or rows
-    that are loaded element by element their pointers; the kernels over queries take half as many columns then."""
+    """The entry of a head size. ``crowded``: a bias or a dense mask needs registers for another tile, or rows loaded
+    element by element need them for pointers; tiles of the kernels over queries then have half as many columns."""
     if kernel in _EVERYWHERE:
         return _EVERYWHERE[kernel]
     if architecture == "interpreter":
         return _INTERPRETER[kernel.partition("_by_")[0]]
     entry = _TABLE[architecture][width][HEADS[bisect_left(HEADS, dim)]]
-    found = entry.get(kernel) or entry[kernel.partition("_by_")[0]]
+    chosen = entry.get(kernel) or entry[kernel.partition("_by_")[0]]
     if crowded and width == 2 and kernel in ("forward", "query"):
-        return found._replace(columns=max(16, found.columns // 2))
-    return found
+        return chosen._replace(columns=max(16, chosen.columns // 2))
+    return chosen
 
 
 def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
-    """The table of an architecture and a number of bytes, by head size; `bench.compiled.tune` tries others in it."""
+    """The table of an architecture and bytes of an element, by head size; `bench.compiled.tune` replaces entries."""
     return _TABLE[architecture][width]
 
 
 def prefix_columns(architecture: str, tile: Tile, width: int, dim: int, gate_per_query: bool) -> int:
-    """How many prefix columns the kernels over queries take at once: prefixes are short, and gates need registers."""
+    """The tile size of the kernels over queries along the prefix: prefixes are short, and gates need registers."""
     if architecture == "sm_90" and width == 2 and dim <= 128:
         return min(tile.columns, 32 if gate_per_query and dim > 64 else 64)
     return min(tile.columns, 16 if dim > 128 or (gate_per_query and dim > 64) else 32)
 
 
 def programs(architecture: str) -> int:
-    """How many programs the prefix's gradient is spread over."""
+    """The least number of programs for the prefix's gradient."""
     return 8 if architecture == "interpreter" else PROGRAMS
 
 
 def is_apart(architecture: str, width: int, dim: int) -> bool:
-    """Whether dk and dv of a head size come from programs of their own (see `columns.column_gradients`)."""
+    """Whether dk and dv of a head size have separate programs (see `columns.column_gradients`)."""
     return (width == 8 or (architecture, width) in _APART) and dim > 128
 
 
 def has_descriptors(architecture: str, width: int) -> bool:
-    """Whether the kernels load tiles of rows through tensor descriptors, where these take the tensors."""
+    """Whether the kernels load tiles of rows through tensor descriptors, if these support the tensors."""
     return (architecture, width) in _DESCRIPTORS
 
 
 def band(architecture: str, share: int, n_tiles: int) -> int:
-    """How many heads, of ``n_tiles`` programs each, run side by side if each needs ``share`` bytes of the cache.
+    """The number of heads, of ``n_tiles`` programs each, to process at once if each needs ``share`` bytes of cache.
 
-    At least as many as keep all multiprocessors busy while the last programs of a band end.
+    At least enough to keep all multiprocessors busy while the last programs of a band end.
     """
     busy = -(-_BAND_PROGRAMS * _PROCESSORS[architecture] // n_tiles)
     return max(1, busy, _CACHE[architecture] // max(1, share))
@@ -220,10 +221,10 @@ def processors(architecture: str) -> int:
 
 
 def shares(architecture: str, heads: int, group: int, columns: int, rows: int, causal: bool) -> int:
-    """Into how many shares the query heads of a group are cut for dk and dv, each with a partial sum of its own.
+    """The number of shares of the query heads of a group for dk and dv, each with its own partial sum.
 
-    ``heads`` times ``columns`` tiles of keys, each taken through ``rows`` tiles of queries of ``group`` heads: the
-    fewest shares that keep the longest program within what every multiprocessor does if all are busy.
+    There are ``heads * columns`` tiles of keys, each processed over ``rows`` tiles of queries of ``group`` heads. The
+    result is the least number for which the longest program takes no more than an even division of all the work.
     """
     ideal = heads * group * columns * rows / (2 if causal else 1) / _PROCESSORS[architecture]
     fitting = (n for n in range(1, group) if group % n == 0 and rows * (group // n) <= ideal)
@@ -231,20 +232,20 @@ def shares(architecture: str, heads: int, group: int, columns: int, rows: int, c
 
 
 def is_split(x: Inputs, architecture: str) -> bool:
-    """Whether the forward deals the keys out to programs: decoding, and other calls of few queries over many keys."""
+    """Whether the forward splits the keys among programs: decoding, and other calls of few queries over many keys."""
     _, heads, kv_heads, queries, keys, *_ = x.sizes
     few = queries * (heads // kv_heads) <= _SPLIT_ROWS
     return queries == 1 or (few and keys >= _split_sizes(architecture)[1])
 
 
 def is_merged(x: Inputs, architecture: str) -> bool:
-    """Whether the tokens go to a stock kernel, where one serves them (see `stock.obstacle`)."""
+    """Whether to use ``merge`` where a stock kernel supports the call (see `stock.obstacle`)."""
     least = _MERGED.get((architecture, padded(x.query.shape[3])))
     return least is not None and min(x.query.shape[2], x.key.shape[2]) >= least
 
 
 def splits(architecture: str, programs: int, columns: int) -> int:
-    """How many shares ``columns`` are dealt into where ``programs`` would each take all of them."""
+    """The number of shares of ``columns``, where ``programs`` would otherwise process all of them each."""
     most, least = _split_sizes(architecture)
     return max(1, min(most // programs, -(-columns // least)))
 
