@@ -1,4 +1,4 @@
-"""Hugging Face models: how they are recorded, patched, saved. Nothing outside this folder imports transformers."""
+"""Support for Hugging Face models. Nothing outside this folder imports transformers."""
 
 from . import compat
 

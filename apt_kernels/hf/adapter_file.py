@@ -43,12 +43,12 @@ _SETTINGS, _CHECKSUM = "apt_kernels", "apt_kernels.checksum"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TEMPORARY = ".tmp"
-# Temporary files of what a save writes, `save_pretrained` included; those without the suffix are of release 0.1.
+# Temporary files of a save or of `save_pretrained`; those without the suffix are of release 0.1.
 _OURS = re.compile(
     r"\.((adapter|model)\.safetensors|(apt_)?config\.json)\.\w+\.tmp|\.(adapter\.safetensors|apt_config\.json)\.\w{8}"
 )
-# A temporary file that nobody can be asked about (no lock on this file system, or of an older release) is left this
-# long, in seconds.
+# The age in seconds at which a temporary file without a lock is deleted (a file system without locks, or a file of an
+# older release).
 _ABANDONED = 3600
 _CHUNK = 2**24
 _BIG_ENDIAN = sys.byteorder == "big"
@@ -56,7 +56,7 @@ _BIG_ENDIAN = sys.byteorder == "big"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file: its dtype and shape, and where its bytes are."""
+    """One tensor of the file: its dtype, its shape and the position of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ class AdapterFile:
 
 @contextmanager
 def open_adapter(folder: Path) -> Iterator[AdapterFile]:
-    """The adapter in ``folder``. All of it is read through one open file, whatever replaces that file meanwhile.
+    """The adapter in ``folder``, read through one open file, so that a concurrent save cannot mix two adapters.
 
     Raises `AdapterError` naming the file and what is wrong with it.
     """
@@ -123,7 +123,7 @@ def _read(folder: Path, path: Path, file) -> AdapterFile:
 
 
 def _old_settings(path: Path) -> dict:
-    """The settings beside weights of release 0.1, which carry none themselves."""
+    """The settings beside weights of release 0.1, which contain none."""
     try:
         settings = read_json_file(path)
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _old_settings(path: Path) -> dict:
 
 
 def _check_copy(path: Path, settings: dict) -> None:
-    """The copy may be missing or of an earlier save. One of this save with other contents was changed by hand."""
+    """Check the copy, which may be missing or of an earlier save; one of this save must have the same contents."""
     try:
         copy = read_json_file(path)
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def read_config(settings: dict, path: Path) -> AptConfig:
     try:
         if settings.get("reparameterisation") is not None:
             raise ConfigError("reparameterisation is set; a saved adapter has none")
-        # Before they are compiled: that alone may take long.
+        # Before they are compiled, which may itself take long.
         for name in ("layers", "trainable"):
             entries = settings.get(name)
             for entry in entries if isinstance(entries, list) else [entries]:
@@ -172,7 +172,7 @@ def read_config(settings: dict, path: Path) -> AptConfig:
 
 
 def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The entries and the metadata; the file is then at its first tensor."""
+    """The entries and the metadata; afterwards the file's position is its first tensor."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise AdapterError(f"{path} is damaged: it has {size} bytes")
@@ -220,10 +220,10 @@ def _counts(value) -> bool:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: dict) -> str:
-    """Write an adapter to ``folder``, in the place of one that is there; returns its save id.
+    """Write an adapter to ``folder``, replacing one that is there; returns its save id.
 
-    ``adapter.safetensors`` is written beside its place and renamed: that is the commit. The copy of the settings
-    follows. What killed saves left is deleted. Raises OSError; before the commit, the old adapter is untouched.
+    ``adapter.safetensors`` is written to a temporary file and renamed, which commits the save. The copy of the settings
+    follows. Temporary files of killed saves are deleted. On an OSError before the rename, the old adapter is unchanged.
     """
     settings = {**settings, "save_id": uuid.uuid4().hex}
     text = json.dumps(settings)
@@ -296,9 +296,9 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator:
-    """A binary file to write to; after the block it takes the place of ``path`` in one rename, or is deleted.
+    """A temporary binary file; after the block it replaces ``path`` in one rename, or is deleted on an error.
 
-    While it is open it is locked, by which `clean` sees that its process is alive.
+    It is locked while it is open, so that `clean` does not delete it.
     """
     descriptor, temporary = _temporary(path)
     try:
@@ -321,7 +321,7 @@ def replacing(path: Path) -> Iterator:
 def _temporary(path: Path) -> tuple[int, str]:
     while True:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
-        # Another save may have deleted it before it was locked.
+        # `clean` of another save may have deleted it before it was locked.
         if not _locked(descriptor, wait=True) or os.fstat(descriptor).st_nlink:
             return descriptor, temporary
         os.close(descriptor)
@@ -368,7 +368,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write the rename itself to the disk, where folders can be opened."""
+    """Flush the rename to the disk, where the system can open folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -35,8 +35,8 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
     """Add a new adapter to a patched model and make it the active one; the others keep what they learned.
 
     `patch` made the adapter ``"default"``. Each adapter has its own prefixes (lengths, gates, layers may differ) and
-    its own task heads, which start as they were before the first patch. Only the active adapter's parameters are
-    parameters of the model: make optimizers after switching.
+    its own task heads, which start with their values before the first patch. Only the active adapter's parameters are
+    parameters of the model: create the optimizer after switching.
 
     Args:
         model: a patched model.
@@ -101,7 +101,7 @@ def set_adapter(model: Model, name: str) -> Model:
 
 @atomic
 def delete_adapter(model: Model, name: str) -> Model:
-    """Forget an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown.
+    """Delete an adapter that is not active. Returns the same model; `ConfigError` if it is active or unknown.
 
     Examples:
         >>> apt_kernels.add_adapter(model, "b", prefix_length=8)
@@ -120,7 +120,7 @@ def delete_adapter(model: Model, name: str) -> Model:
 
 
 def rename(state: State, name: str) -> None:
-    """Give the active adapter another name, which no adapter has."""
+    """Rename the active adapter; no adapter may have that name yet."""
     state.adapter = name
     for prefix in state.prefixes.values():
         prefix.adapter = name
@@ -132,7 +132,7 @@ def _refuse_disabled(state: State) -> None:
 
 
 def _refuse_exchanged(state: State) -> None:
-    """Raise `PatchError` where a module that the adapters train was exchanged for another since the patch."""
+    """Raise `PatchError` if a module that the adapters train was replaced by another since the patch."""
     parameters = state.parameters
     for name, start in state.start.items():
         now = parameters.get(name)
@@ -151,7 +151,7 @@ def _known(state: State, name: str) -> None:
 
 
 def _switch(state: State, name: str) -> None:
-    """Park the active adapter and make the parked ``name`` the active one."""
+    """Store the active adapter away and make the stored ``name`` the active one."""
     state.parked[state.adapter] = _park(state)
     _restore(state)
     incoming = state.parked.pop(name)
@@ -170,7 +170,7 @@ def _park(state: State) -> Parked:
 
 
 def _values(state: State, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of these parameters, wherever they are."""
+    """Copies of these parameters; offloaded ones are read through their hooks."""
     parameters = state.parameters
     found = {name: parameters[name] for name in names}
     if any(parameter.device.type == "meta" for parameter in found.values()) and _has_no_values(state.model):
@@ -179,7 +179,7 @@ def _values(state: State, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _restore(state: State) -> None:
-    """Take the active adapter off: its prefixes, and what it trained beside them."""
+    """Remove the active adapter from the model: its prefixes, and what it trained beside them."""
     trained = trainable_names(state.model, state.config)
     detach(state)
     _write(state, {name: state.start[name] for name in trained})
@@ -196,12 +196,12 @@ def _write(state: State, values: dict[str, Tensor]) -> None:
 
 
 def _has_no_values(model: nn.Module) -> bool:
-    """Whether the whole model is on the meta device, to be filled later."""
+    """Whether the whole model is on the meta device, to be initialised later."""
     return all(p.device.type == "meta" for p in model.parameters()) and offload.device(model).type == "meta"
 
 
 def _place(prefix: nn.Module, module: nn.Module) -> None:
-    """Move a parked prefix to where its attention module computes, unless a hook holds its values."""
+    """Move a stored prefix to the device of its attention module, unless a hook holds its values."""
     device = offload.device(module)
     if device.type != "meta" and all(p.device.type != "meta" for p in prefix.parameters()):
         prefix.to(device)

@@ -1,4 +1,4 @@
-"""For which base model an adapter was trained: recorded when it is saved, compared when it is loaded."""
+"""The record of the base model that an adapter was trained on: written by `save`, compared by `load`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _SIZES = (
     "encoder_attention_heads",
     "decoder_attention_heads",
 )
-# How many weights of at least two dimensions, and of one, are sampled; and how many elements at either end of each.
+# The number of sampled weights with at least two dimensions, with one, and of elements at either end of each.
 _SAMPLED, _ELEMENTS = 6, 16
-# A base in float32 and its cast to a narrower dtype have the same hash in that dtype.
+# A float32 model and its cast to a narrower dtype have the same hash in that dtype.
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,7 +61,7 @@ def _sizes(config) -> dict[str, int]:
 
 
 def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
-    """By the name of a sampled weight, its hash in each dtype; None where no weight is whole and here."""
+    """The hash in each dtype of each sampled weight, by name; None if this process holds no complete weight."""
     ours = {id(p) for prefix in state.prefixes.values() for p in prefix.parameters()}
     ours |= events.added_parameters(state.model)
     trained = {_plain(name) for name in state.start}
@@ -77,12 +77,12 @@ def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name as it is without the layers of PEFT and the wrappers of FullyShardedDataParallel."""
+    """A parameter's name without the parts that PEFT and FullyShardedDataParallel add."""
     return own_name(name).replace(".base_layer.", ".")
 
 
 def _is_whole(parameter: nn.Parameter) -> bool:
-    """Whether the values are in this process, unquantised: not meta, not a shard."""
+    """Whether this process holds the unquantised values: not on the meta device, not a shard."""
     plain = type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id")
     flat = getattr(parameter, "_fsdp_flattened", False)
     values = parameter.device.type != "meta" and parameter.is_floating_point() and parameter.numel() > 0

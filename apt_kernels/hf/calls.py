@@ -1,8 +1,8 @@
-"""The state of running forwards, one per thread: nothing of a call is kept on a module, a config or in a flag for all.
+"""The state of running forwards, per thread: no state of a call is stored on a module, on a config or in a global.
 
-Everything here is set in a ``try`` and set back in its ``finally``, so that an exception or an interrupt at any point
-leaves nothing behind. ``threading.local`` and not ``ContextVar``, because Dynamo traces and guards the former; asyncio
-tasks that share a thread are told apart by a ``ContextVar`` where a task called `disabling`.
+Everything here is set in a ``try`` and reset in its ``finally``, so that an exception or an interrupt at any point
+leaves no state. It is a ``threading.local`` and not a ``ContextVar``, since Dynamo traces and guards the former; where
+a task called `disabling`, a ``ContextVar`` distinguishes the asyncio tasks of a thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Token:
     """Identifies a patched model; its modules and configs share one. A copy of the model gets its own."""
 
     def __init__(self):
-        # A string: Dynamo guards its value, where it would take the identity of an object for granted.
+        # A string, since Dynamo guards the value of a string but not the identity of an object.
         self.number = f"model {next(_numbers)}"
         self.warned = False  # that there are no attention weights
 
@@ -107,7 +107,7 @@ def disabling(token: Token) -> Iterator[None]:
             _of_task.set((*_of_task.get(), entry))
         yield
     finally:
-        entry.open = False  # also where another thread leaves
+        entry.open = False  # also if another thread exits
         local.disabled = tuple(each for each in local.disabled if each.open)
         if entry.in_task:
             _of_task.set(tuple(each for each in _of_task.get() if each.open))
@@ -121,7 +121,7 @@ def _in_a_task() -> bool:
 
 
 class Held:
-    """What holds in a thread at one moment, to be applied in another one: a replica's, or that of a backward."""
+    """The state of a thread, captured to be applied in another one: that of a replica, or of a backward."""
 
     __slots__ = ("disabled", "documents", "observe")
 
@@ -130,7 +130,7 @@ class Held:
 
 
 def hold() -> Held:
-    """What holds now, here."""
+    """The current state of this thread."""
     disabled = local.disabled
     if disabled:
         disabled = tuple(
@@ -142,7 +142,7 @@ def hold() -> Held:
 
 
 def applied(held: Held, function: Callable, *args, **kwargs):
-    """``function(*args, **kwargs)`` under what was held."""
+    """``function(*args, **kwargs)`` with the captured state."""
     before = local.disabled, local.documents, local.observe
     try:
         local.disabled, local.documents, local.observe = held.disabled, held.documents, held.observe

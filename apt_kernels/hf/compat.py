@@ -1,7 +1,7 @@
-"""What each feature uses of transformers, PEFT and torch beyond their documented interface, checked per feature.
+"""The private APIs of transformers, PEFT and torch that each feature uses, checked per feature.
 
-A name that a release lacks disables the features that need it, and no other. `missing` says what is missing,
-`require` raises a `PatchError` that names it, `available` warns once and lets the caller go on without the feature.
+A name that a release lacks disables only the features that need it. `missing` lists the missing names, `require` raises
+a `PatchError` with them, `available` warns once and returns False, so that the caller continues without the feature.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Feature:
         what: the feature, as a message names it.
         package: whose names it needs.
         names: module -> names in it, with attributes after a dot.
-        instances: module -> attributes that its classes give to their instances: they have to occur in its source.
+        instances: module -> attributes that its classes set on their instances: they have to occur in its source.
         check: yields what else is missing.
-        without: what happens where something is missing, for the warning of `available`.
+        without: the consequence of a missing name, for the warning of `available`.
     """
 
     what: str
@@ -45,7 +45,7 @@ class Feature:
     without: str = ""
 
 
-# What a mask function made by transformers closes over: hf/attention/masks.py reads it there.
+# The closure variables of transformers' mask functions, which hf/attention/masks.py reads.
 _CLOSURES = {
     "and_masks": "mask_functions",
     "packed_sequence_mask_function": "packed_sequence_mask",
@@ -58,7 +58,7 @@ def _other_closures() -> Iterator[str]:
     masking = importlib.import_module("transformers.masking_utils")
     for factory, variable in _CLOSURES.items():
         if not hasattr(masking, factory):
-            continue  # named as missing already
+            continue  # already listed as missing
         made = getattr(masking, factory)(masking.causal_mask_function if factory == "and_masks" else 3)
         code = getattr(made, "__code__", None)
         if code is None or variable not in code.co_freevars or not made.__qualname__.startswith(f"{factory}."):
@@ -66,7 +66,7 @@ def _other_closures() -> Iterator[str]:
 
 
 FEATURES = {
-    # Without these nothing can be patched: checked before anything in hf is imported.
+    # Required for every patch: checked before anything in hf is imported.
     "patch": Feature(
         "apt_kernels.patch",
         "transformers",
@@ -246,14 +246,14 @@ FEATURES = {
 
 @memoise
 def missing(feature: str) -> tuple[str, ...]:
-    """What the installed release lacks of what ``feature`` needs."""
+    """The names that ``feature`` needs and the installed release lacks."""
     needs = FEATURES[feature]
     found = (*_missing(needs.names), *_missing_in_source(needs.instances))
     return found or tuple(needs.check())
 
 
 def message(feature: str) -> str:
-    """What is missing for ``feature``, and what to install."""
+    """The message that names what is missing for ``feature``, and what to install."""
     needs = FEATURES[feature]
     return (
         f"{needs.package} {version(needs.package)} lacks {', '.join(missing(feature))}, which {needs.what} needs. "
@@ -272,7 +272,7 @@ _warned: set[str] = set()
 
 
 def available(feature: str) -> bool:
-    """Whether nothing is missing for ``feature``; if something is, one warning names it."""
+    """Whether nothing is missing for ``feature``; otherwise one warning names what is."""
     if not missing(feature):
         return True
     if feature not in _warned:
@@ -297,7 +297,7 @@ def _missing(wanted: dict[str, tuple[str, ...]]) -> Iterator[str]:
 
 
 class _Nothing:
-    """Has no attribute that could be mistaken for a wanted one."""
+    """An object without attributes."""
 
     def __getattr__(self, name: str):
         raise AttributeError(name)

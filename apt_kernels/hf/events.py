@@ -1,7 +1,7 @@
 """The event "the prefixes of a model changed", and the integrations that subscribe to it.
 
-`patching`, `adapters`, `pruning` and `checkpoint` announce; an integration (hf/integrations) answers. None of them
-imports an integration: hf/integrations/__init__.py holds the list.
+`patching`, `adapters`, `pruning` and `checkpoint` announce the event; the integrations (hf/integrations) handle it.
+None of these modules imports an integration: hf/integrations/__init__.py has the list.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ Action = Literal["patch", "unpatch", "add", "set", "delete", "prune", "load"]
 
 
 class Integration:
-    """What an integration may answer. Every method has a default that does nothing."""
+    """The methods of an integration. Each has a default that does nothing."""
 
-    # Attributes of a model that hold what can be made again: a call that fails may have dropped them.
+    # Attributes of a model that can be rebuilt, so that a call which fails may have deleted them.
     caches: frozenset[str] = frozenset()
 
     def inside(self, model):
@@ -35,12 +35,12 @@ _subscribed: list[Integration] = []
 
 
 def subscribe(*integrations: Integration) -> None:
-    """From now on these integrations are called, in this order, after those that subscribed before."""
+    """Call these integrations, in this order, after those that subscribed before."""
     _subscribed.extend(integrations)
 
 
 def inside(model):
-    """The module inside the outermost wrapper of ``model``; None: no integration knows it as a wrapper."""
+    """The module inside the outermost wrapper of ``model``; None: it is not a wrapper of any integration."""
     return next((found for each in _subscribed if (found := each.inside(model)) is not None), None)
 
 
@@ -50,7 +50,7 @@ def added_parameters(model) -> set[int]:
 
 
 def caches() -> set[str]:
-    """The attributes of a model that a call which fails may have dropped."""
+    """The attributes of a model that a call which fails may have deleted."""
     return set().union(*(each.caches for each in _subscribed))
 
 
@@ -61,6 +61,6 @@ def check(action: Action, model) -> None:
 
 
 def changed(action: Action, state) -> None:
-    """Tell every integration that the prefixes of ``state.model`` changed."""
+    """Announce to every integration that the prefixes of ``state.model`` changed."""
     for each in _subscribed:
         each.changed(action, state)

@@ -16,13 +16,13 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_repository(source) -> bool:
-    """Whether ``source`` has the form ``owner/name`` and is not the path of something here."""
+    """Whether ``source`` has the form ``owner/name`` and no local file or folder has this path."""
     found = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None
     return found and source[0] != "." and not Path(source).exists()
 
 
 def fetch(repo_id, files: list[str], revision: str | None) -> Path:
-    """The folder that holds ``files`` of the repository, downloaded where they are not in huggingface_hub's cache."""
+    """The local folder with ``files`` of the repository, downloaded unless they are in huggingface_hub's cache."""
     try:
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -35,7 +35,7 @@ def fetch(repo_id, files: list[str], revision: str | None) -> Path:
 
 
 def publish(folder: Path, files: list[str], repo_id: str, private: bool | None, message: str | None) -> None:
-    """Upload ``files`` of ``folder`` to the repository in one commit; it is made if it is not there."""
+    """Upload ``files`` of ``folder`` to the repository in one commit; it is created if it does not exist."""
     try:
         made = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
         huggingface_hub.upload_folder(

@@ -1,8 +1,8 @@
-"""Prefixes that begin as a text's keys and values, or as a PEFT checkpoint's: exact copies of their source, or refused.
+"""Prefixes initialised from a text's keys and values or from a PEFT checkpoint: exact copies, or an error.
 
-The source has its prefix at positions 0 to M - 1 and its tokens from M on; our tokens keep their positions from 0. A
-rotary embedding depends on differences alone, so a key that stands before position 0 is the source's, rotated by -M:
-a text is read at the positions -M to -1, a checkpoint's keys are rotated by the layer's own rotary embedding.
+In the source, the prefix has positions 0 to M - 1 and the tokens start at M; here the tokens start at 0. A rotary
+embedding depends on differences of positions alone, so the prefix's keys are those of the source rotated by -M: a text
+is run at positions -M to -1, and a checkpoint's keys are rotated by the layer's own rotary embedding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 _CAPTURE = "apt_kernels_capture"
-# Outputs that differ by this share of the prefix's influence differ in kind: rounding, in bfloat16 too, stays below.
+# A larger difference of outputs, relative to the prefix's influence, is not rounding (in bfloat16 neither).
 _SAME = 0.05
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -210,7 +210,7 @@ def _refuse_lengths(model) -> None:
 
 
 def _positions_stay_out(model, ids: Tensor, length: int) -> tuple[dict[str, Captured], dict[str, Captured]]:
-    """Single tokens at position 0 and at ``-length``; refuse a model whose hidden states know the position."""
+    """Single tokens at position 0 and at ``-length``; refuse a model whose hidden states depend on the position."""
     ids = ids.reshape(-1, 1)[:4]
     here, near = (_capture(model, ids, torch.full_like(ids, position)) for position in (0, 1))
     apart = next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
@@ -279,12 +279,12 @@ def _check_mask(name: str, mask, length: int) -> None:
 
 
 def _rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: Captured) -> Tensor:
-    """``key [Hkv, M, D]`` rotated by -M: by what turns ``here``'s keys (position 0) into ``there``'s (position -M)."""
+    """``key [Hkv, M, D]`` rotated by -M: by the rotation from ``here``'s keys (at 0) to ``there``'s (at -M)."""
     if torch.allclose(here.key, there.key, rtol=1e-3, atol=1e-4):
         return key  # a layer without positions
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply is not None and there.rotary is not None:
-        # The factors of YaRN and its like are in the source's keys already.
+        # The source's keys already include the scaling factor of YaRN and similar embeddings.
         size = (there.rotary[0][:1].square() + there.rotary[1][:1].square()).sqrt()
         cos, sin = (part[:1] / size for part in there.rotary)
         for turn in (_whole, _part):
@@ -344,7 +344,7 @@ def _layer_of(flat: Tensor, layers: int, layer: int, own: Captured, name: str, f
 
 
 def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: Tensor):
-    """Patch, put the tokens in, and see that the copy is one on ``ids``; otherwise take the patch off and refuse."""
+    """Patch, set the prefixes, compare the outputs for ``ids`` with the source's; if they differ, undo and raise."""
     with evaluating(model), torch.no_grad():
         bare = model(input_ids=ids, use_cache=False).logits
     patching.patch(model, config)

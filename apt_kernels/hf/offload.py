@@ -1,8 +1,8 @@
-"""Parameters that accelerate offloads: on the meta device between forwards, their values held by a hook.
+"""Parameters that accelerate offloads: on the meta device between forwards, with a hook that has their values.
 
-`accelerate.cpu_offload`, `disk_offload`, `dispatch_model` and ``from_pretrained(device_map=...)`` put such hooks on
-modules. A value is read and written through the hook that holds it; what trains is taken out of it, since a parameter
-that exists during a forward alone has no gradient afterwards.
+`accelerate.cpu_offload`, `disk_offload`, `dispatch_model` and ``from_pretrained(device_map=...)`` add such hooks to
+modules. A value is read and written through its hook. Trained parameters are removed from the hooks, since a parameter
+that exists only during a forward has no gradient afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .weights import placed_like
 
 
 class Holder(NamedTuple):
-    """What holds the value of an offloaded parameter."""
+    """The storage of an offloaded parameter's value."""
 
     hook: Any  # accelerate's AlignDevicesHook
     key: str  # of the value in the hook's weights_map
@@ -28,7 +28,7 @@ class Holder(NamedTuple):
         return self.hook.weights_map[self.key]
 
     def write(self, value: Tensor) -> None:
-        """In memory: a weight that is on disk, maybe in a checkpoint of the base model, is not overwritten there."""
+        """Write in memory: a file on disk, which may be a checkpoint of the base model, is not changed."""
         place, key = self.place()
         held = place.get(key)
         if held is None or held.device.type == "meta":
@@ -38,7 +38,7 @@ class Holder(NamedTuple):
             held.copy_(value)
 
     def place(self) -> tuple[dict, str]:
-        """The dict in memory from which accelerate takes the value first, and the key there."""
+        """The dict in memory in which accelerate looks for the value first, and the key there."""
         mapping, key = self.hook.weights_map, self.key
         while hasattr(mapping, "dataset"):  # PrefixedDataset
             mapping, key = mapping.dataset, f"{mapping.prefix}{key}"
@@ -65,7 +65,7 @@ def in_memory(hook) -> dict | None:
 
 
 def holder(model: nn.Module, name: str) -> Holder | None:
-    """What holds the value of the parameter ``name`` of ``model``; None: no hook does."""
+    """The storage of the value of the parameter ``name`` of ``model``; None: no hook has it."""
     owner, _, key = name.rpartition(".")
     while True:
         for hook in hooks(model.get_submodule(owner)):
@@ -78,9 +78,9 @@ def holder(model: nn.Module, name: str) -> Holder | None:
 
 
 def read(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """The value of the parameter ``name`` of ``model``, wherever it is.
+    """The value of the parameter ``name`` of ``model``, offloaded or not.
 
-    Raises `PatchError` where it is on the meta device and nothing holds it.
+    Raises `PatchError` if it is on the meta device and no hook has its value.
     """
     if parameter.device.type != "meta":
         return parameter
@@ -95,7 +95,7 @@ def read(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def write(model: nn.Module, name: str, parameter: Tensor, value: Tensor) -> None:
-    """Set the parameter ``name`` of ``model`` to ``value``, wherever it is. Raises as `read` does."""
+    """Set the parameter ``name`` of ``model`` to ``value``, offloaded or not. Raises as `read` does."""
     if parameter.device.type != "meta":
         parameter.copy_(placed_like(parameter, value))
         return
@@ -106,7 +106,7 @@ def write(model: nn.Module, name: str, parameter: Tensor, value: Tensor) -> None
 
 
 def device(module: nn.Module, default: torch.device | None = None) -> torch.device:
-    """Where ``module`` computes: the device of its parameters, or the one on which its hooks place them."""
+    """The device on which ``module`` computes: that of its parameters, or the one where its hooks place them."""
     for parameter in module.parameters():
         if parameter.device.type != "meta":
             return parameter.device
@@ -118,7 +118,7 @@ def device(module: nn.Module, default: torch.device | None = None) -> torch.devi
 
 
 class Loaded(NamedTuple):
-    """A module whose parameters were taken out of its hook, and what `put_back` needs."""
+    """A module whose parameters were removed from its hook, and what `put_back` needs."""
 
     module: nn.Module
     hook: Any
@@ -127,7 +127,7 @@ class Loaded(NamedTuple):
 
 
 def load(model: nn.Module, names: Iterable[str]) -> list[Loaded]:
-    """Take the modules of these parameters out of their hooks, so that the parameters can train.
+    """Remove the modules of these parameters from their hooks, so that the parameters can train.
 
     Raises `PatchError` where a hook places more than one module's parameters, or a parameter is tied to another.
     """
@@ -156,7 +156,7 @@ def load(model: nn.Module, names: Iterable[str]) -> list[Loaded]:
 
 
 def put_back(loaded: Iterable[Loaded]) -> None:
-    """Undo `load`: the hooks hold the values from before it."""
+    """Undo `load`: the hooks have the values from before it."""
     for module, hook, parameters, buffers in loaded:
         module._parameters.update(parameters)
         module._buffers.update(buffers)

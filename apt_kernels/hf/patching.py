@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`: put a prefix on every attention module, freeze the rest, and take it back."""
+"""`patch` and `unpatch`: add a prefix to every attention module and freeze the rest, and undo both."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def patch(
     example_inputs: dict | None = None,
     **settings: Unpack[Settings],
 ) -> Model:
-    """Hang an `AdaptivePrefix` on every attention module of a transformers model, in place, and freeze the rest.
+    """Add an `AdaptivePrefix` to every attention module of a transformers model, in place, and freeze the rest.
 
-    The model attends through `apt_kernels.attention` from then on; position ids, masks and caches stay those of the
+    The model then computes attention by `apt_kernels.attention`; position ids, masks and caches are those of the
     unpatched model. New task heads (parameters outside the base model of a classification, token, question or
     multiple-choice model) stay trainable. Patching again with equal settings changes nothing.
 
     Args:
         model: a ``transformers.PreTrainedModel`` whose attention goes through transformers' attention interface.
         config: an `AptConfig`; or give its fields as keywords (``prefix_length=16, gate="auto", ...``).
-        example_inputs: keyword arguments of one small forward, for models whose inputs cannot be guessed. Only what
-            that forward reaches gets a prefix; without them, parts that see or hear do as well as those that read.
+        example_inputs: keyword arguments of one small forward, for models whose inputs cannot be guessed. Only modules
+            that this forward runs get a prefix. None: text, vision and audio parts are all run.
 
     Returns:
         The same model.
@@ -92,7 +92,7 @@ def patch_checked(
         choose.load(config.implementation)
     events.check("patch", model)
     before = implementations(base)
-    own_configs(base)  # before anything is set there
+    own_configs(base)  # before anything is set on the configs
     sites, needed = _sites(base, example_inputs)
     sites = with_meshes(base, sites)
     if check is not None:
@@ -187,7 +187,7 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
 
 
 def attach(state: State, built: dict[str, AdaptivePrefix]) -> None:
-    """Put the prefixes on their attention modules."""
+    """Add the prefixes to their attention modules."""
     sites = [site for site in state.sites if site.name in built]
     replaced.check(sites, state.model.get_submodule)
     for site in sites:
@@ -196,7 +196,7 @@ def attach(state: State, built: dict[str, AdaptivePrefix]) -> None:
 
 
 def detach(state: State) -> None:
-    """Take the prefixes off; the attention modules then attend as before the patch, or by their next prefix."""
+    """Remove the prefixes; the attention modules then compute as before the patch, or with their next prefix."""
     for module in state.model.modules():
         if isinstance(module._modules.get("apt"), AdaptivePrefix):
             attaching.detach(module)
@@ -204,10 +204,10 @@ def detach(state: State) -> None:
 
 @atomic
 def unpatch(model: Model) -> Model:
-    """Take every prefix off again: outputs and ``requires_grad`` are bit for bit those from before `patch`.
+    """Remove every prefix: outputs and ``requires_grad`` are bit for bit those from before `patch`.
 
-    Returns the same model. Raises `PatchError` if the model is not patched, or is wrapped for several processes (by
-    other than FSDP2, which goes on with the base model).
+    Returns the same model. Raises `PatchError` if the model is not patched, or is wrapped for distributed training
+    (except by FSDP2, which continues with the base model).
 
     Examples:
         >>> apt_kernels.unpatch(model)
@@ -225,7 +225,7 @@ def unpatch(model: Model) -> Model:
     if parameters.keys() == state.requires_grad.keys():
         for name, parameter in parameters.items():
             parameter.requires_grad_(state.requires_grad[name])
-    # Otherwise PEFT came, went or merged since; what is frozen is its to say.
+    # Otherwise PEFT was added, removed or merged since, and decides what is frozen.
     forget(state.model, state.implementations)
     del state.model._apt_state
     events.changed("unpatch", state)
@@ -233,14 +233,14 @@ def unpatch(model: Model) -> Model:
 
 
 def _restore_values(state: State) -> None:
-    """What trained beside the prefixes gets the values that it had before the first patch."""
+    """Reset what trained beside the prefixes to its values before the first patch."""
     parameters = state.parameters
     for name, start in state.start.items():
-        # A module that was exchanged since is not ours to change.
+        # A module that was replaced since is not changed.
         if name in parameters and parameters[name].shape == start.shape and start.device.type != "meta":
             offload.write(state.model, name, parameters[name], start)
 
 
 def remove_prefix(state: State, name: str) -> None:
-    """Take the prefix off one attention module; it attends as before the patch."""
+    """Remove the prefix from one attention module, which then computes as before the patch."""
     attaching.detach(state.model.get_submodule(name))

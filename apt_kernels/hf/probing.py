@@ -21,7 +21,7 @@ from .state import Model, state_of
 from .transaction import atomic
 
 BINS = 20
-# So many layers are printed at most.
+# The most layers that are printed.
 _SHOWN = 12
 
 
@@ -100,7 +100,7 @@ class Probe:
     examples: int
 
     def __repr__(self) -> str:
-        """The layers' weights in short; `table` gives all figures."""
+        """A summary of the layers' weights; `table` has all figures."""
         shown = self.layers if len(self.layers) <= _SHOWN else self.layers[: _SHOWN - 1]
         width = max((len(layer.name) for layer in shown), default=0)
         rows = [
@@ -311,7 +311,7 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
 
 
 def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
-    """What every attention with a prefix calls with its gate's logits while `probe` runs, in this thread alone."""
+    """Called by every attention with a prefix with its gate's logits while `probe` runs, in this thread alone."""
 
     def observe(prefix: AdaptivePrefix, gate: Tensor | None, real_tokens: Tensor | None) -> None:
         watches[prefix.name].add(gate, decoder_mask if prefix.cross else real_tokens)

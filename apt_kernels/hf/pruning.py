@@ -1,4 +1,4 @@
-"""Taking tokens out of the prefixes of a patched model."""
+"""Removing tokens from the prefixes of a patched model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import events
 from .patching import remove_prefix
 from .state import State
 
-# Where each parameter of an `AdaptivePrefix` counts its tokens.
+# The dimension of each parameter of an `AdaptivePrefix` that counts tokens.
 _TOKEN_DIM = {"key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
 
 
@@ -22,7 +22,7 @@ def modules(state: State) -> list[str]:
 
 
 def keep_tokens(state: State, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...]) -> None:
-    """Keep these tokens of each prefix (folded first); with none, the module attends as before the patch."""
+    """Keep these tokens of each prefix (folded first); a module without any computes as before the patch."""
     for name, prefix in state.prefixes.items():
         if not keep[name]:
             remove_prefix(state, name)

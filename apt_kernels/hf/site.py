@@ -1,4 +1,4 @@
-"""One attention module of a model, as the recording pass found it."""
+"""One attention module of a model, as recorded by the recording pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Inline(NamedTuple):
-    """How a module attends that computes its attention inline."""
+    """The properties of a module that computes its attention inline."""
 
     time_major: bool  # hidden states are [T, B, d]
     key_factor: float  # a number that the key was multiplied with before the product
@@ -19,7 +19,7 @@ class Inline(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """One attention module: its name, its shapes, and what its queries may see."""
+    """One attention module: its name, its shapes, and its mask."""
 
     name: str
     heads: int

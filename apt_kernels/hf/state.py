@@ -1,4 +1,4 @@
-"""What a patched model remembers, and the transformers model inside its wrappers."""
+"""The state of a patched model, and the transformers model inside its wrappers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class Parked:
-    """An adapter that is not active: its prefixes, and its values of what trains beside them. No part of the model."""
+    """An adapter that is not active, stored outside of the model: its prefixes, and its values of other parameters."""
 
     config: AptConfig
     prefixes: dict[str, AdaptivePrefix]
@@ -29,7 +29,7 @@ class Parked:
 
 @dataclass
 class State:
-    """What a patched model remembers: its settings, its adapters, and what `unpatch` has to restore."""
+    """The state of a patched model: its settings, its adapters, and what `unpatch` restores."""
 
     model: PreTrainedModel
     config: AptConfig
@@ -53,12 +53,12 @@ class State:
 
     @property
     def disabled(self) -> bool:
-        """Whether the model is within `apt_kernels.disabled`, here."""
+        """Whether the model is within `apt_kernels.disabled` in this thread and task."""
         return calls.disabling_of(self.token) is not None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by the names that they have unwrapped."""
+        """The model's parameters by their names without wrappers."""
         return named_parameters(self.model)
 
 
@@ -75,12 +75,12 @@ def inner(model):
 
 
 def own_name(name: str) -> str:
-    """A module's or parameter's name as it is without the FullyShardedDataParallel wrappers inside the model."""
+    """A module's or parameter's name without the FullyShardedDataParallel wrappers inside the model."""
     return name.replace("_fsdp_wrapped_module.", "")
 
 
 def named_parameters(model) -> dict[str, nn.Parameter]:
-    """The parameters of the transformers model inside ``model`` by the names that they have unwrapped."""
+    """The parameters of the transformers model inside ``model`` by their names without wrappers."""
     return {own_name(name): parameter for name, parameter in inner(model).named_parameters()}
 
 
@@ -108,7 +108,7 @@ def prefixes(model: nn.Module) -> dict[str, AdaptivePrefix]:
 
 
 def remember_start(prefix: AdaptivePrefix) -> None:
-    """Keep a few elements of each parameter of a new prefix, by which `is_as_made` sees that it changed."""
+    """Store a few elements of each parameter of a new prefix, so that `is_as_made` detects a change."""
     prefix.start = _samples(prefix)
 
 

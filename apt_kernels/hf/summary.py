@@ -1,4 +1,4 @@
-"""`summary`: how many parameters of a patched model train, and where."""
+"""`summary`: the trainable parameters of a patched model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a patched model trains; ``str()`` of it is a table."""
+    """The trainable parameters of a patched model; ``str()`` of it is a table."""
 
     adapter: str
     trainable: int
@@ -47,7 +47,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """How many parameters train, and where: ``print(apt_kernels.summary(model))``.
+    """The numbers of trainable parameters by module: ``print(apt_kernels.summary(model))``.
 
     Raises `PatchError` if the model is not patched, or if FullyShardedDataParallel holds it in pieces.
 
@@ -75,7 +75,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _size(parameter: nn.Parameter) -> int:
-    """How many numbers it has, where ZeRO-3 holds them elsewhere and where bitsandbytes packs two in a byte, too."""
+    """The number of elements, also of a parameter that ZeRO-3 partitions or bitsandbytes packs two to a byte."""
     packed = getattr(parameter, "quant_state", None)
     size = parameter.numel() if packed is None else packed.shape.numel()
     return getattr(parameter, "ds_numel", size)

@@ -1,4 +1,4 @@
-"""`disabled`: a patched model without its prefix for a while."""
+"""`disabled`: a patched model without its prefix within a context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .state import Model, state_of
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Within this context the model attends without its prefix: bit for bit as before the patch.
+    """Within this context the model computes without its prefix: bit for bit as before the patch.
 
     It holds in the thread that entered it, and in threads that a forward starts itself (`nn.DataParallel`). Inside
     asyncio it holds in the task that entered it and in tasks that this one creates; other tasks keep the prefix.

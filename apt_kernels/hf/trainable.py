@@ -36,7 +36,7 @@ def refuse_quantised(model, trainable: set[str]) -> None:
     """Raise `PatchError` if a parameter among those to train is quantised. Nothing is changed."""
     for name in sorted(trainable):
         parameter = model.get_parameter(name)
-        # torchao's tensors are parameters by a mark alone; their dtype is float32, and they get no gradient.
+        # torchao's tensors are marked as parameters; their dtype is float32, and they get no gradient.
         stands_in = nn.Parameter not in type(parameter).__mro__ and not hasattr(parameter, "device_mesh")
         if stands_in or not parameter.is_floating_point():
             found = type(parameter).__name__ if stands_in else parameter.dtype
@@ -56,5 +56,5 @@ def _pretrained_parts(model) -> list[nn.Module]:
         return [model.base_model]
     if not _NAMED_FOR_A_TASK.search(type(model).__name__):
         return [model]  # a bare encoder
-    # T5ForQuestionAnswering, SiglipForImageClassification and the like hold the bare model's parts side by side.
+    # T5ForQuestionAnswering, SiglipForImageClassification and similar classes hold the bare model's parts themselves.
     return [part for part in model.children() if isinstance(part, PreTrainedModel)] or [model]

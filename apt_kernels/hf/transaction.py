@@ -1,4 +1,4 @@
-"""A call that changes a model changes it as a whole: on any exception the model is as it was before the call."""
+"""Calls that change a model are transactions: on any exception the model is as it was before the call."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Function = TypeVar("Function", bound=Callable)
 _C: Any = torch._C
 
 
-# Of all models, which may share modules and configs.
+# One lock for all models, since they may share modules and configs.
 _one_at_a_time = threading.RLock()
 
 
 def atomic(function: Function) -> Function:
-    """Decorator of a function whose first argument is a model: all of its changes to the model are done, or none.
+    """Decorator of a function whose first argument is a model: all of its changes to the model are made, or none.
 
-    Whatever ends the call early (an error, KeyboardInterrupt), the model is then bit for bit what it was: modules,
-    hooks, attributes, configs, `requires_grad`, and the values of what trains.
+    If an error or a KeyboardInterrupt ends the call, the model is restored bit for bit: modules, hooks, attributes,
+    configs, `requires_grad`, and the values of trainable parameters.
     """
 
     @functools.wraps(function)
@@ -50,7 +50,7 @@ def atomic(function: Function) -> Function:
 
 
 class _Snapshot:
-    """What may change about ``model``. Only the values of what trains are copied; the rest are references."""
+    """A snapshot of ``model``. Only the values of trainable parameters are copied; the rest are references."""
 
     def __init__(self, model):
         is_module = isinstance(model, nn.Module)
@@ -91,7 +91,7 @@ class _Snapshot:
     def _restore(self) -> None:
         now = None if self.model is None else _state(self.model)
         if self.state is None and now is not None:
-            # Patched by this call: what it may have written to is what it made trainable.
+            # Patched by this call, which may have written only to what it made trainable.
             named = now.parameters
             for name, value in now.start.items():
                 _write(named[name], value)
@@ -125,7 +125,7 @@ def _restore_modes(modes: tuple) -> None:
 
 
 class _Value:
-    """The value of one parameter: where it is, and what is there."""
+    """The value of one parameter and where it is stored."""
 
     def __init__(self, root: nn.Module, name: str, parameter: nn.Parameter):
         self.parameter, self.place = parameter, parameter.data

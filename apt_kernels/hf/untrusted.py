@@ -1,4 +1,4 @@
-"""Files from strangers: opened, measured and parsed within bounds."""
+"""Untrusted files: opened, measured and parsed within bounds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opened(path: Path):
     Raises FileNotFoundError, and `AdapterError` where ``path`` is a pipe, a device, a folder, or cannot be read.
     """
     try:
-        # Asked before it is opened: opening a pipe waits for its writer, opening a device may start it.
+        # Checked before opening: opening a pipe waits for its writer, opening a device may start it.
         _refuse_special(path, os.stat(path).st_mode)
         # O_NONBLOCK: the path may have become a pipe since.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -83,7 +83,7 @@ def parse_json(text: bytes | str, where: str):
         value = json.loads(
             text, parse_int=_integer, parse_float=_finite, parse_constant=_no_constant, object_pairs_hook=_object
         )
-        # An unpaired surrogate has no place in a name, and cannot be printed.
+        # An unpaired surrogate cannot be printed and is refused.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{where} is not valid JSON: {shortened(str(error))}") from error

@@ -1,4 +1,4 @@
-"""Weights that other processes hold: gathered before they are read or written."""
+"""Weights that are sharded over processes: gathered before they are read or written."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import AdapterError, PatchError
 from . import compat
 
-# How long a process waits for the others before it gathers: as long as a collective of NCCL does.
+# How long a process waits for the others before it gathers: the default timeout of NCCL's collectives.
 PATIENCE = timedelta(minutes=10)
-# How often the processes of these ranks have met.
+# The number of rendezvous of the processes of these ranks.
 _met: Counter[tuple[int, ...]] = Counter()
 
 
@@ -28,7 +28,7 @@ def fsdp1() -> tuple[Any, ...]:
 
 
 def refuse_pieces(model) -> None:
-    """Raise `PatchError` if FullyShardedDataParallel holds the parameters in pieces, of which sizes tell nothing."""
+    """Raise `PatchError` if FullyShardedDataParallel holds shards, whose sizes are not those of the parameters."""
     if any(isinstance(module, fsdp1()) for module in model.modules()):
         raise PatchError(
             "FullyShardedDataParallel holds the parameters in pieces, and their sizes are not those of the model; call "
@@ -43,9 +43,9 @@ def distributes(model) -> bool:
 
 @contextmanager
 def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iterator[None]:
-    """Within, parameters that ZeRO-3 or FullyShardedDataParallel spread over processes are whole.
+    """Within this context, parameters that ZeRO-3 or FullyShardedDataParallel shard are gathered.
 
-    ``changed``: what is written to them is kept. Every process has to come here, with the model as it is wrapped.
+    ``changed``: values written to them are kept. Every process has to enter it, with the wrapped model.
     """
     parameters = list(parameters)
     spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
@@ -68,7 +68,7 @@ def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iter
 
 
 def meet(model, parameters: Iterable[Tensor]) -> None:
-    """Wait until every process that holds a part of ``parameters`` has come here, before they are gathered.
+    """Wait until every process that holds a part of ``parameters`` has called this, before they are gathered.
 
     Raises `AdapterError` after `PATIENCE`: a collective that not all enter would wait for ever, or break its group.
     """
@@ -86,7 +86,7 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
     store.set(keys[me], "here")
     try:
         store.wait(list(keys.values()), PATIENCE)
-    except RuntimeError as error:  # stores differ in what they raise; all of it derives from this
+    except RuntimeError as error:  # stores raise different errors, all derived from this one
         late = [rank for rank, key in keys.items() if not store.check([key])]
         store.delete_key(keys[me])
         raise AdapterError(
@@ -98,7 +98,7 @@ def meet(model, parameters: Iterable[Tensor]) -> None:
 
 
 def placed_like(target, tensor: Tensor) -> Tensor:
-    """``tensor``, distributed over the processes where ``target`` is a distributed tensor and it is not."""
+    """``tensor``, distributed over the processes if ``target`` is a distributed tensor."""
     if not hasattr(target, "device_mesh") or hasattr(tensor, "device_mesh"):
         return tensor
     from ..prefix.sharding import distribute
