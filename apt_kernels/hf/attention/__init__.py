@@ -1,1 +1,1 @@
-"""What a patched model runs in place of its attention: the registered function, masks, packing and caches."""
+"""The attention of a patched model: the registered function, masks, packing and caches."""

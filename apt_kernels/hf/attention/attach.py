@@ -1,4 +1,4 @@
-"""Putting a prefix on an attention module, and taking it off."""
+"""Adding a prefix to an attention module, and removing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .inline import PrefixedInline
 
 
 def attach(module: Any, prefix: nn.Module, token: calls.Token, found: Inline | None) -> None:
-    """Put ``prefix`` on an attention ``module``; ``found``: how it attends inline, or None."""
+    """Add ``prefix`` to an attention ``module``; ``found``: the properties of its inline attention, or None."""
     module.apt, module.apt_token = prefix, token
     if found is not None:
         module.apt_inline = found

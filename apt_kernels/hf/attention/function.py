@@ -1,4 +1,4 @@
-"""From an attention module to the op: the module's forward, which gives hidden states, and the attention function."""
+"""The call of the op: the attention module's forward, which has the hidden states, and the attention function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
-# Where a module keeps the number of its layer in the cache.
+# The attributes in which modules have the index of their layer in the cache.
 _LAYER = ("layer_idx", "layer_id")
 
 
@@ -41,7 +41,7 @@ class Prefixed(subclass.Mixin):
 
 
 def _forward(module, forward, args, kwargs):
-    """``forward(*args, **kwargs)``, with what the attention function cannot see by itself at hand for it."""
+    """``forward(*args, **kwargs)``, with what the attention function needs beside its own arguments."""
     prefix, local = getattr(module, "apt", None), calls.local
     if prefix is None or (local.disabled and calls.disabling_of(module.apt_token) is not None):
         return forward(*args, **kwargs)
@@ -66,7 +66,7 @@ def _forward(module, forward, args, kwargs):
 
 
 def _holds_tokens(cache, module) -> bool:
-    """Whether this module's tokens of an earlier forward are in the cache: its gate is kept there, or should be."""
+    """Whether the cache has tokens of this module from an earlier forward, and therefore has to have its gate."""
     prefix = module.apt
     if gate_cache.has(cache, (prefix.name, prefix.adapter)):
         return True
@@ -75,7 +75,7 @@ def _holds_tokens(cache, module) -> bool:
     index = next((i for i in map(module.__dict__.get, _LAYER) if isinstance(i, int)), None)
     try:
         return index is not None and int(cache.get_seq_length(index)) > 0
-    except ValueError:  # a layer that uses the keys of another has none of its own in the cache
+    except ValueError:  # a layer that uses the keys of another layer has none in the cache
         return False
 
 
@@ -134,14 +134,14 @@ def _parts(prefix, call: calls.Call, attention_mask, query: Tensor) -> tuple[Ten
 def parts_inline(
     prefix, call: calls.Call, seen: Tensor | None, query: Tensor, time_major: bool
 ) -> tuple[Tensor | None, ...]:
-    """The same of a module that attends inline; ``seen [B, H, T, S]`` tells which queries are padding."""
+    """`_parts` of a module with inline attention; ``seen [B, H, T, S]`` determines which queries are padding."""
     if seen is not None and call.filled:
-        seen = seen[..., -query.shape[2] :]  # the queries stand behind what the cache held
+        seen = seen[..., -query.shape[2] :]  # the queries follow the keys of the cache
     return _gated(prefix, call, query, None if seen is None else _real(seen, query), None, time_major)
 
 
 def _real(seen: Tensor, query: Tensor) -> Tensor:
-    """``[B, T]``: tokens that no other query may see are padding (some models let padding see itself)."""
+    """``[B, T]``: tokens that no other query sees are padding (in some models, padding sees itself)."""
     batch, queries = query.shape[0], query.shape[2]
     seen = seen[..., :queries].any(dim=1)
     own = torch.eye(queries, seen.shape[-1], dtype=torch.bool, device=seen.device)
@@ -159,7 +159,7 @@ def _gated(
         key, value, _, scale = prefix(None)
         return key, value, gate_cache.recall(cache, owner), scale
     else:
-        # A model spread over devices moves its inputs in a hook that may run after ours.
+        # In a model on several devices, a hook that runs after this one may move the inputs.
         hidden_states = call.hidden_states.to(query.device)
         hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
         hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
@@ -173,14 +173,14 @@ def _gated(
 
 
 def _closed(mask: Tensor) -> float:
-    """Additive masks close an entry with the dtype's minimum or minus infinity; half of it tells them apart."""
+    """The largest value that hides a key: additive masks use the dtype's minimum or minus infinity."""
     return torch.finfo(mask.dtype).min / 2
 
 
 def causal_without_mask(module) -> bool:
-    """Whether a module that is handed no mask and does not say so is causal.
+    """Whether a module is causal without a mask: by its attribute ``is_causal`` or, if it has none, as in transformers.
 
-    transformers' sdpa function takes it for causal; eager attention, all that some models support, hides nothing.
+    Its sdpa function then is causal; eager attention, the only one that some models support, is not.
     """
     return getattr(module, "is_causal", _supports_sdpa(sys.modules[type(module).__module__]))
 
@@ -191,7 +191,7 @@ def _supports_sdpa(source) -> bool:
 
 
 def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, position_bias) -> Mask | None:
-    """What the op is told of visibility; conventions for plain tensors and None as in transformers' sdpa function."""
+    """The op's mask; tensors and None have the meaning that they have in transformers' sdpa function."""
     if isinstance(attention_mask, AttentionMask):
         mask = attention_mask.mask
         if attention_mask.shape[3] != key.shape[2] and not attention_mask.hides_nothing:
@@ -212,11 +212,11 @@ def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, positio
 
 
 def attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given) -> tuple:
-    """An attention module that was left without a prefix attends as the model did before the patch."""
+    """The attention of a module without a prefix: that of the model before the patch."""
     name = getattr(module, "apt_before", None) or "sdpa"
     drops = given["softcap"] is not None or given["s_aux"] is not None
     if name == "sdpa" and drops and replaced.eager_of(module) is not None:
-        name = "eager"  # some releases' sdpa function leaves out both in silence
+        name = "eager"  # the sdpa function of some releases ignores both without an error
     if isinstance(attention_mask, AttentionMask):
         # Flash attention reads packed documents from the keywords.
         if attention_mask.packed and "flash" not in name:
@@ -229,7 +229,7 @@ def attend_without_prefix(module, query, key, value, attention_mask, dropout, sc
 
 
 def _as_tensor(described: AttentionMask, query: Tensor, additive: bool) -> Tensor:
-    """The ``[B, 1, T, S]`` tensor that `AttentionMask` stands in for."""
+    """The ``[B, 1, T, S]`` tensor that `AttentionMask` represents."""
     batch, _, queries, keys = described.shape
     seen = described.mask.visible(batch, queries, keys, query.device)
     if not additive:

@@ -1,4 +1,4 @@
-"""The prompt's gate, kept on the key/value cache for the decoding steps (gate ``first``)."""
+"""The prompt's gate, stored on the key/value cache for the decoding steps (gate ``first``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...prefix import gates
 
 
 class Kept(NamedTuple):
-    """The gate of one module, and which rows have had a real token; None: all. The others still wait for theirs."""
+    """The gate of one module, and the rows that had a real token so far (None: all); the others have no gate yet."""
 
     gate: Tensor  # [B, M]
     begun: Tensor | None  # [B] bool
@@ -23,7 +23,7 @@ class Kept(NamedTuple):
 
 
 class _KeepsGates:
-    """Added to a cache's class: the gates follow what happens to the cache's rows and length."""
+    """Added to a cache's class: the gates change with the cache's rows and length."""
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
@@ -50,7 +50,7 @@ class _KeepsGates:
         self.apt_gates = {name: kept.map(change) for name, kept in self.apt_gates.items()}
 
     def __reduce_ex__(self, protocol):
-        # The class is made on the fly: pickle its base and make it again.
+        # The class is created dynamically: pickle its base and create it again.
         return _restore, (type(self).__mro__[2], self.__dict__)
 
 
@@ -67,7 +67,7 @@ def _restore(base: type, state: dict):
 
 
 def keep(cache, owner: tuple[str, str], gate: Tensor, begun: Tensor | None, add: bool) -> Tensor:
-    """Remember ``gate [B, M]`` of ``owner`` (attention module, adapter) on ``cache``; returns the gate that now counts.
+    """Store ``gate [B, M]`` of ``owner`` (attention module, adapter) on ``cache``; returns the gate to use.
 
     ``begun [B]``: which rows had a real token (a chunk of a left-padded prompt may be all padding); None: every row.
     With ``add``, rows that had one in an earlier chunk keep their gate.
@@ -80,7 +80,7 @@ def keep(cache, owner: tuple[str, str], gate: Tensor, begun: Tensor | None, add:
         earlier = cache.apt_gates[owner]
         gate = torch.where(earlier.begun[:, None], earlier.gate, gate)
         begun = None if begun is None else earlier.begun | begun
-    # Asked only where it needs no wait for a device.
+    # Checked only if that needs no synchronisation with a device.
     if begun is not None and _is_here(begun) and bool(begun.all()):
         begun = None
     cache.apt_gates[owner] = Kept(gate, begun)
@@ -102,7 +102,7 @@ def has(cache, owner: tuple[str, str]) -> bool:
 
 
 def recall(cache, owner: tuple[str, str]) -> Tensor:
-    """The gate that the prompt left on ``cache``."""
+    """The prompt's gate on ``cache``."""
     return _kept(cache, owner).gate
 
 

@@ -1,4 +1,4 @@
-"""The attention implementation that a model's configs name: read, set, and set back; and what they named before."""
+"""The attention implementation in a model's configs: read, set and reset, and what it was before the patch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELD = "_attn_implementation_internal"
 
 
 class Before:
-    """Of a patched model's config: the model's token, and the implementation that was named before the patch."""
+    """For a patched model's config: the model's token, and the implementation from before the patch."""
 
     def __init__(self, token: calls.Token, implementation: str | None):
         self.token, self.implementation = token, implementation
@@ -27,13 +27,13 @@ class Before:
 
 
 class Switched(subclass.Mixin):
-    """Added to the class of a patched model's config: within `calls.disabling` it names what it did before the patch.
+    """Added to the class of a patched model's config: within `calls.disabling`, the implementation is the original one.
 
-    So a model without its prefix runs by the functions, masks and branches that it had, in one thread alone.
+    A model without its prefix then uses its original functions, masks and branches, in one thread alone.
     """
 
     def __init_subclass__(cls, **kwargs):
-        pass  # transformers makes a dataclass of every class of configs
+        pass  # transformers converts every config class to a dataclass
 
     @property
     def _attn_implementation_internal(self):
@@ -57,7 +57,7 @@ class Switched(subclass.Mixin):
             )
         self.__dict__[_FIELD] = value
 
-    # What modules read; transformers' own property would look up the other one.
+    # The attribute that modules read; transformers' property would look up the other one.
     _attn_implementation = property(
         cast(property, _attn_implementation_internal).fget,
         lambda self, value: cast(property, PreTrainedConfig._attn_implementation).fset(self, value),
@@ -92,7 +92,7 @@ def token_of(config) -> calls.Token | None:
 
 
 def configs(model) -> list:
-    """Every config object that a module of the model reads, once each, in module order."""
+    """Every config object that a module of the model has, once each, in module order."""
     found: dict[int, object] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -102,7 +102,7 @@ def configs(model) -> list:
 
 
 def implementations(model) -> list[str]:
-    """What each of `configs` names."""
+    """The implementation in each of `configs`."""
     return [config._attn_implementation for config in configs(model)]
 
 
@@ -112,13 +112,13 @@ def set_implementation(model, name: str) -> None:
 
 
 def restore_implementations(model, names: list[str]) -> None:
-    """Set what each of `configs` names, without transformers' own checks of the name."""
+    """Set the implementation in each of `configs`, without transformers' checks of the name."""
     for config, name in zip(configs(model), names):
         config._attn_implementation_internal = name
 
 
 def own_configs(model) -> None:
-    """Give the model its own config objects: another model built from the same ones must keep its implementation."""
+    """Copy the model's config objects, since another model built from the same ones must keep its implementation."""
     shared: dict[int, object] = {}
     owned = {id(config): copy.deepcopy(config, shared) for config in configs(model)}
     for module in model.modules():
@@ -127,14 +127,14 @@ def own_configs(model) -> None:
 
 
 def remember(model, token: calls.Token) -> None:
-    """Let the configs name what they do now wherever the model of ``token`` is disabled, whatever is set later."""
+    """Store the current implementation for where the model of ``token`` is disabled."""
     for config in configs(model):
         config.__dict__["apt_before"] = Before(token, config._attn_implementation)
         subclass.add(config, Switched)
 
 
 def forget(model, names: list[str]) -> None:
-    """Undo `remember`, and name ``names`` from here on."""
+    """Undo `remember`, and set the implementations ``names``."""
     for config, name in zip(configs(model), names):
         config.__dict__.pop("apt_before", None)
         subclass.remove(config, Switched)

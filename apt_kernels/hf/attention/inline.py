@@ -1,4 +1,4 @@
-"""Attention modules that attend inline: their forward runs under `Deferring`, and each attention is one op call."""
+"""Modules that compute attention inline: their forward runs under `Deferring`, each attention is one call of the op."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Laid(NamedTuple):
     def counts_from_end(self) -> bool:
         """Whether a bias is a function of the distance to the last key, as in MPT: zero there, not elsewhere.
 
-        It differs from one of the distance to the query by a number for each query, which a softmax over tokens alone
-        does not notice. Beside a prefix it would make a token's output depend on how many others follow.
+        It differs from the distance to the query by a constant per query, to which a softmax over tokens alone is
+        invariant. Beside a prefix, a token's output would depend on the number of tokens after it.
         """
         return any(
             part.shape[2] == 1 < part.shape[3] and not part[..., -1].any() and bool((part[..., :-1] != 0).all())
@@ -42,7 +42,7 @@ class Laid(NamedTuple):
         )
 
     def mask(self, from_end: bool = False) -> Mask | None:
-        """What the op is told; ``from_end``: biases that do not know their query are counted from its position."""
+        """The op's mask; ``from_end``: biases without a query dimension become relative to the query's own position."""
         bias = dense = None
         for part in self.biases:
             if from_end and part.shape[2] == 1:
@@ -56,7 +56,7 @@ class Laid(NamedTuple):
         return Mask(causal=self.causal, query_offset=0 if self.causal else None, bias=bias, dense=dense)
 
     def seen(self) -> Tensor:
-        """``[B, Hq, T, S]`` bool: what each query may see, biases that close an entry taken as masks."""
+        """``[B, Hq, T, S]`` bool: the keys that each query sees; a bias of minus infinity hides one."""
         seen = torch.ones(self.shape, dtype=torch.bool, device=self.query.device)
         for part in self.biases:
             seen = seen & (part.detach() > HIDDEN)
@@ -66,7 +66,7 @@ class Laid(NamedTuple):
 
 
 def lay_out(probabilities: Probabilities, value: Tensor, batch: int) -> Laid:
-    """Heads apart from ``batch`` rows, whatever leading sizes the model uses."""
+    """The attention with batch and head dimensions, from any leading sizes that the model uses."""
     scores = probabilities.scores
     count = math.prod(scores.lead)
     if count % batch:
@@ -95,7 +95,7 @@ def lay_out(probabilities: Probabilities, value: Tensor, batch: int) -> Laid:
     biases, hidden = [four(p) for p in scores.biases], [four(p) for p in scores.hidden]
     if scores.sinks is None:
         return Laid(query, key, value, biases, hidden, scores.causal)
-    # A key of zeros whose bias is the sink, with a value of zeros: it may differ from query to query.
+    # A key and a value of zeros whose bias is the sink, since the sink may differ between queries.
     key, value = (torch.nn.functional.pad(kv, (0, 0, 0, 1)) for kv in (key, value))
     biases = [torch.nn.functional.pad(b.expand(*b.shape[:3], keys), (0, 1)) for b in biases]
     hidden = [torch.nn.functional.pad(h.expand(*h.shape[:3], keys), (0, 1)) for h in hidden]
@@ -104,7 +104,7 @@ def lay_out(probabilities: Probabilities, value: Tensor, batch: int) -> Laid:
 
 
 def zeroed(probabilities: Probabilities, batch: int) -> list[Tensor]:
-    """The masks under which the probabilities were set to zero, ``[B, H, T, S]``."""
+    """The masks where the model set probabilities to zero, ``[B, H, T, S]``."""
     heads = math.prod(probabilities.lead) // batch
     return [_four(mask, lead, batch, heads) for mask, lead in probabilities.zeroed]
 
@@ -157,9 +157,9 @@ def _serve(module):
 
 
 class PrefixedInline(function.Prefixed):
-    """The same for a module that attends inline: its forward runs under `Deferring`."""
+    """`function.Prefixed` for a module with inline attention: its forward runs under `Deferring`."""
 
-    # Scores that are no tensors cannot be traced: what is compiled ends before such a module and begins after it.
+    # `Scores` are not tensors and cannot be traced: graphs end before such a module and begin after it.
     outside_of_graphs = "attention written inline runs outside of graphs"
 
     def apt_around(self, forward, args, kwargs):
@@ -169,7 +169,7 @@ class PrefixedInline(function.Prefixed):
 
 
 def without_deferred(out):
-    """A module's outputs: products that were left over are computed, attention weights are None."""
+    """A module's outputs: deferred products among them are computed, attention weights are None."""
     if isinstance(out, Deferred):
         return None if isinstance(out, Probabilities) else out.compute()
     if isinstance(out, tuple) and hasattr(out, "_fields"):
@@ -180,10 +180,10 @@ def without_deferred(out):
 
 
 class Watch:
-    """While recording: what becomes of tensors on their way to a product, and of products that were computed.
+    """The recording pass: tracks tensors on their way to a product, and products that had to be computed.
 
-    A key may have been multiplied with a number before the product, and then so is the prefix's. A softmax over a
-    product that had to be computed is attention that cannot be followed.
+    If a key was multiplied with a number before the product, so is the prefix's. A softmax over a product that had to
+    be computed is attention that is not supported.
     """
 
     _MOVES = frozenset("transpose permute view reshape contiguous expand clone to type_as float unsqueeze".split())
@@ -194,7 +194,7 @@ class Watch:
     def __init__(self, here):
         self.here, self.factors = here, {}
         self.products: dict[int, Tensor] = {}
-        self.lost: list[tuple] = []  # the modules that were running at a softmax that cannot be followed
+        self.lost: list[tuple] = []  # the modules that were running at an unsupported softmax
 
     def note(self, name: str, args, out) -> None:
         """A function was called with ``args`` and returned ``out``."""
@@ -217,15 +217,15 @@ class Watch:
             self.factors[id(out)] = (out, before)
 
     def computed(self, product: Tensor) -> None:
-        """A product was computed after all, or made of one that was."""
+        """A product had to be computed, or derives from one that had to."""
         self.products[id(product)] = product
 
     def factor(self, tensor) -> float:
-        """What ``tensor`` was multiplied with."""
+        """The factor with which ``tensor`` was multiplied."""
         return self.factors.get(id(tensor), (None, 1.0))[1]
 
     def at_product(self, key: Tensor):
-        """What a `Scores` remembers of its making."""
+        """How a `Scores` was computed."""
         return self.factor(key), self.here()
 
 

@@ -1,10 +1,10 @@
-"""Attention scores that are described instead of taken: how attention computed inline reaches the op.
+"""Lazy attention scores, recorded and computed on demand: how inline attention becomes a call of the op.
 
-Models that do not use transformers' attention interface write attention out: a product of query and key, arithmetic
-on the scores (scale, masks, biases, soft-cap), softmax, dropout, a product with the value. While such a module runs,
-`Deferring` answers products of two activations with a `Scores` object, which notes the arithmetic; its softmax is a
-`Probabilities` object, and their product with a value is one call of the op, prefix included. A product that turns out
-to be something else is computed as soon as anything asks for its numbers, by the very calls that the model made.
+Models that do not use transformers' attention interface compute attention inline: a product of query and key,
+arithmetic on the scores (scale, masks, biases, soft-cap), softmax, dropout, a product with the value. While such a
+module runs, `Deferring` returns a `Scores` object for a product of two activations, which records the arithmetic; its
+softmax is a `Probabilities` object, and their product with a value is one call of the op, prefix included. Any other
+use of a product computes it, by the calls that the model made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import PatchError
 
-# A score at or below this is hidden: its share of a softmax that holds the prefix is zero in every dtype.
+# A score at or below this hides a key: beside the prefix, its probability is zero in every dtype.
 HIDDEN = -1e4
 _PRODUCTS = {
     torch.matmul,
@@ -32,7 +32,7 @@ _PRODUCTS = {
 }
 _ATTEND = torch.nn.functional.scaled_dot_product_attention
 _WHOLE = torch.nn.functional.multi_head_attention_forward
-# The same code, without its first lines that would hand the call back to the mode: its products are seen one by one.
+# The same function without its first lines, which would dispatch to the mode: each of its products then does so.
 _IN_PARTS = types.FunctionType(
     _WHOLE.__code__,
     {**_WHOLE.__globals__, "has_torch_function": lambda tensors: False},
@@ -82,7 +82,7 @@ def _first_deferred(args, kwargs):
 
 
 def computed(tree):
-    """``tree`` with every deferred tensor in it computed."""
+    """``tree`` with every deferred tensor computed."""
     if isinstance(tree, Deferred):
         return tree.compute()
     if isinstance(tree, (list, tuple)) and _first_deferred(tree, {}) is not None:
@@ -183,7 +183,7 @@ def _stock(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
 
 
 class Deferred:
-    """Stands in for a tensor that has not been computed."""
+    """A tensor that has not been computed yet."""
 
     def __init__(self, mode: Deferring, thunk, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.mode, self.thunk, self.value = mode, thunk, None
@@ -279,10 +279,10 @@ for (
 
 
 class Scores(Deferred):
-    """``query @ key^T`` and what was done to it.
+    """``query @ key^T`` and the recorded operations on it.
 
-    In terms of the numbers: ``softcap * tanh(scale * query key^T / softcap) + biases``, minus infinity where hidden;
-    without the product where ``key`` was dropped, because the biases then hold the scores themselves.
+    The value is ``softcap * tanh(scale * query key^T / softcap) + biases``, minus infinity where hidden; without the
+    product if ``key`` was dropped, since the biases then are the scores.
     """
 
     def __init__(self, mode: Deferring, thunk, query: Tensor, key: Tensor):
@@ -300,7 +300,7 @@ class Scores(Deferred):
         return tuple(self.shape[:-2])
 
     def _then(self, function, args, kwargs, **changes) -> Scores:
-        """A copy that remembers how it came about."""
+        """A copy that records the operation from which it results."""
         before = self.__dict__.copy()
         found = object.__new__(Scores)
         found.__dict__.update(before)
@@ -336,7 +336,7 @@ class Scores(Deferred):
         if torch.broadcast_shapes(other.shape, self.shape) != self.shape:
             return None
         if other.ndim and other.shape[-1] == 1 != self.shape[-1]:
-            return self._then(function, args, kwargs)  # a softmax does not notice what all of a row has in common
+            return self._then(function, args, kwargs)  # a softmax is invariant to a constant per row
         if not other.is_floating_point() or self.sinks is not None:
             return None
         return self._then(function, args, kwargs, biases=[*self.biases, (other if sign > 0 else -other, self.lead)])
@@ -404,7 +404,7 @@ class Scores(Deferred):
         return self._explicit(function, args, kwargs)
 
     def _explicit(self, function, args, kwargs):
-        """Keep the scores themselves; the query is still needed for the prefix."""
+        """Replace the product by the computed scores; the prefix still needs the query."""
         found = self._then(function, args, kwargs, key=None, hidden=[])
         value = found.compute()
         if value.shape != self.shape:
@@ -433,7 +433,7 @@ class Scores(Deferred):
         return self._then(function, args, kwargs, shape=torch.Size(shape))
 
     def _on_cat(self, function, args, kwargs):
-        """A sink: one column more, which has no value."""
+        """A sink: one more column, which has no value."""
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         sink = args[0][1] if len(args[0]) == 2 and args[0][0] is self else None
         if not isinstance(sink, Tensor) or dim not in (-1, self.ndim - 1) or self.sinks is not None:
@@ -457,7 +457,7 @@ def _whole_shape(shape, count: int) -> tuple[int, ...]:
 
 
 class Probabilities(Deferred):
-    """The softmax of `Scores`, and what was done to it: nothing but dropout, casts and views may be."""
+    """The softmax of `Scores`, followed by nothing but dropout, casts and views."""
 
     zeroed: tuple = ()
     has_sink = False
@@ -505,7 +505,7 @@ class Probabilities(Deferred):
         return self._then(function, args, kwargs, shape=shape, has_sink=False)
 
     def _on_masked_fill(self, function, args, kwargs):
-        """Zeros where the scores were hidden anyway: some models write them again."""
+        """Zeros where the scores were hidden already: some models set them a second time."""
         mask = args[1] if len(args) > 1 else kwargs["mask"]
         if (args[2] if len(args) > 2 else kwargs["value"]) != 0 or args[0] is not self:
             return None

@@ -1,4 +1,4 @@
-"""transformers' mask interface: what a query may see as an `AttentionMask` instead of a 4-D tensor."""
+"""transformers' mask interface: an `AttentionMask` instead of a 4-D tensor."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ...mask import Mask
 from .. import compat
 from . import implementations, packing, subclass
 
-# Whether a mask function can be taken apart. Read once: torch.compile traces what uses it.
+# Whether the parts of a mask function can be read. A constant, since torch.compile traces its uses.
 _STRUCTURED = compat.available("masks")
 
 
 class AttentionMask:
-    """What transformers carries from the mask function to the attention function of every layer.
+    """The mask that transformers passes from the mask function to the attention function of every layer.
 
-    It stands in for a ``[B, 1, T, S]`` tensor: generation with a static cache asks for ``ndim``, ``contiguous()`` and
-    ``to()`` and hands it back to the model as ``attention_mask``.
+    It represents a ``[B, 1, T, S]`` tensor and has ``ndim``, ``contiguous()`` and ``to()``, which generation with a
+    static cache uses before it passes the mask to the model as ``attention_mask``.
     """
 
     ndim = 4
@@ -35,12 +35,12 @@ class AttentionMask:
     ):
         self.mask = mask
         self.shape = shape
-        self.padding = padding  # [B, S], True at real tokens, whatever `mask` made of it
+        self.padding = padding  # [B, S], True at real tokens, also if `mask` does not contain it
         self.kv_offset = kv_offset
         self.query_offset = query_offset  # of query 0 among the keys
-        self.arguments = arguments  # what the mask was asked for with, to ask another implementation for its own
+        self.arguments = arguments  # the arguments of the mask function, to call that of another implementation
         self.packed = packed  # `mask` holds documents that are not in the arguments
-        self.others: dict[str, object] = {}  # what other implementations made of them
+        self.others: dict[str, object] = {}  # the masks of other implementations for these arguments
 
     def contiguous(self) -> AttentionMask:
         return self
@@ -57,7 +57,7 @@ class AttentionMask:
         return self.shape if dim is None else self.shape[dim]
 
     def real_tokens(self, queries: int) -> Tensor | None:
-        """``[B, T]`` bool for self-attention: which queries are no padding; None: all of them."""
+        """``[B, T]`` bool for self-attention: the queries that are not padding; None: all of them."""
         if self.padding is None:
             return None
         if isinstance(self.query_offset, int):
@@ -124,7 +124,7 @@ def describe(
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """``[B, kv_length]`` bool, or None where every key is real (asked only where that needs no device wait)."""
+    """``[B, kv_length]`` bool, or None if every key is real (checked only if that needs no synchronisation)."""
     if attention_mask is None:
         return None
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -155,7 +155,7 @@ def _dense(arguments: dict) -> Tensor:
 
 
 class _Parts:
-    """What a mask function of transformers is made of."""
+    """The parts of a mask function of transformers."""
 
     def __init__(self, causal=False, left=None, right=None, segments=None):
         self.causal, self.left, self.right, self.segments = causal, left, right, segments
@@ -184,7 +184,7 @@ def _tighter(a: int | None, b: int | None) -> int | None:
 
 
 def _recognise(function) -> _Parts | None:
-    """The parts of a mask function built by transformers' own factories; None: evaluate it densely."""
+    """The parts of a mask function built by transformers' factories; None: it has to be evaluated densely."""
     if function is masking_utils.causal_mask_function:
         return _Parts(causal=True)
     if function is masking_utils.bidirectional_mask_function:
@@ -208,17 +208,17 @@ def _recognise(function) -> _Parts | None:
     if factory == "packed_sequence_mask_function":
         return _Parts(segments=cells["packed_sequence_mask"])
     if factory == "remap_positions_for_packed_sequence":
-        # Positions run on by one within a segment, so differences of positions are differences of indices there.
+        # Positions increase by one within a segment, so differences of positions are differences of indices.
         return _recognise(cells["mask_function"])
     return None
 
 
-# Config classes whose masks `_recognise_traced` would get wrong: found out when a model is recorded.
+# Config classes for whose masks `_recognise_traced` is wrong, as the recording pass determined.
 _dense_when_traced: set[type] = set()
 
 
 def _recognise_traced(function, batch: int, queries: int, alone: bool, device, kwargs: dict) -> _Parts | None:
-    """`_recognise` under ``torch.compile``, where a closure cannot be looked into: from what comes beside it."""
+    """`_recognise` under ``torch.compile``, where closures cannot be read: from the other arguments."""
     if function is masking_utils.causal_mask_function:
         return _Parts(causal=True)
     if function is masking_utils.bidirectional_mask_function:
@@ -231,7 +231,7 @@ def _recognise_traced(function, batch: int, queries: int, alone: bool, device, k
     if "allow_is_bidirectional_skip" in kwargs:
         return None if window is None else _Parts(left=window, right=window)
     left = None if window is None else window - 1
-    # transformers always assumes packed documents here when it traces: a document begins where the last is unseen.
+    # When traced, transformers always assumes packed documents: one begins where the last token is hidden.
     return _Parts(causal=True, left=left, segments=_documents(function, batch, queries, device) if alone else None)
 
 
@@ -243,7 +243,7 @@ def _documents(function, batch: int, queries: int, device) -> Tensor:
 
 
 def trust_tracing_only_where_it_agrees(mask_function, config, kwargs: dict) -> None:
-    """Compare both recognitions on a mask of a model that is being recorded; where they differ, tracing is dense."""
+    """Compare both recognitions on a mask of the recorded model; if they differ, traced masks are dense."""
     kwargs = {**kwargs, "config": config}
     traced = _recognise_traced(mask_function, 1, 1, False, "cpu", kwargs)
     parts = _recognise(mask_function)

@@ -1,8 +1,8 @@
 """Packed documents: which tokens of a row belong together, from ``cu_seq_lens`` or from position ids.
 
-`DataCollatorWithFlattening` joins documents in one row. Flash attention is told where they begin by ``cu_seq_lens_q``
-and ``cu_seq_lens_k``; transformers' masks look at position ids, but only where there is no cache, and not in every
-model. `Packed` reads both before the model's forward, and the mask function (masks.py) asks for them here.
+`DataCollatorWithFlattening` concatenates documents in one row. Flash attention gets their boundaries as
+``cu_seq_lens_q`` and ``cu_seq_lens_k``; transformers' masks use position ids, but only without a cache and not in every
+model. `Packed` reads both before the model's forward, and the mask function (masks.py) calls `documents`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Documents:
 
     def __init__(self, segments: Tensor, causal_only: bool):
         self.segments = segments  # [B, T], equal within a document
-        self.causal_only = causal_only  # position ids tell documents to causal attention alone
+        self.causal_only = causal_only  # position ids separate documents in causal attention only
         self.used = False
 
 
@@ -38,14 +38,13 @@ class Running:
         self.module, self.token, self.documents, self.ids = module, token, documents, ids
 
     def is_around(self, module, token: calls.Token, ids: Tensor | None) -> bool:
-        """Whether this is the model around the body ``module`` that is called, rather than one in which a hook calls
-        the body with other tokens."""
+        """Whether this forward passes its tokens to the body ``module``; no, if a hook calls the body with others."""
         same = self.ids is None or ids is None or self.ids is ids
         return self.token is token and self.module is not module and same
 
 
 def documents(token: calls.Token | None, causal: bool, batch: int, queries: int, keys: int) -> Tensor | None:
-    """``[B, T]`` integers, equal within a document, for a mask that is being made; None: the row is one document.
+    """``[B, T]`` integers, equal within a document, for the current mask; None: the row is one document.
 
     ``token``: the patched model's, for which the mask is made.
     """
@@ -84,7 +83,7 @@ def _forward(module, forward, args, kwargs):
         return forward(*args, **kwargs)
     found, ids = None, kwargs.get("input_ids", args[0] if args else None)
     if not local.disabled or calls.disabling_of(module.apt_token) is None:
-        # The model around this body has read them already.
+        # The model that contains this body has read them already.
         inside = outer is not None and outer.is_around(module, module.apt_token, ids)
         if not module.apt_token.warned:
             _warn_of_weights(module, kwargs)
@@ -101,12 +100,12 @@ def _forward(module, forward, args, kwargs):
 
 
 def _warn_of_weights(module, kwargs: dict) -> None:
-    """Warn once for a model whose attention weights are asked for."""
+    """Warn once per model if its attention weights are requested."""
     if torch.compiler.is_compiling():
         return
     asked, read = kwargs.get("output_attentions"), module.apt_documents
     if asked is None:
-        # transformers lets a config ask where it names eager attention, as those of models that attend inline do.
+        # transformers accepts a config that requests them with eager attention, as models with inline attention have.
         asked = read.asks_for_weights or (read.inline is not None and module.config.output_attentions)
     if asked:
         module.apt_token.warned = True
@@ -118,7 +117,7 @@ def _warn_of_weights(module, kwargs: dict) -> None:
 
 
 class ReadDocuments:
-    """What `Packed` reads of a forward's inputs."""
+    """The inputs of a forward that `Packed` reads."""
 
     def __init__(self, sites, prefixes, encoder_decoder: bool, asks_for_weights: bool):
         self.asks_for_weights = asks_for_weights
@@ -128,15 +127,15 @@ class ReadDocuments:
         self.encoder_decoder = encoder_decoder
 
     def __call__(self, found: Documents | None, args, kwargs):
-        """The documents (``found``, if they are known), and the inputs as the model needs them for it."""
+        """The documents (``found``, if they are known), and the inputs changed as the model needs them."""
         boundaries, changed = kwargs.get("cu_seq_lens_q"), None
         if kwargs.get("cache") is not None:
-            found = None  # continuous batching has masks of its own
+            found = None  # continuous batching makes its own masks
         elif found is None and isinstance(boundaries, Tensor):
             found = self.by_boundaries(boundaries, args, kwargs)
             changed = self.without_cache(kwargs)
             if self.causal and kwargs.get("position_ids") is None:
-                # A rotary query meets the prefix under its own position: a document's first has to be 0.
+                # With rotary embeddings, positions within each document have to start at 0, as they do without packing.
                 changed = {**(changed or kwargs), "position_ids": _positions(found.segments)}
         elif found is None:
             found = self.by_positions(kwargs)
@@ -144,7 +143,7 @@ class ReadDocuments:
         return found, args, kwargs if changed is None else changed
 
     def without_cache(self, kwargs) -> dict | None:
-        """The keywords, for a forward that makes no cache: kept keys of several documents cannot be continued."""
+        """The keywords for a forward without a cache: generation cannot continue several documents."""
         if kwargs.get("use_cache") and not torch.compiler.is_compiling():
             raise PatchError(
                 "use_cache is True, and the row holds packed documents, which share no cache that could be continued; "
@@ -199,7 +198,7 @@ class ReadDocuments:
 
 
 def _positions(segments: Tensor) -> Tensor:
-    """``[1, T]``: positions that begin again at 0 with every document."""
+    """``[1, T]``: positions that start at 0 in every document."""
     return torch.arange(segments.shape[1], device=segments.device) - document_starts(segments)
 
 

@@ -1,4 +1,4 @@
-"""The paged cache of continuous batching, as the attention function meets it."""
+"""The paged cache of continuous batching in the attention function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention functions that a patch meets: layers without a prefix keep them, elsewhere they have to be plain."""
+"""The attention functions from before a patch: kept in layers without a prefix, checked elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _sdpa = torch.nn.functional.scaled_dot_product_attention
 # What transformers ships computes softmax(scale q k^T + mask) v, as the op does; so do hub kernels ("owner/name").
 _PLAIN = ("eager", "sdpa", "flex_attention")
 _TOKENS = 5
-# Functions may compute in half precision inside; what changes the scores differs by far more.
+# The tolerance allows for half precision inside a function; a change of the scores differs by far more.
 _SAME = 2e-2
 
 
@@ -104,7 +104,7 @@ def _compare(name: str, site: Site, module: nn.Module) -> None:
             key, value = (part.repeat_interleave(site.heads // site.kv_heads, dim=1) for part in (key, value))
             plain = _sdpa(query, key, value, is_causal=site.causal, scale=scale).transpose(1, 2)
             same = out.shape == plain.shape and torch.allclose(out.float(), plain.float(), rtol=_SAME, atol=_SAME)
-    except Exception as error:  # whatever the function says of these inputs
+    except Exception as error:  # a function of the user may raise any error
         raise PatchError(
             f"{site.name} attends by {name!r}, which is not known and cannot be compared with plain attention "
             f"({type(error).__name__}: {error}); a prefix would replace it. {instead}"

@@ -1,4 +1,4 @@
-"""Changing what one object does by its class: a subclass made on the fly, with a mixin in front of the base.
+"""Changing the behaviour of one object by its class: a dynamic subclass with a mixin before the base.
 
 Unlike a method that is set on the object, it follows copies, pickles and `nn.DataParallel`'s replicas, which share the
 object's ``__dict__``. Name, module and signature stay those of the base, for everything that looks them up.
@@ -21,7 +21,7 @@ class Mixin:
     outside_of_graphs: str | None = None  # why Dynamo must not trace its forward
 
     def __reduce_ex__(self, protocol):
-        # The class is made on the fly: pickle its base and mixins, and make it again.
+        # The class is created dynamically: pickle its base and mixins, and create it again.
         base, mixins = parts(type(self))
         return _empty, (base, *mixins), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
@@ -32,7 +32,7 @@ def _empty(base: type, *mixins: type):
 
 
 def parts(cls: Any) -> tuple[type, tuple[type, ...]]:
-    """The class that was there first, and the mixins on it, the innermost first."""
+    """The original class, and the mixins on it, the innermost first."""
     mixins = []
     while "apt_mixin" in vars(cls):
         mixins.append(cls.apt_mixin)
@@ -41,7 +41,7 @@ def parts(cls: Any) -> tuple[type, tuple[type, ...]]:
 
 
 def build(base: type, mixins) -> type:
-    """``base`` with the mixins on it."""
+    """The subclass of ``base`` with the mixins."""
     for mixin in mixins:
         made = _made.get((mixin, base))
         # No lock, which an interrupt could leave taken: of two threads that make one, the first to store it wins.
@@ -65,13 +65,13 @@ def _like(function, original):
     made = types.FunctionType(code, function.__globals__, original.__name__, None, function.__closure__)
     made.__doc__ = original.__doc__
     made.__qualname__, made.__module__ = original.__qualname__, original.__module__
-    # Not `__wrapped__`: accelerate would follow it and call the original past us.
+    # Not `__wrapped__`, through which accelerate would call the original directly.
     made.__signature__ = inspect.signature(original)
     return made
 
 
 class _OwnForward(Mixin):
-    """For an object whose ``forward`` was replaced on the object itself: the mixins around it come first."""
+    """For an object with its own ``forward`` attribute: the mixins' forwards wrap it."""
 
     def forward(self, *args, **kwargs):
         return self.apt_forward(*args, **kwargs)
@@ -79,7 +79,7 @@ class _OwnForward(Mixin):
 
 def add(thing, mixin: type) -> None:
     """Put ``mixin`` on the class of ``thing``, once."""
-    if isinstance(thing, mixin):  # FSDP2 may have made a class of ours since
+    if isinstance(thing, mixin):  # FSDP2 may have derived a class from ours since
         return
     base, mixins = parts(type(thing))
     _change(thing, build(base, (*mixins, mixin)))

@@ -1,1 +1,1 @@
-"""Which modules of a model attend, and with what shapes: recorded in one short forward pass."""
+"""The attention modules of a model and their shapes, recorded in one short forward pass."""

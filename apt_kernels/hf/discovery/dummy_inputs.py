@@ -1,4 +1,4 @@
-"""Small inputs for the recording pass, made from the signature of a model's forward and from its config."""
+"""Small inputs for the recording pass, from the signature of a model's forward and from its config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def candidates(model, more: int = 0) -> Iterator[dict]:
     main = getattr(model, "main_input_name", "input_ids")
     accepted = inspect.signature(model.forward).parameters
     others = list(non_text(model, accepted))
-    # Some bodies pass everything on (``*args, **kwargs``) and do not name what they accept.
+    # Some models pass on ``*args, **kwargs`` and do not name what they accept.
     named = main if main in accepted else "input_ids" if "input_ids" in accepted else ""
     if named == "input_ids" or (not named and "kwargs" in accepted and not others):
         yield _tokens(model, accepted, more)
@@ -157,7 +157,7 @@ def _images(model, accepted) -> Iterator[dict]:
 def _tokens(model, accepted, more: int) -> dict:
     inputs = {"input_ids": _ids(model, ENCODER_TOKENS + more)}
     if "attention_mask" in accepted:
-        # With a padding mask, transformers does not look for packed documents, which it cannot on meta tensors.
+        # With a padding mask, transformers does not look for packed documents, which would fail on meta tensors.
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return _finished(model, accepted, inputs, more)
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the processes among which the heads of an attention module are sharded."""
+"""Tensor parallelism: the device mesh over which the heads of an attention module are sharded."""
 
 from __future__ import annotations
 

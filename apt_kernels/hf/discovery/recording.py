@@ -1,4 +1,4 @@
-"""Which modules of a model attend, and with what shapes: asked of the model itself in one short forward pass."""
+"""The attention modules of a model and their shapes, recorded in one short forward pass of the model itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PREFIX_SHAPE = ("kv_heads", "head_dim", "value_head_dim")
 
 
 class _Recorder:
-    """Takes the place of the attention function for one pass."""
+    """Replaces the attention function during one pass."""
 
     def __init__(self):
         self.calls: dict[nn.Module, dict] = {}
@@ -42,7 +42,7 @@ class _Recorder:
         self.handles = []
 
     def open(self, model) -> None:
-        """Follow the modules of ``model``, until `close`."""
+        """Track which modules of ``model`` are running, until `close`."""
         for module in model.modules():
             self.handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self.leave, always_call=True))
@@ -94,7 +94,7 @@ class _Recorder:
         return query.new_zeros(batch, queries, heads, value.shape[3]), None
 
     def attend_inline(self, probabilities, value):
-        """The same of an attention that was computed inline: it belongs to the innermost module around it."""
+        """Record an inline attention, which belongs to the innermost running module."""
         scores = probabilities.scores
         factor, there = scores.note
         module = [a for a, b in zip(there, self.running) if a is b][-1]
@@ -140,7 +140,7 @@ class _Recorder:
             before["hidden_size"] = None
 
     def drop_where_unlike(self, other: _Recorder) -> None:
-        """Forget what attends over something else than tokens: its heads or their size follow the input's length."""
+        """Remove attention that is not over tokens: its heads or their size depend on the input's length."""
         for module, call in list(self.calls.items()):
             again = other.calls.get(module)
             if "inline" in call and (again is None or any(again[name] != call[name] for name in _PREFIX_SHAPE)):
@@ -157,7 +157,7 @@ class _Recorder:
 
 
 def _unknown_tensors(module, given: dict) -> list[str]:
-    """Tensors among the keywords of the attention interface that the model's eager attention reads and we do not."""
+    """Tensor keywords of the attention interface that the model's eager attention uses and the op does not support."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     read = () if eager is None else inspect.signature(eager).parameters
     tensors = [name for name, value in given.items() if isinstance(value, Tensor) and name in read]
@@ -192,12 +192,12 @@ AttentionMaskInterface.register(RECORDER, _describe)
 
 
 def record(model, set_implementation, example_inputs: dict | None = None) -> tuple[list[Site], dict[str, str]]:
-    """Every attention module of ``model`` in module order, and the attention implementation to set, by the name of the
-    part of the model that it is for: ``""``, the whole, first. The model is left as it was.
+    """Every attention module of ``model`` in module order, and the attention implementation to set for each part of the
+    model, by the part's name (``""``, the whole, first). The model is not changed.
 
-    Parts that see or hear and that a pass over token ids alone does not reach are recorded by themselves; one that
-    cannot be is left without a prefix, with a warning. ``set_implementation(module, name)`` switches attention;
-    ``example_inputs`` are keyword arguments of the model's forward, and then all that it reaches is what is found.
+    Vision and audio parts that a pass over token ids does not run are recorded separately; one that cannot be recorded
+    gets no prefix, with a warning. ``set_implementation(module, name)`` switches attention. With ``example_inputs``,
+    keyword arguments of the model's forward, only what that forward runs is recorded.
     """
     with evaluating(model), torch.no_grad():
         recorder, implementation = _recorded(model, set_implementation, example_inputs)
@@ -210,7 +210,7 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
             if not parts and not isinstance(error, _NoAttention):
                 name = next(name for name, module in model.named_modules() if module is part)
                 warnings.warn(f"{name} stays without a prefix. {error}", stacklevel=2)
-    # Only now: some models exchange a module when they see how long a text is.
+    # After all passes, since some models replace a module depending on the length of the text.
     names = {module: name for name, module in model.named_modules()}
     calls = {module: call for _, recorder, _ in found for module, call in recorder.calls.items()}
     senses = _senses(model)
@@ -219,23 +219,23 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
 
 
 def _extend(recorder: _Recorder, model, prepare) -> None:
-    """Add what is reached only where pixels or sounds go in together with the text."""
+    """Add the modules that run only for images or audio together with text."""
     for given in dummy_inputs.multimodal(model):
         other, failure = _pass(model, model, given, prepare)
         if failure is None and not other.watch.lost:
-            # What ran before without attention over tokens has none now.
+            # Modules that ran before without attention over tokens still have none.
             recorder.calls.update((m, call) for m, call in other.calls.items() if m not in recorder.ran)
             recorder.ran |= other.ran
             return
 
 
 def _recording(implementation: str) -> str:
-    """What a model runs by while it is recorded, of which it is known what it will be patched to."""
+    """The implementation during recording, which decides the one after the patch."""
     return RECORDER if implementation == function.NAME else implementation
 
 
 def _recorded_part(part, set_implementation) -> tuple[list[tuple], PatchError | None]:
-    """What was recorded of ``part``, or of the models inside it where it cannot be run by itself."""
+    """The records of ``part``, or of the models inside it if it cannot run separately."""
     try:
         return [(part, *_recorded(part, set_implementation, None))], None
     except PatchError as error:
@@ -244,11 +244,11 @@ def _recorded_part(part, set_implementation) -> tuple[list[tuple], PatchError | 
 
 
 class _NoAttention(PatchError):
-    """There is nothing to put a prefix on."""
+    """There is no attention that could get a prefix."""
 
 
 def _not_run(model, ran: set[nn.Module]) -> Iterator[PreTrainedModel]:
-    """The outermost models inside ``model`` that take something else than text, and that are not among ``ran``."""
+    """The outermost models inside ``model`` with other inputs than text that are not among ``ran``."""
     for child in model.children():
         if isinstance(child, PreTrainedModel) and child not in ran and "text" not in _modalities(child):
             yield child
@@ -262,7 +262,7 @@ def _modalities(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _senses(model) -> dict[nn.Module, frozenset[str]]:
-    """What goes into the innermost model around each module."""
+    """The input modalities of the innermost model that contains each module."""
     found: dict[nn.Module, frozenset[str]] = {}
 
     def visit(module, around):
@@ -276,15 +276,15 @@ def _senses(model) -> dict[nn.Module, frozenset[str]]:
 
 
 def _recorded(model, set_implementation, example_inputs: dict | None) -> tuple[_Recorder, str]:
-    """The pass that worked, and the attention implementation that the model needs once it is patched: ours where it
-    takes masks as descriptions, "eager" where it attends inline and needs the masks of that."""
+    """The successful pass, and the attention implementation of the patched model: ours if it accepts `AttentionMask`,
+    "eager" if it computes attention inline and needs tensors as masks."""
     name, first, again, recorder = type(model).__name__, None, None, None
     for tried, (body, given) in enumerate(_tries(model, example_inputs)):  # noqa: B007 - used after the loop
         implementation, again = function.NAME, None
         recorder, failure = _pass(model, body, given, lambda: set_implementation(model, RECORDER))
         if failure is None and recorder.calls:
             break
-        # Models that compute attention inline may need the masks of eager attention.
+        # Models with inline attention may need the masks of eager attention.
         second, again = _pass(model, body, given, lambda: set_implementation(model, "eager"))
         if again is None and set(recorder.calls) <= set(second.calls):
             recorder, failure, implementation = second, None, "eager"
@@ -326,7 +326,7 @@ def _pass(model, body, given: dict, prepare) -> tuple[_Recorder, Exception | Non
         prepare()
         with deferring:
             body(**given)
-    except Exception as error:  # whatever the model says of these inputs: others are tried, or it is reported
+    except Exception as error:  # the model may raise any error for these inputs: others are tried, or it is reported
         return recorder, error
     finally:
         _running.recorder = outer
@@ -335,7 +335,7 @@ def _pass(model, body, given: dict, prepare) -> tuple[_Recorder, Exception | Non
 
 
 def _tries(model, example_inputs: dict | None, more: int = 0):
-    """What to call with what, until one works: the model without its head, then the whole."""
+    """The models and inputs to try, until one works: the model without its head first, then the whole."""
     if example_inputs:
         yield model, example_inputs
         return
@@ -345,13 +345,13 @@ def _tries(model, example_inputs: dict | None, more: int = 0):
 
 
 def _body(model):
-    """The model without its head: heads may ask for inputs of their own."""
+    """The model without its head, since heads may need additional inputs."""
     return getattr(model, "base_model", model)
 
 
 @contextmanager
 def evaluating(model):
-    """Evaluation mode for a while, so that no random number is drawn and no layer is dropped."""
+    """Evaluation mode within the context, so that no random number is drawn and no layer is dropped."""
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         # bitsandbytes' four-bit layers repack their weights in evaluation on a CPU, and have no gradient from then on.

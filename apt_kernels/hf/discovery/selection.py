@@ -1,4 +1,4 @@
-"""Which attention modules get a prefix, and how long."""
+"""The selection of attention modules that get a prefix, and its length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = {
     "cross": lambda site: site.cross,
     "encoder": lambda site: not (site.causal or site.cross),
     "decoder": lambda site: site.causal or site.cross,
-    # By what goes into the part of the model that the module stands in.
+    # By the input modalities of the part of the model that contains the module.
     "text": lambda site: "text" in site.senses,
     "vision": lambda site: bool(site.senses & {"image", "video"}) and "text" not in site.senses,
     "audio": lambda site: "audio" in site.senses and "text" not in site.senses,
@@ -24,7 +24,7 @@ KINDS = {
 def lengths_of(config: AptConfig, sites: list[Site]) -> list[int]:
     """The prefix length of every attention module; 0 where ``config.layers`` leaves it out.
 
-    Raises `ConfigError` where an entry of ``layers`` means no module, or no module would get a prefix.
+    Raises `ConfigError` if an entry of ``layers`` selects no module, or no module would get a prefix.
     """
     lengths = [config.length_of(i, len(sites)) for i in range(len(sites))]
     if config.layers is None:

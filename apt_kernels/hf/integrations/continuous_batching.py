@@ -1,4 +1,4 @@
-"""Continuous batching (``generate_batch``): its paged cache, and what of a prefix it can serve."""
+"""Continuous batching (``generate_batch``): its paged cache, and which gates are supported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...prefix import gates
 from ...prefix.adaptive import AdaptivePrefix
 from .. import calls, compat, events
 
-# The attention that transformers hands masks as tensors, and never exchanges for a flash kernel.
+# The implementation for which transformers passes masks as tensors, and which it never replaces by a flash kernel.
 _SERVED_AS = "paged|eager"
 _MANAGER = "_cached_continuous_batching_manager"
 
@@ -25,11 +25,11 @@ class ContinuousBatching(events.Integration):
         elif action == "unpatch":
             _remove(state.model)
         else:
-            forget_manager(state.model)  # its blocks hold keys and values that other prefixes led to
+            forget_manager(state.model)  # its cached keys and values were computed with other prefixes
 
 
 class InitContinuousBatching:
-    """Takes the place of ``model.init_continuous_batching`` while the model is patched."""
+    """Replaces ``model.init_continuous_batching`` while the model is patched: the method."""
 
     def __init__(self, model):
         self.model = model
@@ -39,7 +39,7 @@ class InitContinuousBatching:
         now = (state.adapter, state.disabled)
         manager = getattr(model, _MANAGER, None)
         if manager is not None and getattr(manager, "apt_served", None) != now:
-            forget_manager(model)  # it shares blocks of keys that were computed otherwise
+            forget_manager(model)  # its cached blocks were computed under another state
         if not state.disabled:
             _refuse(model)
         manager = type(model).init_continuous_batching(_Served(model, state), *args, **kwargs)
@@ -48,14 +48,14 @@ class InitContinuousBatching:
 
 
 def _refuse_batching(*args, **kwargs):
-    """Takes the same place where transformers lacks something that it needs."""
+    """Replaces the same method if transformers lacks a name that the integration needs."""
     compat.require("continuous batching")
 
 
 class _Served:
-    """The model as continuous batching sees it: attention of a name that it knows, all else the model's own.
+    """A view of the model for continuous batching, with the name of an attention implementation that it supports.
 
-    A manager's thread calls it; it runs with the prefix or without as `init_continuous_batching` did.
+    A manager's thread calls it, with or without the prefix as in the thread that called `init_continuous_batching`.
     """
 
     def __init__(self, model, state):
@@ -72,7 +72,7 @@ class _Served:
                 part._attn_implementation_internal = implementation
 
     def set_attn_implementation(self, implementation: str) -> None:
-        """As the manager asks for it: for this manager's calls alone."""
+        """Set the implementation for this manager's calls alone."""
         self._name(implementation)
         for entry in self._held.disabled:
             entry.implementation = implementation
@@ -109,7 +109,7 @@ def _refuse(model) -> None:
 
 
 def _install(model) -> None:
-    """Let the patched ``model`` batch continuously, where transformers can at all."""
+    """Enable continuous batching of the patched ``model``, if transformers supports it."""
     if hasattr(type(model), "init_continuous_batching"):
         forget_manager(model)
         lacking = compat.missing("continuous batching")
@@ -125,7 +125,7 @@ def _remove(model) -> None:
 
 
 def forget_manager(model) -> None:
-    """Drop a manager that was kept for the next session: it serves the model as it was."""
-    manager = model.__dict__.pop(_MANAGER, None)  # first: a manager that is half destroyed must not be used again
+    """Delete a manager that was kept for the next session: its cache belongs to the earlier prefixes."""
+    manager = model.__dict__.pop(_MANAGER, None)  # removed first: a partly destroyed manager must not be used again
     if manager is not None:
         manager.destroy()

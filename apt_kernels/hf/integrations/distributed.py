@@ -1,4 +1,4 @@
-"""Models that are wrapped for training on several processes: when a change of the prefixes comes too late."""
+"""Models that are wrapped for distributed training: changes of the prefixes that have to be refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Distributed(events.Integration):
 
 
 def _refuse_wrapped(model) -> None:
-    """Raise `PatchError` if ``model`` was wrapped in a way that has fixed which parameters it has."""
+    """Raise `PatchError` if a wrapper of ``model`` has fixed its list of parameters."""
     for module in model.modules():
         if isinstance(module, _settled()):
             name = type(module).__name__
@@ -40,7 +40,7 @@ def _refuse_wrapped(model) -> None:
 
 
 def _refuse_to_undo(model) -> None:
-    """Raise `PatchError` where a wrapper would go on with the parameters that the patched model had."""
+    """Raise `PatchError` if a wrapper would continue with the parameters of the patched model."""
     for module in model.modules():
         if isinstance(module, _wrappers()):
             raise PatchError(
@@ -50,7 +50,7 @@ def _refuse_to_undo(model) -> None:
 
 
 def _refuse_spread(model) -> None:
-    """Raise `PatchError` if processes share the model's prefixes."""
+    """Raise `PatchError` if the model's prefixes are sharded over processes."""
     found = prefixes(model) if is_patched(model) else {}
     spread = [name for name, prefix in found.items() if prefix.mesh is not None]
     if spread:

@@ -55,7 +55,7 @@ def _remove(model) -> None:
 
 
 class _RefuseCheckpoints:
-    """Forward pre-hook, where transformers lacks what tells how a layer is checkpointed."""
+    """Forward pre-hook for releases of transformers without the names that say how a layer is checkpointed."""
 
     def __call__(self, module, args):
         if torch.is_grad_enabled() and module.training:
@@ -65,10 +65,10 @@ class _RefuseCheckpoints:
 
 
 class _BeforeCheckpoints:
-    """Forward pre-hook: lets gradients through re-entrant checkpoints of a model that is handed ``inputs_embeds``.
+    """Forward pre-hook: makes ``inputs_embeds`` require a gradient, without which re-entrant checkpoints have none.
 
-    transformers sees to it where the model embeds token ids itself. Its checkpoints then recompute the layers as they
-    were in the forward (`_Recomputing`).
+    transformers does this for token ids. The checkpoints recompute the layers in the state of the forward
+    (`_Recomputing`).
     """
 
     def __init__(self, layers: list[nn.Module]):
@@ -98,7 +98,7 @@ def _recompute_as_in_the_forward(layer: nn.Module) -> None:
 
 
 class _Recomputing:
-    """transformers' checkpoint function: the backward recomputes under what held in the thread of the forward."""
+    """transformers' checkpoint function, with recomputation in the state of the thread of the forward."""
 
     def __init__(self, checkpoint):
         self.checkpoint = checkpoint

@@ -1,4 +1,4 @@
-"""Models that accelerate offloads: what cannot be done there is refused by name."""
+"""Models that accelerate offloads: what is not supported raises an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Offloading(events.Integration):
 
 
 def _refuse_hooks_around(state) -> None:
-    """Raise `PatchError` where a hook loads the weights of modules inside its own, of which a prefix would be one."""
+    """Raise `PatchError` if a hook loads the weights of all modules inside its module, a prefix included."""
     for name, prefix in state.prefixes.items():
         if any(parameter.device.type == "meta" for parameter in prefix.parameters()):
             continue  # offloaded with the model, after the patch
@@ -56,7 +56,7 @@ def _refuse_to_prune(state) -> None:
 
 
 def refuse_lost_gradients(model, args, output) -> None:
-    """Forward hook: a backward raises where a parameter that trains existed during the forward alone."""
+    """Forward hook: the backward raises if a trainable parameter existed during the forward alone."""
     if "_hf_hook" not in model.__dict__ or not torch.is_grad_enabled():
         return
     lost = _without_gradient(model._apt_state)

@@ -63,17 +63,16 @@ def peft_parameters(model) -> set[int]:
 
 
 def _has_peft(model) -> bool:
-    """Whether any module of ``model`` is PEFT's, asked without PEFT's classes."""
+    """Whether any module of ``model`` is PEFT's, determined without importing PEFT."""
     return any(type(module).__module__.split(".")[0] == "peft" for module in model.modules())
 
 
 def join_peft() -> None:
-    """From here on PEFT works beside prefixes; a model without one is treated as before. Once a process.
+    """Wrap PEFT's methods so that PEFT works beside prefixes; models without a prefix are unaffected. Once per process.
 
-    PEFT freezes every parameter that is not its own when it adds an adapter, and saves and loads its own alone. Its
-    one method for each of these, common to all its tuners, is wrapped: what trained with a prefix stays trainable,
-    and the prefix is saved to the same folder and loaded from there. Where PEFT is not imported yet, that waits until
-    it is.
+    PEFT freezes every parameter that is not its own when it adds an adapter, and saves and loads its own alone. For
+    each of these, the one method common to all tuners is wrapped: what trained with a prefix stays trainable, and the
+    prefix is saved to and loaded from the same folder. If PEFT is not imported yet, this happens at its import.
     """
     if "peft" not in sys.modules:
         if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
@@ -98,7 +97,7 @@ def join_peft() -> None:
 
 
 class _WhenImported:
-    """Finds the package peft as Python does, and calls `join_peft` when it has been imported."""
+    """An import hook that calls `join_peft` after the package peft has been imported."""
 
     def find_spec(self, name: str, path=None, target=None):
         if name != "peft":
@@ -115,7 +114,7 @@ class _WhenImported:
             execute(module)
             try:
                 join_peft()
-            except Exception as error:  # an import of PEFT must not fail for us
+            except Exception as error:  # an import of PEFT must not fail because of this package
                 warnings.warn(f"apt_kernels cannot work beside this PEFT: {error}", stacklevel=2)
 
         loader.exec_module = exec_module
@@ -210,7 +209,7 @@ def _load_adapter(original, self, model_id, adapter_name, *args, **kwargs):
 
 @atomic
 def _load_prefix(model, folder: Path, name: str) -> None:
-    """Load the prefix of ``folder`` beside PEFT's adapter ``name``; the active one is that beside PEFT's active one."""
+    """Load the prefix in ``folder`` for PEFT's adapter ``name``; PEFT's active adapter decides which one is active."""
     if not is_patched(model):
         load(model, folder, adapter=name)
         return
@@ -239,7 +238,7 @@ def _delete_adapter(original, self, adapter_name, *args, **kwargs):
         return original(self, adapter_name, *args, **kwargs)
     state = state_of(self)
     result = original(self, adapter_name, *args, **kwargs)
-    base = state.model  # without its last adapter a PeftModel does not say which model it holds
+    base = state.model  # without its last adapter, a PeftModel does not expose its model
     others = [name for name in adapters(base) if name != beside]
     if not others:
         unpatch(base)
@@ -251,7 +250,7 @@ def _delete_adapter(original, self, adapter_name, *args, **kwargs):
 
 
 def _follow(model) -> None:
-    """Make the prefix beside PEFT's active adapter the active one; a warning where there is none."""
+    """Activate the prefix of PEFT's active adapter; warn if there is none."""
     state, name = state_of(model), model.active_adapter
     beside = _prefix_beside(model, name)
     if beside is not None:

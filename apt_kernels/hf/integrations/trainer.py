@@ -1,4 +1,4 @@
-"""A patched model's own `save_pretrained`: so that transformers' Trainer writes and reads adapters, no base weights."""
+"""`save_pretrained` of a patched model: transformers' Trainer then writes and reads adapters, no base weights."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write, whole
 from ..state import named_parameters, state_of
 from ..trainable import trainable_names
 
-# What Trainer looks for when it resumes, and when it loads the best model.
+# The files that Trainer needs when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
 _MODEL_WEIGHTS = (TRAINER_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beside an adapter of another name than "default", an empty tensor of this name and the adapter's.
 _ADAPTER = "apt_kernels.adapter."
-# In the place of a model's config: the folder holds no model, and a model class would else make a random one.
+# Instead of a model's config: with one, from_pretrained would create a model with random weights.
 NO_MODEL = {
     "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
     "transformers_weights": "an apt_kernels adapter holds no model, apt_kernels.load loads it into one.safetensors",
 }
-# What `_install` sets on the model, and `_remove` gives back.
+# The attributes that `_install` sets on the model and `_remove` restores.
 _ATTRIBUTES = ("save_pretrained", "_keys_to_ignore_on_save", "_hf_peft_config_loaded")
 
 
@@ -47,7 +47,7 @@ class Trainer(events.Integration):
 
 
 class SavePretrained:
-    """Takes the place of ``model.save_pretrained`` while the model is patched; `unpatch` removes it.
+    """Replaces ``model.save_pretrained`` while the model is patched: the method.
 
     It writes what `apt_kernels.save` writes, and the same weights once more (a hard link where the file system has
     them) under the name that Trainer reads. Its ``config.json`` is that of no model: ``from_pretrained`` refuses the
@@ -72,7 +72,7 @@ class SavePretrained:
         theirs = _added_weights(self.model, state_dict)
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
         if theirs:
-            # transformers writes PEFT's adapter alone for a model to which it added one.
+            # For a model with PEFT's adapter, transformers writes that adapter alone.
             type(self.model).save_pretrained(self.model, folder, is_main_process=is_main_process)
         if state_dict is None:
             return
@@ -92,7 +92,7 @@ class SavePretrained:
 
 
 def _into_its_adapter(model, state_dict: dict, prefix: str, *_) -> None:
-    """Before a checkpoint is loaded: make the adapter that it was saved from the active one."""
+    """Before a checkpoint is loaded: activate the adapter from which it was saved."""
     for key in [key for key in state_dict if key.startswith(f"{prefix}{_ADAPTER}")]:
         del state_dict[key]
         name, known = key.removeprefix(f"{prefix}{_ADAPTER}"), adapters(model)
@@ -157,7 +157,7 @@ def _install(model) -> None:
 
 
 def _expect_missing(state) -> None:
-    """Set which weights Trainer does not expect in a checkpoint: all but the prefixes and what trains beside them."""
+    """Set the weights that Trainer does not expect in a checkpoint: all but prefixes and other trainable parameters."""
     if not compat.available("trainer"):
         return
     model, held = state.model, trainable_names(state.model, state.config)
@@ -165,7 +165,7 @@ def _expect_missing(state) -> None:
         held |= {f"{name}.apt.{each}" for each, _ in prefix.named_parameters()}
     added = events.added_parameters(model)
     held |= {name for name, parameter in state.parameters.items() if id(parameter) in added}
-    # Asked as Trainer does. A quantised model's `state_dict` has more entries, and making it may repack the weights.
+    # As in Trainer. A quantised model's `state_dict` has more entries, and creating it may repack the weights.
     missing = model.load_state_dict({}, strict=False).missing_keys
     model._keys_to_ignore_on_save = sorted(set(missing) - held)
 
