@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
 from .discovery.recording import evaluating
 from .state import Model, state_of
-from .transaction import atomic
+from .transaction import atomic, exclusive
 
+_one_at_a_time = threading.RLock()
 BINS = 20
 # The most layers that are printed.
 _SHOWN = 12
@@ -275,11 +277,14 @@ class _Watch:
         )
 
 
+# `set_stance` holds for the process and evaluation mode for the model: calls that overlap would restore each other's.
+@exclusive(_one_at_a_time)
 def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
     """Run ``batches`` through a patched model and record the weights of every layer's prefix tokens.
 
-    The model runs in evaluation mode without gradients, eagerly even if it is compiled, and is left unchanged. Padding
-    is not counted; for cross-attention, whose queries are the decoder's tokens, ``decoder_attention_mask`` marks it.
+    The model runs in evaluation mode without gradients, eagerly even if it is compiled, and is left unchanged. Calls in
+    several threads run one after the other. Padding is not counted; for cross-attention, whose queries are the
+    decoder's tokens, ``decoder_attention_mask`` marks it.
 
     Args:
         model: a patched model.

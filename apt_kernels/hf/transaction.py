@@ -42,11 +42,35 @@ def atomic(function: Function) -> Function:
             with _one_at_a_time:
                 if before is not None:
                     before.restore()
-            while outermost and _one_at_a_time._is_owned():  # an interrupt as `with` ends skips its `__exit__`
-                _one_at_a_time.release()
+            _release(_one_at_a_time, outermost)
             raise
 
     return cast(Function, call)
+
+
+def exclusive(lock: Any) -> Callable[[Function], Function]:
+    """Decorator of a function of which one call runs at a time, under ``lock``, a `threading.RLock`."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            outermost = not lock._is_owned()
+            try:
+                with lock:
+                    return function(*args, **kwargs)
+            except BaseException:
+                _release(lock, outermost)
+                raise
+
+        return cast(Function, call)
+
+    return decorate
+
+
+def _release(lock: Any, outermost: bool) -> None:
+    """Give the lock back where an interrupt as `with` ended skipped its `__exit__`."""
+    while outermost and lock._is_owned():
+        lock.release()
 
 
 class _Snapshot:

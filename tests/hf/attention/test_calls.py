@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import threading
+import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,28 @@ def test_threads_generate_while_others_are_disabled_or_probe():
         found += [pool.submit(lambda: torch.equal(model.generate(**given, **options), expected)) for _ in range(6)]
         found += [pool.submit(lambda: apt_kernels.probe(model, [given]).to_json() == probed) for _ in range(3)]
         assert all(each.result() for each in found)
+
+
+def test_probes_that_overlap_leave_mode_and_compiler_as_they_were():
+    model, given = tuned().train(), plain()
+    second_began = threading.Event()
+
+    def first_batches():
+        yield given
+        second_began.wait(0.5)  # in vain where the second call waits for the end of this one
+
+    def second_batches():
+        second_began.set()
+        yield given
+        time.sleep(0.5)  # the first call ends meanwhile
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(apt_kernels.probe, model, first_batches())
+        time.sleep(0.1)
+        second = pool.submit(apt_kernels.probe, model, second_batches())
+        assert first.result().to_json() == second.result().to_json()
+    assert all(module.training for module in model.modules())
+    assert torch.compile(lambda: torch.compiler.is_compiling(), backend="eager")()
 
 
 def replicas(model, count):
