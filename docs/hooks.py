@@ -6,6 +6,7 @@ file outside docs/ becomes its path as text, until the project has an address to
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -21,6 +22,8 @@ OUTSIDE = {
     "README.md": "index.md",
     "bench/results/README.md": "results.md",
     "bench/NOTES.md": "benchmark-notes.md",
+    "examples/encoder.ipynb": "notebooks/encoder.md",
+    "examples/decoder.ipynb": "notebooks/decoder.md",
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
@@ -28,8 +31,20 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 def on_files(files, config):
     for source, page in OUTSIDE.items():
         if page not in files.src_uris:
-            files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+            content = (ROOT / source).read_text(encoding="utf-8")
+            files.append(
+                File.generated(config, page, content=notebook(content) if source.endswith(".ipynb") else content)
+            )
     return files
+
+
+def notebook(text: str) -> str:
+    """A notebook as a page: the text of its cells, and their code as blocks."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:

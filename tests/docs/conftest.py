@@ -1,6 +1,7 @@
 """Tiny models in place of those that the documentation names."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ SMALL_CACHE = f"__import__('transformers').ContinuousBatchingConfig(num_blocks=6
 def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
     """What stands in the documentation, and what replaces it when its code runs."""
     root = tmp_path_factory.mktemp("models")
-    words = sorted({word for page in documentation.PAGES for word in page.read_text(encoding="utf-8").split()})
+    words = {word for page in documentation.PAGES for word in page.read_text(encoding="utf-8").split()}
+    for path in documentation.NOTEBOOKS:  # texts in quotes
+        words |= set(re.findall(r"[\w.?]+", path.read_text(encoding="utf-8")))
+    words = sorted(words)
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     size["vocab_size"] = len(words) + 4
     torch.manual_seed(0)

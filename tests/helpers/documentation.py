@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
 
 def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
@@ -25,6 +28,12 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
     text = page.read_text(encoding="utf-8")
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, block.start(1)) + 1, block[1]) for block in found]
+
+
+def notebook_cells(path: Path, kind: str) -> list[tuple[int, str]]:
+    """The ``"code"`` or ``"markdown"`` cells of a notebook with their numbers, from 1."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [(i, "".join(cell["source"])) for i, cell in enumerate(cells, 1) if cell["cell_type"] == kind]
 
 
 def prose(page: Path) -> str:

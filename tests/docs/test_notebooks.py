@@ -1,0 +1,59 @@
+"""The notebooks run, on tiny models in place of those that they name."""
+
+import json
+
+import matplotlib
+import pytest
+import torch
+
+from helpers import documentation
+from helpers.documentation import NOTEBOOKS, ROOT
+
+
+def run(path, substitutions) -> dict:
+    """The namespace after all code cells of a notebook."""
+    namespace = {"__name__": "__main__"}
+    for number, code in documentation.notebook_cells(path, "code"):
+        for written, replacement in substitutions:
+            code = code.replace(written, replacement)
+        exec(compile(code, f"{path.name}, cell {number}", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+
+
+def test_the_encoder_learns_and_loads(folder, substitutions):
+    found = run(ROOT / "examples" / "encoder.ipynb", substitutions)
+    assert found["after"]["eval_loss"] < 0.5 * found["before"]["eval_loss"]
+    assert found["after"]["eval_accuracy"] > 0.9
+    assert found["difference"] == 0
+
+
+def test_the_decoder_starts_as_the_text_learns_and_loads(folder, substitutions):
+    found = run(ROOT / "examples" / "decoder.ipynb", substitutions)
+    # Two sums in another order, in float32.
+    assert found["difference"] < 1e-5
+    # The head is frozen and random: 0.5 at the rates of the notebook, 0.01 at Trainer's default of 5e-5.
+    assert found["losses"][0] - found["losses"][-1] > 0.3
+    assert sum(found["lengths"]) == found["budget"]
+    assert torch.equal(found["tokens"], found["again"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_stored_without_output(path):
+    """An output would show other figures than a run does; nothing compares them."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells) > 5
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_every_notebook_is_a_page_of_the_site():
+    pages = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [path.stem for path in NOTEBOOKS] == ["decoder", "encoder"]
+    for path in NOTEBOOKS:
+        assert f"notebooks/{path.stem}.md" in pages
