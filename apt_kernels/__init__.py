@@ -13,6 +13,8 @@ from .prefix.adaptive import AdaptivePrefix
 if TYPE_CHECKING:
     from .hf.adapters import adapters, add_adapter, delete_adapter, set_adapter
     from .hf.checkpoint import load, save
+    from .hf.export import as_past_key_values, export
+    from .hf.folding import fold
     from .hf.initialise import patch_from_peft, patch_from_text
     from .hf.patching import patch, unpatch
     from .hf.probing import Probe, probe, prune
@@ -36,6 +38,9 @@ _HUGGING_FACE = {
     "probe": ".hf.probing",
     "prune": ".hf.probing",
     "Probe": ".hf.probing",
+    "fold": ".hf.folding",
+    "export": ".hf.export",
+    "as_past_key_values": ".hf.export",
     "patch_from_text": ".hf.initialise",
     "patch_from_peft": ".hf.initialise",
 }
@@ -52,9 +57,12 @@ __all__ = [
     "Probe",
     "adapters",
     "add_adapter",
+    "as_past_key_values",
     "attention",
     "delete_adapter",
     "disabled",
+    "export",
+    "fold",
     "info",
     "load",
     "patch",

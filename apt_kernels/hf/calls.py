@@ -98,9 +98,12 @@ def _in_this_task(entry: Disabling) -> bool:
 
 
 @contextmanager
-def disabling(token: Token) -> Iterator[None]:
-    """Disable the model of ``token`` in this thread; where an asyncio task enters, in it and the tasks it creates."""
-    entry = Disabling(token.number, _in_a_task())
+def disabling(token: Token, implementation: str | None = None) -> Iterator[None]:
+    """Disable the model of ``token`` in this thread; where an asyncio task enters, in it and the tasks it creates.
+
+    ``implementation``: as of `Disabling`.
+    """
+    entry = Disabling(token.number, _in_a_task(), implementation)
     try:
         local.disabled = (*local.disabled, entry)
         if entry.in_task:

@@ -165,6 +165,18 @@ def trained_weights(model) -> dict[str, Tensor]:
     return _gathered(model, _adapter(state_of(model)))
 
 
+def trained_beside(model) -> list[str]:
+    """The names of what the active adapter trained beside its prefixes."""
+    saved = _adapter(state_of(model))
+    return sorted({*saved.beside, *saved.others})
+
+
+def folded_weights(model) -> dict[str, Tensor]:
+    """The same, with the key and value of reparameterised prefixes in the place of what makes them."""
+    saved = _adapter(state_of(model))
+    return _folded(saved.prefixes, _gathered(model, saved))
+
+
 def _gathered(model, saved: _Adapter) -> dict[str, Tensor]:
     weights.meet(model, saved.all.values())
     with weights.gathered(model, saved.all.values()):

@@ -148,6 +148,7 @@ FEATURES = {
         },
     ),
     "patch_from_peft": Feature("patch_from_peft", "transformers", {"transformers": ("DynamicCache",)}),
+    "export": Feature("apt_kernels.export", "transformers", {"transformers": ("DynamicCache",)}),
     "gradient checkpointing": Feature(
         "gradient checkpointing of a patched model",
         "transformers",

@@ -1,52 +1,32 @@
 """Prefixes initialised from a text's keys and values or from a PEFT checkpoint: exact copies, or an error.
 
-In the source, the prefix has positions 0 to M - 1 and the tokens start at M; here the tokens start at 0. A rotary
-embedding depends on differences of positions alone, so the prefix's keys are those of the source rotated by -M: a text
-is run at positions -M to -1, and a checkpoint's keys are rotated by the layer's own rotary embedding.
+In the source, the prefix has positions 0 to M - 1 and the tokens start at M; here the tokens start at 0. So a text is
+run at positions -M to -1, and a checkpoint's keys are rotated by -M (hf/capture.py).
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
 from ..config import AptConfig, Settings
 from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
 from . import compat, patching
-from .attention import function
-from .attention.implementations import implementations, restore_implementations, set_implementation
-from .attention.masks import AttentionMask, describe
+from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
 from .discovery.recording import evaluating
 from .state import Model, is_patched, prefixes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
-
-_CAPTURE = "apt_kernels_capture"
-# A larger difference of outputs, relative to the prefix's influence, is not rounding (in bfloat16 neither).
-_SAME = 0.05
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
-
-
-class Captured(NamedTuple):
-    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary."""
-
-    key: Tensor
-    value: Tensor
-    mask: object
-    rotary: tuple[Tensor, Tensor] | None
 
 
 def patch_from_text(
@@ -83,11 +63,12 @@ def patch_from_text(
     ids = _token_ids(model, input_ids)
     length = ids.shape[1]
     config = _starting_config(model, config, settings, length)
-    _refuse_lengths(model)
+    refuse_no_decoder(model)
+    refuse_lengths(model)
     base: Any = model
     ids = ids.to(base.get_input_embeddings().weight.device)
-    _positions_stay_out(model, ids, length)
-    captured = _capture(model, ids, torch.arange(-length, 0, device=ids.device)[None])
+    at_positions(model, ids, -length)
+    captured = capture(model, ids, torch.arange(-length, 0, device=ids.device)[None])
     tokens = {}
     for name, own in captured.items():
         _check_mask(name, own.mask, length)
@@ -136,11 +117,12 @@ def patch_from_peft(
     flat, layers = _read_peft(Path(folder))
     length = flat.shape[0]
     config = _starting_config(model, config, settings, length)
-    _refuse_lengths(model)
+    refuse_no_decoder(model)
+    refuse_lengths(model)
     base: Any = model
     device = base.get_input_embeddings().weight.device
     probe = torch.arange(4, device=device)[:, None] + 5
-    here, there = _positions_stay_out(model, probe.T, length)
+    here, there = at_positions(model, probe.T, -length)
     tokens, source = {}, transformers.DynamicCache(config=base.config.get_text_config())
     dtype = next(model.parameters()).dtype
     for index, (name, own) in enumerate(here.items()):
@@ -149,7 +131,7 @@ def patch_from_peft(
         key, value = key.to(device, dtype), value.to(device, dtype)
         source.update(key[None], value[None], layer)
         _check_mask(name, own.mask, length)
-        tokens[name] = _rotated(model.get_submodule(name), name, key, own, there[name]), value
+        tokens[name] = rotated(model.get_submodule(name), name, key, own, there[name]), value
     with evaluating(model), torch.no_grad():
         positions = torch.arange(length, length + 4, device=device)[None]
         expected = base(input_ids=probe.T, position_ids=positions, past_key_values=source).logits
@@ -192,121 +174,10 @@ def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any
     return config
 
 
-def _refuse_lengths(model) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise PatchError(
-            f"{type(model).__name__} is an encoder-decoder model; a source's prefix cannot be copied there"
-        )
-    if model.get_output_embeddings() is None or "position_ids" not in inspect.signature(model.forward).parameters:
-        raise PatchError(f"{type(model).__name__} is no causal language model that takes position_ids")
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope.get("rope_type")] + [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
-    found = next((kind for kind in kinds if kind in _LENGTH_DEPENDENT), None)
-    if found:
-        raise PatchError(
-            f"{type(model).__name__} has rotary frequencies that depend on the length ({found!r}); a prefix without "
-            "positions of its own cannot be exact"
-        )
-
-
-def _positions_stay_out(model, ids: Tensor, length: int) -> tuple[dict[str, Captured], dict[str, Captured]]:
-    """Single tokens at position 0 and at ``-length``; refuse a model whose hidden states depend on the position."""
-    ids = ids.reshape(-1, 1)[:4]
-    here, near = (_capture(model, ids, torch.full_like(ids, position)) for position in (0, 1))
-    apart = next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
-    if apart:
-        raise PatchError(
-            f"{type(model).__name__} has learned absolute positions ({apart} sees them); with its tokens from position "
-            "0 on, a prefix from positions of its own cannot be exact"
-        )
-    return here, _capture(model, ids, torch.full_like(ids, -length))
-
-
-class _Capture:
-    def __init__(self):
-        self.found: dict[nn.Module, Captured] = {}
-        self.rotary: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def note(self, module, args, kwargs):
-        if isinstance(kwargs.get("position_embeddings"), tuple):
-            self.rotary[module] = kwargs["position_embeddings"]
-
-
-_active: list[_Capture] = []
-
-
-def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **given):
-    _active[-1].found[module] = Captured(key, value, attention_mask, _active[-1].rotary.get(module))
-    given = {"softcap": None, "s_aux": None, **given}
-    return function.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
-
-
-AttentionInterface.register(_CAPTURE, _attend)
-AttentionMaskInterface.register(_CAPTURE, describe)
-
-
-def _capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
-    """Run ``ids`` at ``positions`` through the unpatched model; by the attention modules' names, in model order."""
-    capture = _Capture()
-    handles = [m.register_forward_pre_hook(capture.note, with_kwargs=True) for m in model.modules()]
-    before = implementations(model)
-    _active.append(capture)
-    try:
-        set_implementation(model, _CAPTURE)
-        with evaluating(model), torch.no_grad():
-            model(input_ids=ids, position_ids=positions, use_cache=False)
-    except IndexError as error:
-        raise PatchError(
-            f"{type(model).__name__} has learned absolute positions, which do not reach below 0 ({error})"
-        ) from error
-    finally:
-        _active.pop()
-        for handle in handles:
-            handle.remove()
-        restore_implementations(model, before)
-    if not capture.found:
-        raise PatchError(f"{type(model).__name__} attends inline; its keys and values cannot be read")
-    return {name: capture.found[module] for name, module in model.named_modules() if module in capture.found}
-
-
 def _check_mask(name: str, mask, length: int) -> None:
-    plain = isinstance(mask, AttentionMask) and mask.mask.dense is None and mask.mask.causal
-    if not plain:
-        raise PatchError(f"{name} does not attend causally; what a text gives there depends on what follows it")
-    left = mask.mask.window[0] if mask.mask.window is not None else None
-    if left is not None and left < length:
-        raise PatchError(f"{name} has a window of {left + 1} tokens, shorter than the prefix of {length} and a token")
-
-
-def _rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: Captured) -> Tensor:
-    """``key [Hkv, M, D]`` rotated by -M: by the rotation from ``here``'s keys (at 0) to ``there``'s (at -M)."""
-    if torch.allclose(here.key, there.key, rtol=1e-3, atol=1e-4):
-        return key  # a layer without positions
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if apply is not None and there.rotary is not None:
-        # The source's keys already include the scaling factor of YaRN and similar embeddings.
-        size = (there.rotary[0][:1].square() + there.rotary[1][:1].square()).sqrt()
-        cos, sin = (part[:1] / size for part in there.rotary)
-        for turn in (_whole, _part):
-            turned = turn(apply, here.key, cos, sin)
-            if turned is not None and torch.allclose(turned, there.key, rtol=2e-2, atol=2e-2 * float(there.key.std())):
-                return cast(Tensor, turn(apply, key[None], cos, sin))[0]
-    raise PatchError(
-        f"{name}: the rotary embedding of {type(module).__name__} is not known; its keys cannot be rotated"
-    )
-
-
-def _whole(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    try:
-        return apply(key, key, cos, sin)[1].to(key.dtype)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # made for other arguments
-        return None
-
-
-def _part(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    width = cos.shape[-1]
-    turned = _whole(apply, key[..., :width], cos, sin)
-    return None if turned is None else torch.cat([turned, key[..., width:]], dim=-1)
+    window = window_of(name, mask)
+    if window is not None and window <= length:
+        raise PatchError(f"{name} has a window of {window} tokens, shorter than the prefix of {length} and a token")
 
 
 def _read_peft(folder: Path) -> tuple[Tensor, int]:
@@ -360,7 +231,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
         with evaluating(model), torch.no_grad():
             apart = (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
         influence = (expected - bare).abs().max()
-        if not apart <= _SAME * influence:
+        if not apart <= SAME * influence:
             raise PatchError(
                 f"{type(model).__name__} with the prefix differs from its source by {apart:.2g}, of an influence of "
                 f"{influence:.2g}: its attention knows positions in a way that a prefix cannot copy"

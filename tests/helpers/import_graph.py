@@ -27,10 +27,10 @@ HF_LAYERS = (
     ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
     ("attention",),
-    ("discovery", "trainable", "transaction", "base_record"),
+    ("discovery", "trainable", "transaction", "base_record", "capture"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
-    ("checkpoint", "probing", "initialise"),
+    ("checkpoint", "probing", "initialise", "folding", "export"),
     ("integrations",),
     ("",),  # hf/__init__.py
 )

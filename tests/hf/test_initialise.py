@@ -11,49 +11,10 @@ from transformers import DynamicCache
 
 import apt_kernels
 from helpers import models
+from helpers.causal import EXACT, build, close
 from helpers.patched import assert_unchanged, snapshot
 
 TEXT = torch.tensor([7, 31, 12, 55, 60, 9])
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
-WIDE = {"sliding_window": 64}
-EXACT = {
-    "llama": ("llama", {}),
-    "qwen3": ("qwen3", {}),
-    "phi3": ("phi3", WIDE),
-    "mistral": ("mistral", WIDE),
-    "gemma2": ("gemma2", WIDE),
-    "gemma3": ("gemma3", WIDE),
-    "yarn": ("llama", {"rope_parameters": YARN}),
-    "gpt_neox": ("gpt_neox", {}),
-    "glm": ("glm", {}),
-    "cohere": ("cohere", {}),
-    "smollm3": ("smollm3", {}),
-}
-
-
-def build(case, **overrides):
-    family, given = EXACT[case]
-    if family in models.FAMILIES:
-        model = models.build(family, **given, **overrides).double()
-        model.set_attn_implementation("eager")  # by sdpa, transformers 5.17 drops Gemma 2's soft-cap
-        return model
-    import transformers as t
-
-    common = {**models._DECODER, "hidden_size": 32}
-    made = {
-        "gpt_neox": lambda: t.GPTNeoXConfig(**models._COMMON, initializer_range=0.2),
-        "glm": lambda: t.GlmConfig(**common, head_dim=8, initializer_range=0.2),
-        "cohere": lambda: t.CohereConfig(**common, initializer_range=0.2),
-        "smollm3": lambda: t.SmolLM3Config(**common, initializer_range=0.2, no_rope_layers=[1, 0]),
-    }[family]()
-    torch.manual_seed(0)
-    return t.AutoModelForCausalLM.from_config(made).eval().double()
-
-
-def close(found, expected, bare):
-    assert (expected - bare).abs().max() > 1e-2, "the prefix has no influence, the comparison proves little"
-    # Both sides are float64, but for the rotary embedding's float32 angles and the float32 prefix.
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +128,14 @@ def test_a_copy_that_turns_out_wrong_is_taken_back(monkeypatch):
     from apt_kernels.hf import initialise
 
     model = models.build("llama")
-    before, original = snapshot(model), initialise._capture
+    before, original = snapshot(model), initialise.capture
 
     def unrotated(model, ids, positions):
         return original(
             model, ids, positions - positions.min() if ids.shape[0] == 1 and ids.shape[1] > 1 else positions
         )
 
-    monkeypatch.setattr(initialise, "_capture", unrotated)
+    monkeypatch.setattr(initialise, "capture", unrotated)
     with pytest.raises(apt_kernels.PatchError, match="differs from its source"):
         apt_kernels.patch_from_text(model, TEXT)
     assert_unchanged(model, before)

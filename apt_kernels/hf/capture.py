@@ -1,0 +1,181 @@
+"""What a model's attention modules are given for some tokens, and keys rotated to other positions.
+
+A prefix of ours takes no positions; one in a key/value cache takes those from 0 to M - 1, and the tokens follow. A
+rotary embedding depends on differences alone: one becomes the other by rotating its keys by M.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..errors import PatchError
+from . import calls
+from .attention import function
+from .attention.implementations import implementations, restore_implementations, set_implementation
+from .attention.masks import AttentionMask, describe
+from .discovery.recording import evaluating
+from .state import is_patched, state_of
+
+_CAPTURE = "apt_kernels_capture"
+# A larger difference of outputs, relative to the prefix's influence, is not rounding (in bfloat16 neither).
+SAME = 0.05
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class Captured(NamedTuple):
+    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary."""
+
+    key: Tensor
+    value: Tensor
+    mask: object
+    rotary: tuple[Tensor, Tensor] | None
+
+
+def refuse_no_decoder(model) -> None:
+    """Raise `PatchError` unless the model is a causal language model that takes position ids."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise PatchError(
+            f"{type(model).__name__} is an encoder-decoder model; a source's prefix cannot be copied there"
+        )
+    if model.get_output_embeddings() is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise PatchError(f"{type(model).__name__} is no causal language model that takes position_ids")
+
+
+def refuse_lengths(model) -> None:
+    """Raise `PatchError` where the rotary frequencies depend on the length."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type")] + [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
+    found = next((kind for kind in kinds if kind in _LENGTH_DEPENDENT), None)
+    if found:
+        raise PatchError(
+            f"{type(model).__name__} has rotary frequencies that depend on the length ({found!r}); a prefix without "
+            "positions of its own cannot be exact"
+        )
+
+
+def at_positions(model, ids: Tensor, position: int) -> tuple[dict[str, Captured], dict[str, Captured]]:
+    """Single tokens at position 0 and at ``position``; refuse a model whose hidden states depend on the position."""
+    ids = ids.reshape(-1, 1)[:4]
+    here, near = (capture(model, ids, torch.full_like(ids, at)) for at in (0, 1))
+    apart = next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
+    if apart:
+        raise PatchError(
+            f"{type(model).__name__} has learned absolute positions ({apart} sees them); with its tokens from position "
+            "0 on, a prefix from positions of its own cannot be exact"
+        )
+    return here, capture(model, ids, torch.full_like(ids, position))
+
+
+class _Capture:
+    def __init__(self):
+        self.found: dict[nn.Module, Captured] = {}
+        self.rotary: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.thread = threading.get_ident()
+
+    def note(self, module, args, kwargs):
+        if isinstance(kwargs.get("position_embeddings"), tuple) and threading.get_ident() == self.thread:
+            self.rotary[module] = kwargs["position_embeddings"]
+
+
+class _Active(threading.local):
+    capture: _Capture
+
+
+_active = _Active()
+
+
+def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **given):
+    active = _active.capture
+    active.found[module] = Captured(key, value, attention_mask, active.rotary.get(module))
+    given = {"softcap": None, "s_aux": None, **given}
+    return function.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
+
+
+AttentionInterface.register(_CAPTURE, _attend)
+AttentionMaskInterface.register(_CAPTURE, describe)
+
+
+@contextmanager
+def _capturing(model) -> Iterator[None]:
+    """Within, the model attends by `_attend`, without a prefix; a patched one in this thread alone."""
+    if is_patched(model):
+        with calls.disabling(state_of(model).token, _CAPTURE):
+            yield
+        return
+    before = implementations(model)
+    try:
+        set_implementation(model, _CAPTURE)
+        yield
+    finally:
+        restore_implementations(model, before)
+
+
+def capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
+    """Run ``ids`` at ``positions`` without a prefix; by the attention modules' names, in model order."""
+    active = _Capture()
+    handles = []
+    try:
+        handles += [m.register_forward_pre_hook(active.note, with_kwargs=True) for m in model.modules()]
+        _active.capture = active
+        with _capturing(model), evaluating(model), torch.no_grad():
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+    except IndexError as error:
+        raise PatchError(
+            f"{type(model).__name__} has learned absolute positions, which do not reach below 0 ({error})"
+        ) from error
+    finally:
+        _active.__dict__.pop("capture", None)
+        for handle in handles:
+            handle.remove()
+    if not active.found:
+        raise PatchError(f"{type(model).__name__} attends inline; its keys and values cannot be read")
+    return {name: active.found[module] for name, module in model.named_modules() if module in active.found}
+
+
+def window_of(name: str, mask) -> int | None:
+    """How many tokens a causal module sees, itself included; None: all. `PatchError` where it is not causal."""
+    plain = isinstance(mask, AttentionMask) and mask.mask.dense is None and mask.mask.causal
+    if not plain:
+        raise PatchError(f"{name} does not attend causally; what a text gives there depends on what follows it")
+    left = mask.mask.window[0] if mask.mask.window is not None else None
+    return None if left is None else left + 1
+
+
+def rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: Captured) -> Tensor:
+    """``key [Hkv, M, D]`` rotated by what turns ``here``'s keys (position 0) into ``there``'s (another position)."""
+    if torch.allclose(here.key, there.key, rtol=1e-3, atol=1e-4):
+        return key  # a layer without positions
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if apply is not None and there.rotary is not None:
+        # The source's keys already include the scaling factor of YaRN and similar embeddings.
+        size = (there.rotary[0][:1].square() + there.rotary[1][:1].square()).sqrt()
+        cos, sin = (part[:1] / size for part in there.rotary)
+        for turn in (_whole, _part):
+            turned = turn(apply, here.key, cos, sin)
+            if turned is not None and torch.allclose(turned, there.key, rtol=2e-2, atol=2e-2 * float(there.key.std())):
+                return turn(apply, key[None], cos, sin)[0]
+    raise PatchError(
+        f"{name}: the rotary embedding of {type(module).__name__} is not known; its keys cannot be rotated"
+    )
+
+
+def _whole(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    try:
+        return apply(key, key, cos, sin)[1].to(key.dtype)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # made for other arguments
+        return None
+
+
+def _part(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    width = cos.shape[-1]
+    turned = _whole(apply, key[..., :width], cos, sin)
+    return None if turned is None else torch.cat([turned, key[..., width:]], dim=-1)
