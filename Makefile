@@ -7,13 +7,18 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 # Processes take the cores; tests/conftest.py gives each its share of the threads.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo bench docs test lint format fuzz sweep support cuda library report rates sanitize clean
+# vLLM and the tests need other versions of the same packages. Its environment is kept in the user's cache, by the content
+# of its requirements: it has 2 GB.
+VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/apt_kernels/vllm-$(shell cat requirements-vllm.txt | cksum | cut -d' ' -f1)
+
+.PHONY: help demo bench docs test test-vllm lint format fuzz sweep support cuda library report rates sanitize clean
 
 help:
 	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
 	@echo 'make bench  ours against every peer on this machine, ten minutes at most; table and plots in bench-output/'
 	@echo 'make docs   build the documentation into site/; a warning is an error'
 	@echo 'make test   all tests that run on this machine'
+	@echo 'make test-vllm  adapters served by vLLM on the CPU; an environment of its own in the cache, ten minutes at first'
 	@echo 'make lint   ruff: rules and formatting; mypy: the types of the package'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
 	@echo 'make sweep  every architecture of transformers as a tiny model against an oracle'
@@ -40,6 +45,26 @@ test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/stamp
 	$(PYTEST) $(ARGS)
+
+# Small engines in this process. The metadata beside the sources make vLLM find the entry point.
+test-vllm: export HF_HUB_OFFLINE = 1
+test-vllm: export VLLM_NO_USAGE_STATS = 1
+test-vllm: export VLLM_ENABLE_V1_MULTIPROCESSING = 0
+test-vllm: export VLLM_CPU_KVCACHE_SPACE = 1
+test-vllm: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test-vllm: export VLLM_LOGGING_LEVEL = WARNING
+test-vllm:
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then \
+		echo 'make test-vllm: not run, vLLM needs Python 3.11 or newer. Name another: make PYTHON=python3.12'; \
+	else \
+		set -ex; $(MAKE) --no-print-directory $(VLLM)/stamp; APT_KERNELS_NO_CUDA=1 $(VLLM)/bin/python setup.py --quiet egg_info; \
+		$(VLLM)/bin/python -m pytest $(or $(ARGS),tests/serving); \
+	fi
+
+$(VLLM)/stamp:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements-vllm.txt
+	touch $@
 
 lint: $(VENV)/stamp
 	$(RUN) -m ruff check .

@@ -85,6 +85,8 @@ TYPES_ONLY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {}\n"
         ("impl.cpu.blocks", "from ..reference import forward", "impl.cpu.blocks -> apt_kernels.impl.reference"),
         ("impl.inputs", "from . import cpu", "impl.inputs -> apt_kernels.impl.cpu"),
         ("ops.choose", "from ..hf.patching import patch", "ops.choose -> apt_kernels.hf.patching"),
+        ("hf.state", "from ..serving.vllm import register", "hf.state -> apt_kernels.serving.vllm"),
+        ("serving.vllm.marker", "from ...ops import choose", "serving.vllm.marker -> apt_kernels.ops.choose"),
         ("prefix.adaptive", "from ..ops import choose", "prefix.adaptive -> apt_kernels.ops.choose"),
         ("prefix.adaptive", "import_module('apt_kernels.ops.choose')", "prefix.adaptive -> apt_kernels.ops.choose"),
         ("prefix.adaptive", "import_module('..ops.choose', __package__)", "prefix.adaptive -> apt_kernels.ops.choose"),
@@ -131,6 +133,7 @@ def test_a_module_without_a_layer_is_noticed():
         ("prefix.adaptive", "import accelerate.hooks as hooks"),
         ("impl.cpu", "import triton"),
         ("hf.patching", "import triton"),
+        ("hf.patching", "def later():\n    import vllm"),
     ],
 )
 def test_a_planted_package_is_noticed(module, planted):

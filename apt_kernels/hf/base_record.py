@@ -113,8 +113,12 @@ def _hash(sample: Tensor) -> str:
 
 def refuse_other(model, record, path: Path) -> None:
     """Raise `AdapterError` if ``record`` is of another model type, or of other sizes, than ``model``."""
+    refuse_other_config(inner(model).config, record, path)
+
+
+def refuse_other_config(config, record, path: Path) -> None:
+    """`refuse_other` for a model of which only the transformers config is there."""
     record = _checked(record, path)
-    config = inner(model).config
     theirs, ours = record["model_type"], getattr(config, "model_type", None) or None
     if theirs is not None and ours is not None and theirs != ours:
         raise AdapterError(f"{path} was trained on a model of the type {shown(theirs)}; this one is {ours!r}")

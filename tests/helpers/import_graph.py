@@ -21,6 +21,7 @@ LAYERS = {
     "ops": ("errors", "mask", "transforms", "impl"),
     "prefix": ("errors", "transforms"),
     "hf": ("errors", "mask", "patterns", "config", "ops", "prefix"),
+    "serving": ("errors", "config", "prefix", "hf"),
 }
 # The same inside hf: a part may import those above it in this list, and others of its own line.
 HF_LAYERS = (
@@ -40,6 +41,7 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 ONLY_FOR = {
     "hf": ("transformers", "peft", "huggingface_hub", "safetensors", "accelerate", "deepspeed"),
     "impl.triton": ("triton",),
+    "serving.vllm": ("vllm",),
 }
 
 

@@ -1,0 +1,1 @@
+"""Trained adapters in inference servers. One folder for each server; nothing here is imported without it."""

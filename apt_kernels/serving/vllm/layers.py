@@ -1,0 +1,150 @@
+"""vLLM's attention layer with a prefix: subclasses of whatever layer, implementation and backend the model chose.
+
+The marker (`marker`) is in vLLM's null block, block 0, which no request owns. The metadata of a step get it in front of
+each request's blocks, as `block_size` more computed tokens: scheduler, block hashes and token positions do not change.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
+
+from . import marker
+from .prefix import ServedPrefix
+
+_NULL_BLOCK = 0
+# The classes below are mixed in before classes that vLLM chooses when it loads a model.
+_Base: Any = object
+
+
+def add_prefix(layer: Attention, prefix: ServedPrefix, size: int) -> None:
+    """Give ``layer`` a prefix; it then asks for a key/value cache of the head size ``size``."""
+    layer.apt = prefix
+    layer.apt_head_dim, layer.apt_hidden_states = layer.head_size, None
+    layer.head_size = layer.head_size_v = size
+    layer.attn_backend = _marked_backend(layer.attn_backend)
+    kind = _marked_impl(layer.impl.__class__)
+    impl = kind.__new__(kind)  # an instance of the implementation does not take another class
+    vars(impl).update(vars(layer.impl), head_size=size, apt_head_dim=layer.apt_head_dim, apt_marked=None)
+    layer.impl = impl
+    layer.__class__ = _prefixed_layer(layer.__class__)
+
+
+def remember_hidden_states(layer: Attention):
+    """A forward pre-hook of the module around ``layer``: keeps that module's input for the layer's call inside it.
+
+    The layer is called with query, key and value alone. vLLM runs one forward at a time in a process (`refusals`), and
+    torch.compile traces the attribute away; it does not trace a context variable.
+    """
+
+    def before(module, args: tuple, kwargs: dict) -> None:
+        hidden = kwargs.get("hidden_states")
+        if hidden is None:  # vLLM's models pass it by position too, after positions of integers
+            hidden = next(part for part in args if isinstance(part, Tensor) and part.is_floating_point())
+        layer.apt_hidden_states = hidden.reshape(-1, hidden.shape[-1])
+
+    return before
+
+
+class _Prefixed(_Base):
+    """Before an attention layer's class. torch.compile traces it with the model, up to vLLM's attention operator."""
+
+    apt_hidden_states: Tensor | None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, output_shape=None, output_dtype=None) -> Tensor:
+        hidden, self.apt_hidden_states = self.apt_hidden_states, None
+        query = query.view(-1, self.num_heads, self.apt_head_dim)
+        key, value = (part.view(-1, self.num_kv_heads, self.apt_head_dim) for part in (key, value))
+        prefix_out, logsumexp = self.apt(query, hidden)
+        out = super().forward(
+            marker.pad_query(query, logsumexp, self.apt.scale, self.head_size).flatten(1),
+            marker.pad_zeros(key, self.head_size).flatten(1),
+            marker.pad_zeros(value, self.head_size).flatten(1),
+        )
+        return marker.merge(out.view(-1, self.num_heads, self.head_size), prefix_out).flatten(1)
+
+
+class _MarkedImpl(_Base):
+    """Before an attention implementation's class: writes the marker into a cache that does not have it yet."""
+
+    def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
+        if attn_metadata is not None and self.apt_marked != kv_cache.data_ptr():
+            self._mark(layer, kv_cache)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+
+    def _mark(self, layer, kv_cache: Tensor) -> None:
+        length = layer.apt_block_size
+        key, value = marker.block(
+            length,
+            self.num_kv_heads,
+            self.apt_head_dim,
+            self.head_size,
+            torch.empty(0, dtype=layer.kv_cache_torch_dtype, device=kv_cache.device),
+        )
+        slots = torch.arange(length, device=kv_cache.device) + _NULL_BLOCK * length
+        self.do_kv_cache_update(layer, key, value, kv_cache, slots)
+        self.apt_marked = kv_cache.data_ptr()
+
+
+class _MarkedBuilder(_Base):
+    """Before a metadata builder's class: the marker's block in front of each request's blocks."""
+
+    # Graphs of a whole step need metadata at fixed addresses; these are new tensors. Piecewise graphs are used.
+    _cudagraph_support = AttentionCGSupport.NEVER
+    supports_update_block_table = False
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            # The kernel's block size, of which the cache manager's may be a multiple.
+            layers[name].apt_block_size = kv_cache_spec.block_size
+
+    @classmethod
+    def get_cudagraph_support(cls, *args, **kwargs):
+        return AttentionCGSupport.NEVER
+
+    def use_cascade_attention(self, *args, **kwargs) -> bool:
+        return False
+
+    def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False, **kwargs):
+        return super().build(0, self._behind_marker(common_attn_metadata), fast_build, **kwargs)
+
+    def _behind_marker(self, given):
+        more = self.kv_cache_spec.block_size
+
+        def longer(lengths: Tensor | None) -> Tensor | None:  # rows of 0 are padding of the batch
+            return None if lengths is None else torch.where(lengths > 0, lengths + more, 0).to(lengths.dtype)
+
+        table = given.block_table_tensor
+        first = torch.full_like(table[:, :1], _NULL_BLOCK)
+        return given.replace(
+            seq_lens=longer(given.seq_lens),
+            seq_lens_cpu_upper_bound=longer(given.seq_lens_cpu_upper_bound),
+            max_seq_len=given.max_seq_len + more,
+            block_table_tensor=torch.cat([first, table], dim=1),
+            _num_computed_tokens_cache=None,
+        )
+
+
+# One class for each that it is made of: vLLM groups layers by their backend's name.
+@functools.cache
+def _prefixed_layer(kind: Any) -> Any:
+    return type(f"Prefixed{kind.__name__}", (_Prefixed, kind), {})
+
+
+@functools.cache
+def _marked_impl(kind: Any) -> Any:
+    return type(f"Marked{kind.__name__}", (_MarkedImpl, kind), {})
+
+
+@functools.cache
+def _marked_backend(kind: Any) -> Any:
+    builder = kind.get_builder_cls()
+    marked = type(f"Marked{builder.__name__}", (_MarkedBuilder, builder), {})
+    return subclass_attention_backend("Marked", kind, marked)

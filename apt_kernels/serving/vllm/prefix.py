@@ -1,0 +1,66 @@
+"""Attention over a trained prefix alone, as the marker needs it: output and log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...prefix import gates
+
+
+class ServedPrefix(nn.Module):
+    """The prefix of one attention layer, on the heads of this process.
+
+    Its tensors are buffers: vLLM looks in checkpoints for the values of every parameter. They are float32.
+
+    Args:
+        gate: the gate's name: ``"none"``, ``"static"`` or ``"token"``.
+        tensors: the adapter's tensors of the layer by field: ``key [Hkv, M, D]``, ``value``, and where they apply
+            ``gate_weight [M, d]``, ``gate_logits [M]`` and ``layer_scale [1]``.
+        heads: the slice of ``Hkv`` that this process has.
+        scale: by which the model multiplies ``query . key``.
+    """
+
+    key: Tensor
+    value: Tensor
+    weights: Tensor
+    gate_weight: Tensor | None
+
+    def __init__(self, gate: str, tensors: Mapping[str, Tensor], heads: slice, scale: float):
+        super().__init__()
+        self.scale, self.entry = scale, gates.find(gate)
+        key, value = (tensors[name][heads].float() for name in ("key", "value"))
+        weights = torch.ones(key.shape[1])  # what multiplies the gate's sigmoid, or all of the weights
+        if "layer_scale" in tensors:
+            weights = weights * tensors["layer_scale"].float()
+        if self.entry.parameter == "gate_logits":
+            weights = weights * torch.sigmoid(tensors["gate_logits"].float())
+        weight = tensors["gate_weight"].float() if self.entry.reads_hidden_states else None
+        for name, tensor in {"key": key, "value": value, "weights": weights, "gate_weight": weight}.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, query: Tensor, hidden_states: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention over the prefix.
+
+        Args:
+            query: ``[N, Hq, D]``, positions (rotary embedding) applied.
+            hidden_states: ``[N, d]``, the input of the attention module; only a gate ``"token"`` reads it.
+
+        Returns:
+            The output ``[N, Hq, D]`` and the log-sum-exp of the logits ``[N, Hq]``, float32.
+        """
+        weights = self.weights.expand(1, -1)
+        if hidden_states is not None and self.gate_weight is not None:
+            # The operands in the model's dtype, the sum in float32, as where the adapter was trained.
+            product = hidden_states.float() @ self.gate_weight.to(hidden_states.dtype).float().T
+            weights = weights * torch.sigmoid(product)
+        weights = weights[:, None, None]
+        tokens, heads, head_dim = query.shape
+        rows = query.float().view(tokens, self.key.shape[0], -1, head_dim)
+        logits = torch.einsum("nkgd,kmd->nkgm", rows, self.key) * self.scale * weights
+        logsumexp = torch.logsumexp(logits, dim=-1)
+        probabilities = torch.exp(logits - logsumexp[..., None]) * weights
+        out = torch.einsum("nkgm,kmd->nkgd", probabilities, self.value)
+        return out.reshape(tokens, heads, -1), logsumexp.reshape(tokens, heads)

@@ -1,0 +1,61 @@
+"""What is not served. Each is one error while the engine starts, not an answer without the prefix."""
+
+from __future__ import annotations
+
+from ...errors import ConfigError
+
+
+def not_served(reason: str) -> ConfigError:
+    return ConfigError(f"vLLM cannot serve this adapter: {reason}")
+
+
+def check_engine(vllm_config) -> None:
+    """Raise `ConfigError` for settings of the engine with which the prefix would be wrong or is not tested."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    model = vllm_config.model_config
+    reasons = {
+        "pipeline_parallel_size is above 1; use tensor_parallel_size": parallel.pipeline_parallel_size > 1,
+        "decode_context_parallel_size or prefill_context_parallel_size is above 1": max(
+            getattr(parallel, "decode_context_parallel_size", 1), getattr(parallel, "prefill_context_parallel_size", 1)
+        )
+        > 1,
+        "microbatches (enable_dbo, ubatch_size) run two forwards at a time": getattr(parallel, "use_ubatching", False),
+        "speculative_config is set; speculative decoding is not tested": vllm_config.speculative_config is not None,
+        "kv_transfer_config is set; the marker is in this engine's cache alone": vllm_config.kv_transfer_config
+        is not None,
+        f"the key/value cache is quantised (kv_cache_dtype={cache.cache_dtype!r}), which rounds the marker; use "
+        "kv_cache_dtype='auto'": _quantised(cache.cache_dtype),
+        "additional_config is no dict": not isinstance(vllm_config.additional_config, dict),
+        "the base model is an encoder-decoder model": bool(model.is_encoder_decoder),
+        "the base model is not run as a decoder that generates (runner)": model.runner_type != "generate",
+        "enable_sleep_mode is set; waking up empties the marker's block": bool(
+            getattr(model, "enable_sleep_mode", False)
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise not_served(reason)
+
+
+def check_layer(layer, site: str) -> None:
+    """Raise `ConfigError` for an attention layer whose kernel would hide or change the marker."""
+    impl = layer.impl
+    reasons = {
+        "uses a sliding window, outside of which the marker would be": layer.sliding_window is not None,
+        "caps its logits (soft-cap), the marker's too": bool(getattr(impl, "logits_soft_cap", None)),
+        "adds ALiBi biases, to the marker's logit too": getattr(impl, "alibi_slopes", None) is not None,
+        "has attention sinks": bool(getattr(layer, "has_sink", False)),
+        "is not causal self-attention": layer.attn_type != "decoder",
+        "shares the key/value cache of another layer": layer.kv_sharing_target_layer_name is not None,
+        "has values of another head size than its keys": layer.head_size_v != layer.head_size,
+        "has a quantised key/value cache": _quantised(layer.kv_cache_dtype),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise not_served(f"{site} {reason}")
+    if not hasattr(impl, "do_kv_cache_update"):
+        raise not_served(f"{layer.attn_backend.get_name()} does not write the key/value cache in a step of its own")
+
+
+def _quantised(dtype: str) -> bool:
+    return dtype not in ("auto", "float16", "bfloat16", "half", "float", "float32")

@@ -1,0 +1,87 @@
+"""Models and adapters for inference servers, and what transformers with apt_kernels answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import apt_kernels
+from helpers import models
+from helpers.patched import randomise
+
+VOCABULARY = 99
+# Head sizes that vLLM's CPU kernels have begin at 32.
+_SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+_OVERRIDES = {
+    "gpt2": {"n_embd": 128, "n_positions": 512},
+    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128},
+    "phi3": {"hidden_size": 128},
+}
+
+
+@dataclass
+class Answer:
+    """Greedy tokens, the log-probabilities of every token at each step, and those at each place of the prompt."""
+
+    tokens: list[int]
+    steps: list[torch.Tensor]
+    prompt: torch.Tensor
+
+
+def base(family: str, folder: Path, **overrides) -> Path:
+    """A tiny model of the family, saved."""
+    given = {
+        **_SIZES,
+        **_OVERRIDES.get(family, {}),
+        "max_position_embeddings": 512,
+        "sliding_window": None,
+        **overrides,
+    }
+    known = vars(models.config(family))
+    model = models.build(family, **{name: value for name, value in given.items() if name in known})
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapter(model_folder: Path, folder: Path, seed: int = 0, **settings) -> Path:
+    """An adapter with random weights for a saved model, saved."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    apt_kernels.patch(model, init_seed=seed, **settings)
+    randomise(model, seed)
+    apt_kernels.save(model, folder)
+    return folder
+
+
+def prompts(lengths: tuple[int, ...], vocabulary: int = VOCABULARY, shared: int = 0) -> list[list[int]]:
+    """Random token ids; the first ``shared`` of each prompt are the same."""
+    draw = torch.Generator().manual_seed(1)
+    head = torch.randint(5, vocabulary, (shared,), generator=draw).tolist()
+    return [head + torch.randint(5, vocabulary, (length,), generator=draw).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def answers(model_folder: Path, adapter_folder: Path | None, given: list[list[int]], new: int) -> list[Answer]:
+    """What transformers generates greedily, prompt by prompt, with the adapter or without."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    if adapter_folder is not None:
+        apt_kernels.load(model, adapter_folder)
+    found = []
+    for prompt in given:
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        steps = [logits[0].log_softmax(-1) for logits in made.logits]
+        found.append(Answer(made.sequences[0, len(prompt) :].tolist(), steps, model(ids).logits[0].log_softmax(-1)))
+    return found
