@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
-from . import events, offload
+from . import events, offload, precision
 from .patching import attach, build, detach, make_config
 from .state import Model, Parked, State, state_of
 from .trainable import refuse_quantised, trainable_names
@@ -66,9 +66,10 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
     trained = trainable_names(state.model, config)
     refuse_quantised(state.model, trained)
     _refuse_exchanged(state)
-    state.loaded += offload.load(state.model, trained - state.start.keys())
-    for each, value in _values(state, trained - state.start.keys()).items():
-        state.start[each] = value  # no adapter trained it so far
+    new = trained - state.start.keys()  # no adapter trained it so far
+    state.loaded += offload.load(state.model, new)
+    state.start.update(_values(state, new))
+    state.originals += precision.widen(state.model, new)
     values = {each: state.start[each].clone() for each in trained}
     state.parked[name] = Parked(config, build(config, state.sites, name), values)
     _switch(state, name)

@@ -63,6 +63,7 @@ class _State(threading.local):
         self.call: Call | None = None
         self.documents = None  # the innermost `packing.Running` model
         self.disabled: tuple[Disabling, ...] = ()
+        self.narrowing = False  # within the forward of a `precision.Widened` module
         self.observe: Callable | None = None  # called with (prefix, gate logits, real tokens) of every attention
 
 

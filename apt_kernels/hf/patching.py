@@ -13,7 +13,7 @@ from ..errors import ConfigError, PatchError
 from ..ops import choose
 from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
-from . import compat, events, offload
+from . import compat, events, offload, precision
 from .attention import attach as attaching
 from .attention import replaced
 from .attention.implementations import (
@@ -174,6 +174,8 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     state.loaded = offload.load(model, trainable)
     parameters = state.parameters
     state.start = {name: parameters[name].detach().clone() for name in sorted(trainable)}
+    state.originals = precision.widen(model, trainable)
+    parameters = state.parameters
     remember(model, state.token)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
@@ -219,6 +221,7 @@ def unpatch(model: Model) -> Model:
     detach(state)
     for module in state.model.modules():
         module.__dict__.pop("apt_before", None)
+    precision.put_back(state.model, state.originals)
     _restore_values(state)
     offload.put_back(state.loaded)
     parameters = dict(state.model.named_parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ class Parked:
     values: dict[str, Tensor]
 
 
+class Original(NamedTuple):
+    """A half-precision parameter of the base model in whose place a float32 copy trains (`precision.widen`)."""
+
+    module: nn.Module
+    key: str
+    parameter: nn.Parameter
+
+
 @dataclass
 class State:
     """The state of a patched model: its settings, its adapters, and what `unpatch` restores."""
@@ -43,6 +51,7 @@ class State:
     token: calls.Token = field(default_factory=calls.Token)
     # Weights of the base model into which PEFT merged an adapter since the patch: saved with the prefixes.
     merged: set[str] = field(default_factory=set)
+    originals: list[Original] = field(default_factory=list)
     loaded: list[offload.Loaded] = field(default_factory=list)  # what trains, taken out of accelerate's offloading
 
     @property

@@ -28,7 +28,7 @@ HF_LAYERS = (
     ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
     ("attention",),
-    ("discovery", "trainable", "transaction", "base_record", "capture"),
+    ("discovery", "trainable", "transaction", "base_record", "capture", "precision"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise", "folding", "export"),

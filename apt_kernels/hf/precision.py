@@ -1,0 +1,145 @@
+"""Parameters of a half-precision base model that train: float32 copies, read in the base's dtype.
+
+A step of 2e-5 is less than the spacing of most bfloat16 weights, and `torch.amp.GradScaler` refuses float16 gradients.
+`patch` therefore replaces each half-precision parameter that trains by a float32 copy. Within the forward of its
+module, and of the modules around that, the copy is read cast to the base's dtype, so that the outputs before the first
+step equal the base's bit for bit; its gradient is float32. Outside of a forward it is an ordinary parameter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import calls, offload
+from .attention import subclass
+from .state import Original
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Widened(subclass.Mixin):
+    """Added to the class of a module that holds float32 copies, and of the modules around it.
+
+    ``apt_dtypes``: the base's dtype by the name of the parameter, as ``model.to(dtype)`` changes it.
+    """
+
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        if calls.local.narrowing and isinstance(found, Tensor):
+            dtype = self.__dict__["apt_dtypes"].get(name)
+            return found if dtype is None else found.to(dtype)
+        return found
+
+    def forward(self, *args, **kwargs):
+        local = calls.local
+        before = local.narrowing
+        try:
+            local.narrowing = True
+            for name in self.apt_dtypes:
+                if name not in self._parameters:
+                    return _with_plain_tensors(self, super().forward, args, kwargs)
+            return super().forward(*args, **kwargs)
+        finally:
+            local.narrowing = before
+
+    def _apply(self, fn, recurse=True):
+        result = super()._apply(fn, recurse)
+        dtypes = self.__dict__["apt_dtypes"]
+        self.__dict__["apt_dtypes"] = {n: fn(torch.empty(0, dtype=dtype)).dtype for n, dtype in dtypes.items()}
+        return result
+
+
+def _with_plain_tensors(module, forward, args, kwargs):
+    """Parameters that are plain attributes meanwhile: of `nn.DataParallel`'s replicas, and in the first FSDP."""
+    held = {name: module.__dict__[name] for name in module.apt_dtypes if name in module.__dict__}
+    try:
+        module.__dict__.update({name: tensor.to(module.apt_dtypes[name]) for name, tensor in held.items()})
+        return forward(*args, **kwargs)
+    finally:
+        module.__dict__.update(held)
+
+
+def widen(model: nn.Module, names: Iterable[str]) -> list[Original]:
+    """Replace the half-precision parameters ``names`` by float32 copies, in every module that shares them.
+
+    ZeRO-3 keeps float32 copies itself; its parameters stay.
+    """
+    copies = {}
+    for parameter in map(model.get_parameter, sorted(names)):
+        if parameter.dtype in _HALF and not hasattr(parameter, "ds_id"):
+            copy = nn.Parameter(parameter.detach().to(torch.float32), requires_grad=parameter.requires_grad)
+            copy.__dict__.update(parameter.__dict__)
+            copies[id(parameter)] = parameter, copy
+    done: list[Original] = []
+    for module in model.modules() if copies else ():
+        ours = {key: copies[id(p)] for key, p in module._parameters.items() if id(p) in copies}
+        if ours and isinstance(module, nn.RNNBase):  # its forward reads a list of its own
+            dtype = next(iter(ours.values()))[0].dtype
+            warnings.warn(f"a {type(module).__name__} trains in {dtype}: it cannot hold float32 copies", stacklevel=6)
+            continue
+        for key, (original, copy) in ours.items():
+            done.append(Original(module, key, original))
+            module._parameters[key] = copy
+            dtypes = module.__dict__.get("apt_dtypes", {})
+            module.__dict__["apt_dtypes"] = {**dtypes, key: original.dtype}
+    if done:
+        _mark(model)
+    return done
+
+
+def _mark(model: nn.Module) -> None:
+    """Make exactly the modules that hold copies, and those around them, `Widened`."""
+    around = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module.__dict__.get("apt_dtypes"):
+            parts = name.split(".") if name else []
+            around |= {model.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)}
+    for module in model.modules():
+        if module in around:
+            module.__dict__.setdefault("apt_dtypes", {})
+            subclass.add(module, Widened)
+        elif "apt_dtypes" in module.__dict__:
+            _unmark(module)
+
+
+def _unmark(module: nn.Module) -> None:
+    del module.__dict__["apt_dtypes"]
+    subclass.remove(module, Widened)
+
+
+def put_back(model: nn.Module, originals: list[Original]) -> None:
+    """Undo `widen`: each original is in its place again, on the device and in the dtype that the model has by now.
+
+    FSDP2 holds what it sharded: there the copies stay.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    for module, key, original in originals:
+        now = module._parameters.get(key)
+        if hasattr(now, "device_mesh") and not hasattr(original, "device_mesh"):
+            continue
+        dtypes = dict(module.__dict__["apt_dtypes"])
+        dtype = dtypes.pop(key)
+        if now is not None and now.shape == original.shape:
+            held = now.device.type == "meta" and module in names
+            holder = offload.holder(model, f"{names[module]}.{key}") if held else None
+            module._parameters[key] = _moved(original, now, dtype)
+            if holder is not None:
+                place, at = holder.place()
+                place[at] = original.detach().to(holder.read().device, dtype, copy=True)
+        module.__dict__["apt_dtypes"] = dtypes
+        if not dtypes and module not in names:
+            _unmark(module)  # exchanged since
+    if originals:
+        _mark(model)
+
+
+def _moved(original: nn.Parameter, now: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """``original``, or a copy of it where the model is by now elsewhere or in another dtype."""
+    if original.device == now.device and original.dtype == dtype:
+        return original
+    value = now if original.device.type == "meta" else original
+    return nn.Parameter(value.detach().to(now.device, dtype), requires_grad=original.requires_grad)
