@@ -82,7 +82,7 @@ class AdapterFile:
         """Every tensor by name. Raises `AdapterError` if the checksum is not that of the contents."""
         found = {}
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
             self._file.seek(self._data + entry.start)
             read_exactly(self._file, entry.end - entry.start, self.path, _bytes(tensor))
             found[name] = _swapped(tensor)

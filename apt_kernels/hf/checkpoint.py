@@ -226,8 +226,9 @@ def _folded(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) 
         start = f"{name}.apt.mlp."
         made = {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}
         tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(start)}
-        for field, tensor in zip(("key", "value"), torch.func.functional_call(prefix.mlp, made)):
-            tensors[f"{name}.apt.{field}"] = tensor.contiguous()
+        with torch.autocast("cpu", enabled=False):
+            key, value = prefix.mlp.computed(**made)
+        tensors |= {f"{name}.apt.key": key, f"{name}.apt.value": value}
     return tensors
 
 

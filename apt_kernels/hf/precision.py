@@ -49,7 +49,8 @@ class Widened(subclass.Mixin):
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
         dtypes = self.__dict__["apt_dtypes"]
-        self.__dict__["apt_dtypes"] = {n: fn(torch.empty(0, dtype=dtype)).dtype for n, dtype in dtypes.items()}
+        as_cast = {name: fn(torch.empty(0, dtype=dtype, device="cpu")) for name, dtype in dtypes.items()}
+        self.__dict__["apt_dtypes"] = {name: tensor.dtype for name, tensor in as_cast.items()}
         return result
 
 

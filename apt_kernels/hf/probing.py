@@ -236,14 +236,18 @@ class _Watch:
     def __init__(self, prefix: AdaptivePrefix):
         self.prefix = prefix
         self.count = self.examples = 0
-        self.total = self.within = self.of_means = self.of_squares = torch.zeros(prefix.length, dtype=torch.float64)
-        self.histogram = torch.zeros(prefix.length, BINS, dtype=torch.float64)
+        self.total = self.within = self.of_means = self.of_squares = torch.zeros(
+            prefix.length, dtype=torch.float64, device="cpu"
+        )
+        self.histogram = torch.zeros(prefix.length, BINS, dtype=torch.float64, device="cpu")
 
     def add(self, logits: Tensor | None, real_tokens: Tensor | None) -> None:
-        alpha = torch.ones(self.prefix.length) if logits is None else torch.sigmoid(logits.detach().float())
+        alpha = (
+            torch.ones(self.prefix.length, device="cpu") if logits is None else torch.sigmoid(logits.detach().float())
+        )
         alpha = alpha.reshape(1, 1, -1) if alpha.ndim == 1 else alpha[:, None] if alpha.ndim == 2 else alpha
         alpha = alpha.cpu().double()
-        real = torch.ones(alpha.shape[:2], dtype=torch.bool)
+        real = torch.ones(alpha.shape[:2], dtype=torch.bool, device="cpu")
         if alpha.shape[1] > 1 and real_tokens is not None:
             real = real_tokens.cpu().bool().expand(alpha.shape[:2])
         weight = real[..., None].double()

@@ -37,7 +37,8 @@ def atomic(function: Function) -> Function:
         try:
             with _one_at_a_time:
                 before = _Snapshot(model)
-                return function(model, *args, **kwargs)
+                with torch.device("cpu"):  # whatever torch.set_default_device says
+                    return function(model, *args, **kwargs)
         except BaseException:
             with _one_at_a_time:
                 if before is not None:

@@ -305,7 +305,7 @@ def _refuse_second_derivatives(
 ) -> list[Tensor | None]:
     """The same gradients, which raise where they are differentiated (``create_graph=True``)."""
     # Key and value may not have been saved, so another tensor has to require a gradient.
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True, device="cpu")
     parts = [part for part in depends_on if part is not None and part.requires_grad]
     present = [grad for grad in grads if grad is not None]
     marked = iter(_OnceDifferentiable.apply(name, len(present), *present, anchor, *parts))

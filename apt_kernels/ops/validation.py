@@ -55,7 +55,7 @@ def make_inputs(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
-    query, key, value, prefix_key, prefix_value = _autocast(query, key, value, prefix_key, prefix_value)
+    query, key, value, prefix_key, prefix_value = _cast(query, key, value, prefix_key, prefix_value)
     _check_core(query, key, value, prefix_key, prefix_value)
     batch, heads, queries, head_dim = query.shape
     keys, length, device = key.shape[2], prefix_key.shape[1], query.device
@@ -95,23 +95,18 @@ def make_inputs(
     )
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Tensor]:
+def _cast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Tensor]:
     """Under autocast, activations are cast to its dtype, as in ``scaled_dot_product_attention``.
 
-    The prefix stays as it is, or becomes float32 where it is in another half-precision dtype than autocast's.
+    The prefix stays as it is, or becomes float32 where it is in another half-precision dtype than the activations: as
+    in a model that was cast after the patch and attends in float32.
     """
-    given = [query, key, value, *prefix]
-    kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return given
-    if any(t.dtype == torch.float64 for t in given):
-        return given
-    dtype = torch.get_autocast_dtype(kind)
+    tokens, kind = [query, key, value], query.device.type
+    wide = any(t.dtype == torch.float64 for t in (*tokens, *prefix))
+    if not wide and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        tokens = [t.to(torch.get_autocast_dtype(kind)) for t in tokens]
     half = torch.float16, torch.bfloat16
-    return [
-        *(t.to(dtype) for t in given[:3]),
-        *(t.float() if t.dtype in half and t.dtype != dtype else t for t in prefix),
-    ]
+    return [*tokens, *(t.float() if t.dtype in half and t.dtype != tokens[0].dtype else t for t in prefix)]
 
 
 def _check_core(query, key, value, prefix_key, prefix_value) -> None:

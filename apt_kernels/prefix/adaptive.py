@@ -67,7 +67,11 @@ class AdaptivePrefix(nn.Module):
 
         def draw(*shape: int) -> nn.Parameter:
             # Drawn on the CPU, so that a seed gives the same prefix on every device.
-            return nn.Parameter((torch.randn(shape, generator=generator) * init_std).to(device))
+            drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            return nn.Parameter((drawn * init_std).to(device))
+
+        def full(*shape: int, value: float) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, value, device=device, dtype=torch.float32))
 
         self.dropout, self.key, self.value, self.mlp = dropout, None, None, None
         if reparameterisation is None:
@@ -78,11 +82,11 @@ class AdaptivePrefix(nn.Module):
             self.mlp = Reparameterisation(length, *widths, init_std, generator).to(device)
         self.gate_weight = self.gate_logits = self.layer_scale = None
         if self.gate_entry.parameter == "gate_weight":
-            self.gate_weight = nn.Parameter(torch.zeros(length, hidden_size, device=device))
+            self.gate_weight = full(length, hidden_size, value=0.0)
         elif self.gate_entry.parameter == "gate_logits":
-            self.gate_logits = nn.Parameter(torch.zeros(length, device=device))
+            self.gate_logits = full(length, value=0.0)
         if layer_scale:
-            self.layer_scale = nn.Parameter(torch.full((1,), 2.0 if self.gate_entry.parameter else 1.0, device=device))
+            self.layer_scale = full(1, value=2.0 if self.gate_entry.parameter else 1.0)
 
     @property
     def gate_entry(self) -> gates.Gate:
@@ -123,7 +127,8 @@ class AdaptivePrefix(nn.Module):
     def fold(self) -> None:
         """Replace the reparameterisation by its result; without one, nothing changes."""
         if self.mlp is not None:
-            (key, value), self.mlp = self.mlp(), None
+            with torch.autocast(self.mlp.embedding.device.type, enabled=False):
+                (key, value), self.mlp = self.mlp(), None
             if self.mesh is not None:
                 from .sharding import by_heads
 

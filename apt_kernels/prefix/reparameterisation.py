@@ -20,17 +20,27 @@ class Reparameterisation(nn.Module):
         outputs = heads * (head_dim + value_head_dim)
 
         def draw(*shape: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator) * scale)
+            drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            return nn.Parameter(drawn * scale)
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device="cpu", dtype=torch.float32))
 
         self.embedding = draw(length, width, scale=1.0)
-        self.weight_in, self.bias_in = draw(width, width, scale=width**-0.5), nn.Parameter(torch.zeros(width))
-        self.weight_out, self.bias_out = draw(outputs, width, scale=1.0), nn.Parameter(torch.zeros(outputs))
-        with torch.no_grad():
+        self.weight_in, self.bias_in = draw(width, width, scale=width**-0.5), zeros(width)
+        self.weight_out, self.bias_out = draw(outputs, width, scale=1.0), zeros(outputs)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self.weight_out.mul_(std / torch.cat([part.flatten() for part in self()]).std().clamp(min=1e-12))
 
     def forward(self) -> tuple[Tensor, Tensor]:
+        return self.computed(self.embedding, self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+
+    def computed(
+        self, embedding: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Key and value from these parameters."""
         linear = torch.nn.functional.linear
-        hidden = torch.tanh(linear(self.embedding, self.weight_in, self.bias_in))
-        output = linear(hidden, self.weight_out, self.bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        key, value = output.split((self.head_dim, output.shape[2] - self.head_dim), dim=2)
+        hidden = torch.tanh(linear(embedding, weight_in, bias_in))
+        made = linear(hidden, weight_out, bias_out).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        key, value = made.split((self.head_dim, made.shape[2] - self.head_dim), dim=2)
         return key.contiguous(), value.contiguous()

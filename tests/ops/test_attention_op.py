@@ -169,7 +169,7 @@ WRONG = {
     "value length": ({"value": torch.randn(2, 2, 7, 8)}, r"value has shape .* = \[2, 2, 6, Dv\]"),
     "prefix heads": ({"prefix_key": torch.randn(4, 3, 8)}, r"prefix_key has shape .* = \[2, M, 8\]"),
     "prefix value": ({"prefix_value": torch.randn(2, 4, 8)}, r"prefix_value has shape .* = \[2, 3, 8\]"),
-    "prefix dtype": ({"prefix_key": torch.randn(2, 3, 8).half()}, "prefix_key has dtype torch.float16; it needs float"),
+    "prefix dtype": ({"prefix_key": torch.randn(2, 3, 8).double()}, "prefix_key has dtype torch.float64; it need"),
     "prefix empty": (
         {"prefix_key": torch.randn(2, 0, 8), "prefix_value": torch.randn(2, 0, 8)},
         "prefix_key has shape .* at least 1",

@@ -174,7 +174,7 @@ class Streams:
         if self.row_keys is None:
             return None
         bits, scratch = (self.scratch.take(name, *like.shape, dtype=torch.int32) for name in ("keep", "keep_scratch"))
-        column = torch.arange(like.shape[2], dtype=torch.int32)
+        column = torch.arange(like.shape[2], dtype=torch.int32, device="cpu")
         column[self.length :] += rows.low
         keep_bits(self.row_keys[:, :, rows.here].reshape(like.shape[:2]), column, self.x.dropout_p, bits, scratch)
         return bits if like.dtype == torch.float32 else bits.to(torch.int64)

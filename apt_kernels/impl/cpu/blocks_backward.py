@@ -59,11 +59,11 @@ class Gradients:
             setattr(self, name, part)
         for name in ("prefix_key", "prefix_value", "sinks", "bias"):
             like = getattr(x, name)
-            setattr(self, name, torch.zeros(like.shape, dtype=wide) if need[name] else None)
+            setattr(self, name, torch.zeros(like.shape, dtype=wide, device="cpu") if need[name] else None)
         self.weights = None
         if need["gate"] or need["layer_scale"]:
             weights = x.weights()
-            self.weights = torch.zeros(*weights.shape[:2], x.prefix_key.shape[1], dtype=wide)
+            self.weights = torch.zeros(*weights.shape[:2], x.prefix_key.shape[1], dtype=wide, device="cpu")
 
     @property
     def of_tokens(self) -> bool:
