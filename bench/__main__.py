@@ -15,6 +15,7 @@ import argparse
 import importlib
 import sys
 
+from bench.common import sharing
 from bench.quality.sources import DataError
 
 # The module that implements a command: its ``main`` takes the arguments and returns the exit status.
@@ -25,6 +26,8 @@ COMMANDS = {
     "quality": "bench.quality.cli",
     "report": "bench.speed.report",
 }
+# Commands that train or time, for which it matters whether other processes use the cores.
+MEASURED = ("demo", "speed", "quality")
 
 
 def main(given: list[str] | None = None) -> int:
@@ -42,4 +45,6 @@ def main(given: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in MEASURED and not {"-h", "--help", "--list-stages"} & set(sys.argv):
+        sharing.wait_passively()
     sys.exit(main())

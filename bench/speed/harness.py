@@ -9,6 +9,9 @@ import torch
 
 from .op import Measured, is_called
 
+# How a line about the progress within a stage begins; `run` prints these lines as they come.
+PROGRESS = "case"
+
 
 class Settings:
     """The options, resolved."""
@@ -21,7 +24,7 @@ class Settings:
         self.registry = config.getoption("registry") or ("gpu" if cuda else "cpu")
         self.stage, self.only = config.getoption("stage"), config.getoption("only")
         self.peers = tuple(filter(None, config.getoption("peers").split(",")))
-        self.seconds = config.getoption("seconds")
+        self.seconds, self.limit = config.getoption("seconds"), config.getoption("limit")
 
     def wants(self, peer: str) -> bool:
         """Whether a peer was asked for, itself or as a variant."""
@@ -34,19 +37,29 @@ class Settings:
 
 
 class Measurements:
-    """Results by case. The first test of a case starts its measurement, which takes its part of the stage's time."""
+    """Results by case. The first test of a case starts its measurement, which takes its part of the stage's time.
 
-    def __init__(self, settings: Settings):
-        self.settings, self.begin = settings, time.perf_counter()
+    ``say`` prints one line as each case begins. Cases that would begin after the stage's limit are left out.
+    """
+
+    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda line: None):
+        self.settings, self.say, self.begin = settings, say, time.perf_counter()
         self.total = self.done = 0
         self.current: tuple[str, Measured] | None = None
         self.skipped: list[dict] = []
 
     def of(self, name: str, measure: Callable[[float], Measured]) -> Measured:
         if self.current is None or self.current[0] != name:
-            # What earlier cases left unused goes to the later ones.
-            left = self.settings.seconds - (time.perf_counter() - self.begin)
-            self.current = name, measure(max(0.0, left) / max(1, self.total - self.done))
+            elapsed = time.perf_counter() - self.begin
+            counted = f"{PROGRESS} {self.done + 1}/{self.total}, {elapsed:.0f} s: {name}"
+            if self.settings.limit is not None and elapsed > self.settings.limit:
+                self.say(f"{counted}: left out")
+                self.current = name, Measured(left_out=f"no time was left after {elapsed:.0f} s of the stage")
+            else:
+                self.say(counted)
+                # What earlier cases left unused goes to the later ones.
+                left = self.settings.seconds - elapsed
+                self.current = name, measure(max(0.0, left) / max(1, self.total - self.done))
             self.done += 1
         return self.current[1]
 

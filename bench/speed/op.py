@@ -23,13 +23,14 @@ _REPLAYS = 16
 class Measured:
     """The results of one case: seconds by peer and pass, figures by peer, and why other peers are missing.
 
-    ``wrong`` holds the peers whose results broke the error rule; they are not timed either.
+    ``wrong`` holds the peers whose results broke the error rule; they are not timed either. ``left_out``: why none was.
     """
 
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     figures: dict[str, dict] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    left_out: str = ""
 
 
 def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: float, only: tuple[str, ...] = ()):

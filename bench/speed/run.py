@@ -6,6 +6,8 @@
     python -m bench speed --stage encoder --peers naive,ours --seconds 10   # a quick ratio, nothing stored
 
 Each stage writes one JSON file to --out (default: bench-output/MACHINE; a temporary folder with --only or --peers).
+A run is made for --minutes: where earlier stages took longer, later ones get less time. What was not measured, and why,
+is listed at the end.
 Arguments after ``--`` are passed to pytest.
 """
 
@@ -24,8 +26,9 @@ import torch
 from bench.common.machine import RESULTS, ROOT, slug
 from bench.speed import report
 
+from .harness import PROGRESS
 from .registry import SECONDS, STAGES, cases
-from .tables import compact
+from .tables import compact, left_out, load
 
 
 def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -43,6 +46,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this text")
     parser.add_argument("--peers", default="", metavar="NAMES", help="peers, separated by commas (default: all)")
     parser.add_argument("--seconds", type=float, help="timing per stage (default: see bench/speed/registry.py)")
+    parser.add_argument("--minutes", type=float, default=10, help="of the whole run, unless --within is given (10)")
     parser.add_argument("--within", type=float, metavar="SECONDS", help="share this time among --stage and --then")
     parser.add_argument(
         "--then", nargs="+", choices=STAGES, default=(), metavar="STAGE", help="later stages that --within has to cover"
@@ -57,6 +61,20 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return own, [argument for argument in more if argument != "--"]
 
 
+def shared(options: argparse.Namespace, stage: str, left: float) -> tuple[argparse.Namespace, float | None]:
+    """The options of one stage of a run that has ``left`` seconds, and after how many of them no case begins.
+
+    --within and --then are the caller's own way to share the time, and --seconds asks for a certain one.
+    """
+    if options.within is not None or options.seconds is not None:
+        return options, None
+    later = options.stage[options.stage.index(stage) + 1 :]
+    own, rest = (sum(SECONDS[options.registry][name] for name in names) for names in ([stage], later))
+    # What later stages do not need for their timing; if all are late, this one's share.
+    limit = max(left - rest, left * own / max(own + rest, 1))
+    return argparse.Namespace(**{**vars(options), "stage": [stage], "then": later, "within": left}), limit
+
+
 def seconds_of(options: argparse.Namespace, stage: str) -> float:
     """Seconds of timing: as given, or the registry's, or the stage's part of --within if that is less."""
     times = SECONDS[options.registry]
@@ -67,7 +85,7 @@ def seconds_of(options: argparse.Namespace, stage: str) -> float:
     return min(times[stage], options.within * 2 / 3 * times[stage] / max(together, 1))
 
 
-def command(options: argparse.Namespace, stage: str, out: Path) -> list[str]:
+def command(options: argparse.Namespace, stage: str, out: Path, limit: float | None = None) -> list[str]:
     """The pytest call of one stage."""
     found = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "speed" / "suite" / STAGES[stage].file), "-q", "-rs"]
     found += ["-p", "no:cacheprovider", "--benchmark-quiet", "--benchmark-columns=median,iqr,rounds"]
@@ -79,8 +97,32 @@ def command(options: argparse.Namespace, stage: str, out: Path) -> list[str]:
         "peers": options.peers,
     }
     given |= {"dtype": options.dtype} if options.dtype else {}
+    given |= {"limit": limit} if limit is not None else {}
     # With "=": pytest would look for tests under an option's value, and an empty one is the whole repository.
     return found + [f"--{name}={value}" for name, value in given.items()]
+
+
+def measure(options: argparse.Namespace, stage: str, out: Path, left: float, more: list[str]) -> int:
+    """Run one stage in a process of its own, print its progress, and return its exit status."""
+    if left <= 0:
+        print(f"{stage}: no time was left", flush=True)
+        return 0
+    own, limit = shared(options, stage, left)
+    begin, said, written = time.perf_counter(), [], out / f"{stage}.json"
+    with subprocess.Popen(
+        [*command(own, stage, out, limit), *more], cwd=ROOT, env={**os.environ, "PYTHONPATH": _path()}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            said.append(line)
+            if options.details or line.startswith(f"{PROGRESS} "):
+                print(f"{stage}: {line}" if line.startswith(f"{PROGRESS} ") else line, end="", flush=True)
+    print(f"{stage}: {time.perf_counter() - begin:.0f} s, exit status {process.returncode}", flush=True)
+    if process.returncode and not options.details:
+        print("".join(said), flush=True)
+    if written.exists():
+        written.write_text(compact(written.read_text(encoding="utf-8")), encoding="utf-8")
+    return process.returncode
 
 
 def main(given: list[str] | None = None) -> int:
@@ -89,31 +131,26 @@ def main(given: list[str] | None = None) -> int:
         print(*STAGES)
         return 0
     partial, folder = bool(options.only or options.peers), slug(torch.device(options.device))
+    options.stage = [
+        stage for stage in options.stage if any(options.only in case.name for case in cases(options.registry)[stage])
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         default = RESULTS / folder if options.keep else ROOT / "bench-output" / folder
         out = options.out or (Path(temporary) if partial else default)
         out.mkdir(parents=True, exist_ok=True)
-        worst = 0
-        for stage in options.stage:
-            if not any(options.only in case.name for case in cases(options.registry)[stage]):
-                continue
-            begin = time.perf_counter()
-            done = subprocess.run(
-                [*command(options, stage, out), *more], cwd=ROOT, env={**os.environ, "PYTHONPATH": _path()}, text=True,
-                **({} if options.details else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}),
-            )  # fmt: skip
-            print(f"{stage}: {time.perf_counter() - begin:.0f} s, exit status {done.returncode}", flush=True)
-            if done.returncode:
-                print(done.stdout or "", flush=True)
-            worst = max(worst, done.returncode)
-            written = out / f"{stage}.json"
-            if written.exists():
-                written.write_text(compact(written.read_text(encoding="utf-8")), encoding="utf-8")
+        for stage in options.stage:  # of an earlier run
+            (out / f"{stage}.json").unlink(missing_ok=True)
+        end = time.perf_counter() + 60 * options.minutes
+        worst = [measure(options, stage, out, end - time.perf_counter(), more) for stage in options.stage]
+        missing = [f"{stage}: no case was measured" for stage in options.stage if not (out / f"{stage}.json").exists()]
         if any(out.glob("*.json")):
             more = ["--details"] if options.details else []
             report.main([str(out), "--out", str(out), *more, *(["--update"] if options.keep else [])])
+            missing += left_out(load(out).skipped)
+        print("Not measured:", *missing or ["nothing"], sep="\n- ")
+        if any(out.glob("*.json")):
             print(f"{out}/: JSON, report.md, report.png" if not partial or options.out else "not kept")
-    return worst
+    return max(map(abs, worst), default=0)
 
 
 def _path() -> str:

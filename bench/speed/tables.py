@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -255,6 +256,20 @@ def details(results: Results) -> str:
         ["peer", "not measured because", "cases"], [[*key, str(count)] for key, count in sorted(reasons.items())]
     )
     return f"{markdown(header, lines)}\n\n{missing}"
+
+
+def left_out(skipped: list[dict]) -> list[str]:
+    """What was not measured, a line for each reason; reasons that differ in numbers only are one."""
+    found: dict[str, tuple[str, set, set]] = {}
+    for entry in skipped:
+        key = re.sub(r"[\d,.]*\d", "#", entry["reason"])
+        _, peers, cases = found.setdefault(key, (entry["reason"], set(), set()))
+        peers.add(entry["peer"])
+        cases.add(entry["case"])
+    return [
+        f"{', '.join(sorted(peers))} ({len(cases)} case{'s' * (len(cases) > 1)}): {reason}"
+        for reason, peers, cases in sorted(found.values(), key=lambda group: (sorted(group[1]), group[0]))
+    ]
 
 
 def comparison(before: Results, after: Results) -> str:

@@ -31,10 +31,18 @@ def pytest_addoption(parser):
     group.addoption("--only", default="", help="cases whose name contains this")
     group.addoption("--peers", default="", help="peers, separated by commas; default: all")
     group.addoption("--seconds", type=float, default=60, help="for a stage")
+    group.addoption("--limit", type=float, default=None, help="seconds after which no case of a stage begins")
 
 
 def pytest_configure(config):
-    config.apt = Measurements(Settings(config))
+    def say(line: str) -> None:
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(line)
+            reporter.flush()
+
+    config.apt = Measurements(Settings(config), say)
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def enter(request, benchmark):
         found = request.config.apt.of(case.name, measure)
         samples = found.samples.get(peer, {}).get(which)
         if not samples:
-            reason = found.skipped.get(peer, f"no such pass of {peer} here")
+            reason = found.skipped.get(peer) or found.left_out or f"no such pass of {peer} here"
             request.config.apt.skipped.append({"stage": stage, "case": case.name, "peer": peer, "reason": reason})
             if peer in found.wrong:
                 pytest.fail(f"{peer} on {case.name}: {reason}", pytrace=False)
