@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +42,12 @@ def poison() -> Iterator[None]:
     """Uninitialised memory is NaN during the test. Property-based tests use `accuracy.poisoned_memory` instead."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def compiling(monkeypatch) -> Iterator[Callable]:
+    """``compiling(function, *arguments)`` runs a test module's function in a process without the interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()

@@ -1,4 +1,4 @@
-"""The error rule itself: correct results pass it, planted faults do not."""
+"""The error rule: correct results pass it, planted faults do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def altered(x: Inputs, **fields) -> Inputs:
 
 
 def unscaled_value(x: Inputs) -> Inputs:
-    """The prefix value as it enters when its gate and scale are forgotten."""
+    """A planted fault: the prefix's value without gate and scale."""
     return altered(x, prefix_value=x.prefix_value / x.weights()[0, 0, :, None].to(x.prefix_value.dtype))
 
 

@@ -1,4 +1,4 @@
-"""`Mask`: the parts combine, move and read as the docstring says."""
+"""`Mask`: the parts combine and move as the docstring says."""
 
 import torch
 

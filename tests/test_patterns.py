@@ -1,4 +1,4 @@
-"""Patterns with bounded work find what Python's `re` finds."""
+"""The bounded search for patterns finds what Python's `re` finds."""
 
 import contextlib
 import re

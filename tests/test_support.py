@@ -1,4 +1,4 @@
-"""docs/support.md is what its JSON gives, is in step with the tests, and can show no failure as a yes."""
+"""docs/support.md follows from its JSON, is up to date with the tests, and never shows a failure as a yes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ import pytest
 def test_one(family):
     assert family != "llama"
     if family == "gpt2":
-        pytest.skip("no wings here")
+        pytest.skip("not available")
 
 @pytest.fixture
 def broken():
@@ -115,7 +115,7 @@ def test_what_pytest_reports_reaches_the_table(tmp_path):
         "test_flying.py::test_one": {
             "bert": ["yes", None],
             "llama": ["FAILS", None],
-            "gpt2": ["not run", "no wings here"],
+            "gpt2": ["not run", "not available"],
         }
     }
     assert shown["landing"] == {"test_flying.py::test_two": {"t5": ["FAILS", None]}}

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: everyone is checked, a wrong one is not timed, and turns are kept."""
+"""The benchmark: every peer is checked, a wrong one is not timed, and peers are timed in turn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _quiet(monkeypatch):
 @pytest.mark.parametrize("name", TINY)
 def test_every_shape_times_its_peers_or_says_why_not(name, monkeypatch):
     shape = TINY[name]
-    if shape.kind != "decode":  # interpreted kernels take their time, and are timed once
+    if shape.kind != "decode":  # interpreted kernels are slow, and timed once
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = op.measure(shape, CPU, torch.float32, seconds=0)
     assert set(WHO) <= set(found.samples)

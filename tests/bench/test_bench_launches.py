@@ -1,4 +1,4 @@
-"""What the fused kernels launch, multiply and move for a layer, counted in the interpreter against the floor."""
+"""Launches, multiplications and bytes of the fused kernels for a layer, counted in the interpreter, with limits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bench.compiled import launches
 from bench.speed import counts
 from bench.speed.shapes import causal, encoder
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="the package triton is not installed")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="counting needs Triton's interpreter; here a GPU compiles"
 )
 
-# Every size divides the interpreter's tiles: nothing is computed in vain.
+# Every size is a multiple of the interpreter's tiles: nothing is computed for padding.
 WHOLE = encoder(1, 2, 64, 32, "row", padded=False)
 
 

@@ -1,4 +1,4 @@
-"""Results become tables, plots and comparisons; what is committed is what its JSON gives; the GPU script's dry run."""
+"""Tables, plots and comparisons of results; the committed ones follow from their JSON; the GPU script's dry run."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_machine_is_named_without_its_host():
 
 
 def test_what_is_committed_is_what_its_results_give():
-    """docs/performance.md, bench/results/README.md and the pictures: `python -m bench report --update` makes them."""
+    """docs/performance.md, bench/results/README.md and the figures are those of `python -m bench report --update`."""
     for path, text in report.generated().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is stale: python -m bench report --update"
     for name, folder in report.machines().items():

@@ -1,4 +1,4 @@
-"""The commands of ``python -m bench``: help, refusals, and what a command leaves behind in its process."""
+"""The commands of ``python -m bench``: help, errors, and the state of the process after a command."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_stages_are_those_of_the_registry(capsys):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_running_the_launchers_restores_what_it_replaces(fails):
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="the package triton is not installed")
     from apt_kernels.impl.triton import arguments, tiles
     from bench.compiled import aot_compile
 

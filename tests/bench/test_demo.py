@@ -1,4 +1,4 @@
-"""The demo's whole path on a tiny random model, and the parts it is made of."""
+"""The whole demo on a tiny random model, and its parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILLER = "the a some green old over under beside".split()
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    """What `demo.main` sets is taken back after each test."""
+    """Settings that `demo.main` changes are restored after each test."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
 
@@ -111,7 +111,7 @@ def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch
 
 
 def test_a_difference_fails(model_folder, data_folder, tmp_path, monkeypatch, capsys):
-    """A naive way that computes something else, and an adapter that comes back changed, are noticed."""
+    """A naive attention with other results, and an adapter that is loaded with changes, are detected."""
     from bench.common import naive as module
 
     right = module.attention

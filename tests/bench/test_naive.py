@@ -1,4 +1,4 @@
-"""The yardstick computes what the specification says."""
+"""The naive baseline computes the results of the specification."""
 
 from __future__ import annotations
 

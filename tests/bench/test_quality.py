@@ -101,7 +101,7 @@ def _columns(draw, count):
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
-    """One folder for each form; none bears the name of a known task."""
+    """One folder for each format; none has the name of a known task."""
     top, draw = tmp_path_factory.mktemp("data"), random.Random(0)
     for form in FORMS:
         (top / form).mkdir()
@@ -316,7 +316,7 @@ def test_the_main_comparison_from_the_command_line(model_folder, data_folder, tm
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert len(records) == 2 * len(METHODS)
     assert model_folder not in (tmp_path / "runs.jsonl").read_text().replace(records[0]["settings"]["model"], "")
-    monkeypatch.setattr(running, "run", lambda *a: pytest.fail("what is on record was trained again"))
+    monkeypatch.setattr(running, "run", lambda *a: pytest.fail("a completed training was repeated"))
     assert _run(data_folder, model_folder, tmp_path, "ablation", "--task", "pair", "tags", "--seeds", "1") == 0
     assert "full fine-tuning" not in (tmp_path / "ablation.md").read_text()
 
@@ -339,7 +339,7 @@ def test_the_other_experiments_from_the_command_line(model_folder, data_folder, 
 @pytest.mark.parametrize("form", ["pair", "tags"])
 @pytest.mark.parametrize("method", ["apt", "apt-no-hidden", "prefix"])
 def test_the_naive_way_has_the_same_learning_curve(method, form, model_folder, data_folder):
-    # All rows in every batch, so that the loss can be seen to fall.
+    # All rows in every batch, so that the loss falls visibly.
     settings = _settings(model_folder, epochs=12, batch_size=24, learning_rate=3e-2, attention_dropout=0.0)
     curves = examine.compare_attention(_task(data_folder, form), method, settings, 0)
     assert len(curves["ours"]) == 12

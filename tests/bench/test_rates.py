@@ -1,30 +1,16 @@
-"""The Triton kernels' instructions for each element, counted in compiled code and held to their budgets."""
+"""The Triton kernels' instructions per element, counted in compiled code and compared with their budgets."""
 
 from __future__ import annotations
 
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("triton")
-pytest.importorskip("tqdm")
+pytest.importorskip("triton", reason="the package triton is not installed")
+pytest.importorskip("tqdm", reason="the package tqdm is not installed")
 
 from bench.compiled import rates
-
-_ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def compiling(monkeypatch):
-    """Runs a function of this module in a process without the interpreter."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.syspath_prepend(_ROOT)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 def _faults(architecture: str, head: int, variant: str) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="the package triton is not installed")
 
 from apt_kernels.impl.triton import tiles
 from bench.compiled import schedule

@@ -1,4 +1,4 @@
-"""The search for tiles, as far as it goes without a GPU: what it enumerates, and that it compiles and judges it."""
+"""The search for tiles as far as possible without a GPU: candidates, compilation and verdicts."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-pytest.importorskip("tqdm")
+pytest.importorskip("triton", reason="the package triton is not installed")
+pytest.importorskip("tqdm", reason="the package tqdm is not installed")
 
 from apt_kernels.impl.triton import tiles
 from bench.compiled import tune

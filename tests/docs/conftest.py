@@ -23,7 +23,7 @@ SMALL_CACHE = f"__import__('transformers').ContinuousBatchingConfig(num_blocks=6
 
 @pytest.fixture(scope="session")
 def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
-    """What stands in the documentation, and what replaces it when its code runs."""
+    """Text of the documentation, and its replacement when the code runs."""
     root = tmp_path_factory.mktemp("models")
     words = {word for page in documentation.PAGES for word in page.read_text(encoding="utf-8").split()}
     for path in documentation.NOTEBOOKS:  # texts in quotes
@@ -32,7 +32,7 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     size["vocab_size"] = len(words) + 4
     torch.manual_seed(0)
-    # Random weights large enough to tell texts apart: 20 steps at 1e-2 then end below 0.1, at 5e-5 above 0.5.
+    # Random weights large enough to separate texts: 20 steps at 1e-2 then end below 0.1, at 5e-5 above 0.5.
     text = {"initializer_range": 0.15, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     bert = BertForSequenceClassification(BertConfig(**size, max_position_embeddings=64, **text))
     qwen = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=2, head_dim=16))
@@ -49,7 +49,7 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
         ("(16,) * 6 + (0,) * 6", "(16, 0)"),
         # One graph is what is tested; inductor takes a minute to compile it.
         ("torch.compile(model, ", 'torch.compile(model, backend="eager", '),
-        # By default the paged cache takes most of the memory there is.
+        # By default the paged cache uses most of the memory.
         (
             "generate_batch(prompts, ",
             f"generate_batch(prompts, continuous_batching_config={SMALL_CACHE}, generation_config=",

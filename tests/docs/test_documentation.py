@@ -18,7 +18,7 @@ WITH_CODE = [page for page in PAGES if documentation.python_blocks(page)]
 def test_the_code_runs(page, substitutions, tmp_path, monkeypatch):
     """All blocks of a page, one after the other, in one namespace."""
     monkeypatch.chdir(tmp_path)
-    # One process takes the place of those that torchrun starts.
+    # One process replaces those that torchrun starts.
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
     matplotlib.use("agg")
@@ -55,7 +55,7 @@ def test_quoted_messages_exist():
     found = documentation.quoted(ROOT / "docs" / "troubleshooting.md")
     assert len(found) > 20
     missing = [message for message in found if not any(documentation.quotes(message, source) for source in sources)]
-    # Not a message of this package: a heading that says what the user did.
+    # Not a message of this package but a description of the user's action.
     assert not [message for message in missing if " " in message]
 
 

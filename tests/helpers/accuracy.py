@@ -5,8 +5,8 @@ For the output, the log-sum-exp and every gradient, element by element,
     |ours - truth|  <=  2 * max |eager - truth|  +  CONSTANT * eps * terms
 
 ``truth`` is the reference in float64 on the same (upcast) inputs, ``eager`` the reference in the inputs' own dtype,
-``eps`` that of the query's dtype, or of the result's where that is coarser. The second part is needed because floating
-sums have noise: eager's error is now and then close to zero by luck, above all where a tensor has few elements.
+``eps`` that of the query's dtype, or of the result's where that is coarser. The second term is needed because eager's
+rounding error may be close to zero by chance, in particular if a tensor has few elements.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check(
     logsumexp_gradient: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
-    """Run an implementation through the op, forward and backward, and hold every result to the error rule.
+    """Run an implementation through the op, forward and backward, and check every result by the error rule.
 
     Uninitialised memory is NaN while it runs. ``wanted`` names the inputs to differentiate (empty: forward only);
     by default all there are, the bias only where it requires a gradient. ``generator`` (a CPU one; default: seeded
@@ -60,7 +60,7 @@ def check(
 def compare(
     ours: dict[str, Tensor], x: Inputs, wanted: Collection[str], grad_out: Tensor, grad_logsumexp: Tensor | None
 ) -> dict[str, float]:
-    """Hold results, named as `evaluate` names them, to the error rule; return each one's share of what is allowed."""
+    """Check results, named as by `evaluate`, by the error rule; return the ratio of each error to the allowed one."""
     allowances, truth = allowed_errors(x, wanted, grad_out, grad_logsumexp)
     shares = {}
     for name, allowed in allowances.items():
@@ -105,7 +105,7 @@ def evaluate(
     found = {"out": out.detach(), "logsumexp": logsumexp.detach()}
     if wanted:
         outputs, seeds = [out], [grad_out]
-        # That of eager attention depends on neither value.
+        # The log-sum-exp of eager attention depends on neither value.
         if grad_logsumexp is not None and logsumexp.requires_grad:
             outputs, seeds = [out, logsumexp], [grad_out, grad_logsumexp]
         found.update(zip(wanted, torch.autograd.grad(outputs, [values[name] for name in wanted], seeds)))
@@ -130,7 +130,7 @@ def upcast(x: Inputs) -> Inputs:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill what ``torch.empty`` and its kin return with NaN (integers: their maximum), so that reading it shows."""
+    """Fill the results of ``torch.empty`` and similar functions with NaN (integers: their maximum) to detect reads."""
 
     def poisoned(make):
         def wrapper(*args, **kwargs):
@@ -258,7 +258,7 @@ def _output_gradients(x: Inputs, logsumexp: bool, generator: torch.Generator | N
 
 
 def _check_form(x: Inputs, ours: dict[str, Tensor]) -> None:
-    """Shapes, dtypes and memory layout that the op promises."""
+    """Check the shapes, dtypes and memory layouts that the op declares."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     for name, tensor in ours.items():
         if name == "out":
@@ -271,6 +271,6 @@ def _check_form(x: Inputs, ours: dict[str, Tensor]) -> None:
         assert tensor.dtype == dtype, f"{name} has dtype {tensor.dtype}; promised {dtype}"
         heads_last = name in ("out", "query", "key", "value")
         stored = tensor.transpose(1, 2) if heads_last else tensor
-        # Batch rows of dk and dv may lie apart: a gradient of a concatenation is returned without a copy.
+        # Batch rows of dk and dv may be strided: the gradient of a concatenation is returned without a copy.
         stored = stored[0] if name in ("key", "value") else stored
         assert stored.is_contiguous(), f"{name} has strides {tensor.stride()}; heads last: {heads_last}"

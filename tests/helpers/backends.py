@@ -1,4 +1,4 @@
-"""The implementations that tests go through: every registered one that runs here, and one that a test registers."""
+"""The implementations under test: every registered one that runs on this machine, and one that a test registers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers.kernels import DEVICE
 
 
 class Toy(Backend):
-    """The smallest implementation: eager attention, of which it keeps copies of key and value."""
+    """The smallest implementation: eager attention, which keeps copies of key and value."""
 
     name = "toy"
 
@@ -52,7 +52,7 @@ def backend(request) -> Iterator[Backend]:
 
 
 def small(name: str, **change) -> Case:
-    """A named case of few numbers; cases about sizes keep theirs."""
+    """A named case with small sizes; cases about sizes keep theirs."""
     case = CASES[name]
     if name not in ("odd_sizes", "window_tile", "multi_head", "multi_query"):
         sizes = {"kv_heads": 1, "group": 2, "queries": min(case.queries, 6), "length": 3}

@@ -1,4 +1,4 @@
-"""Inputs of the op for tests: a `Case` says what to make, and a seed makes the data."""
+"""Inputs of the op for tests: a `Case` describes them, and a seed determines the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case:
 
     ``gate``: one of `GATES`. ``layer_scale``: its value, as a tensor, or None. ``offset``: None (``S - T``), an int,
     ``"one"`` (a tensor ``[1]``) or ``"row"`` (``[B]``). ``padding``: ``""``, ``"left"``, ``"right"``, ``"random"`` or
-    ``"all"`` (at least one row has every key padded). ``bias_fill``: put -inf, or the dtype's minimum, here and there.
+    ``"all"`` (at least one row has every key padded). ``bias_fill``: put -inf or the dtype's minimum into some entries.
     ``heads_last``: query, key and value are transposed views of ``[B, T, H, D]``. ``spread`` scales the queries.
     """
 
@@ -159,7 +159,7 @@ def _to(tensor: Tensor | None, device: str) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 
-# What a drawn case may have, field by field; a feature's "off" stands several times, so that most cases have few.
+# The values of each field in drawn cases; "off" is repeated, so that most cases have few features.
 _CHOICES = {
     "gate": GATES,
     "layer_scale": (1.5, -0.7, None),
@@ -183,7 +183,7 @@ _CHOICES = {
 
 
 def examples(count: int) -> Callable:
-    """Decorates a property that `make test` holds for so many examples, and `make fuzz` for 10,000, in parts."""
+    """Decorates a property: `make test` runs this number of examples, `make fuzz` 10,000, in parts."""
 
     def decorate(test: Callable) -> Callable:
         fuzzing = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
@@ -195,7 +195,7 @@ def examples(count: int) -> Callable:
 
 @st.composite
 def cases(draw, **only: tuple) -> Case:
-    """Cases with every feature. A keyword names a field of `Case` and the tuple of values that it may take."""
+    """Cases with every feature. A keyword is a field of `Case` with the tuple of its possible values."""
 
     def number(field: str, *interesting: int, high: int, low: int = 1) -> int:
         if field in only:
@@ -222,13 +222,13 @@ def cases(draw, **only: tuple) -> Case:
 
 
 def inputs(device: str = "cpu", **only: tuple) -> st.SearchStrategy[Inputs]:
-    """`cases`, made. Prefer `cases` in tests: a failing one prints in a line and can be pasted."""
+    """The inputs of `cases`. Prefer `cases` in tests: a failing case is printed in one line that can be pasted."""
     return cases(**only).map(lambda case: case.inputs(device))
 
 
 _PLAIN = Case()
 
-# One case a feature, for tests that go through them all by name.
+# One case per feature, for tests parametrised by name.
 CASES = {
     "plain": _PLAIN,
     "gate_none": replace(_PLAIN, gate="none", layer_scale=None),
@@ -263,7 +263,7 @@ CASES = {
     "causal_decode_padding": replace(_PLAIN, causal=True, queries=1, keys=40, padding="left"),
     "window": replace(_PLAIN, window=(3, 2)),
     "window_left": replace(_PLAIN, causal=True, window=(6, None), queries=40, keys=40),
-    # Key 0 (and the first key of a tile) is seen last by the first query of a tile.
+    # The last query that sees key 0 (and the first key of a tile) is the first of a tile.
     "window_tile": replace(_PLAIN, causal=True, window=(16, None), queries=33, keys=33),
     "window_zero": replace(_PLAIN, window=(0, 0)),
     "window_decode": replace(_PLAIN, causal=True, window=(6, None), queries=1, keys=40),
@@ -314,7 +314,7 @@ SMALL = {"batch": 2, "kv_heads": 1, "group": 2, "queries": 3, "keys": 4, "length
 
 
 def small(name: str) -> Case:
-    """A named case at a size where numerical differentiation is quick."""
+    """A named case small enough for numerical differentiation."""
     case = CASES[name]
     sizes = {**SMALL, "queries": 1 if case.queries == 1 else 3}
     return replace(case, **sizes, dtype=torch.float64, prefix_dtype=None, spread=1.0)

@@ -1,9 +1,9 @@
-"""An oracle for any model: it runs on its own eager code while the prefix's columns are carried beside its scores.
+"""An oracle for any model: the model's own eager code, with the prefix's columns computed beside its scores.
 
-While a module with prefix parameters runs, every product that its query takes part in is also taken with the prefix's
-keys. Those columns then go through whatever the model does to its scores (scaling, soft-cap, casts, views), but for
-what belongs to the tokens (biases and masks), join the softmax, and are weighed with the prefix's values. Nothing of
-the patch is shared: no op, no `Mask`, no recording; everything is materialised.
+While a module with prefix parameters runs, every product with its query is also computed with the prefix's keys. The
+model's operations on the scores (scaling, soft-cap, casts, views) are applied to these columns, those for tokens alone
+(biases and masks) are not; the columns are part of the softmax and weight the prefix's values. It shares nothing with
+the patch: no op, no `Mask`, no recording; everything is materialised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Site:
         self.key, self.value = self.params["key"], self.params["value"]
 
     def rows(self, tensor: Tensor) -> int:
-        """The batch, of a tensor ``[*lead, T, .]`` of which it is known what batch and heads make together."""
+        """The batch of a tensor ``[*lead, T, .]``, given the product of batch and heads."""
         queries = tensor.shape[-2]
         if self.hidden is None or self.hidden.ndim != 3:
             return tensor.shape[0] if tensor.ndim == 4 else tensor[..., 0, 0].numel() // self.params["heads"]
@@ -61,14 +61,14 @@ class _Site:
 
 
 class Columns(TorchFunctionMode):
-    """Carries the prefix's columns beside the scores of the attention modules that have parameters."""
+    """Computes the prefix's columns beside the scores of the attention modules that have parameters."""
 
     def __init__(self, from_end: bool = False):
         super().__init__()
         self.from_end = from_end
         self.sites: list[_Site] = []
         self.carried: dict[int, tuple[Tensor, Tensor, bool]] = {}  # id -> (tensor kept alive, columns, after softmax)
-        self.factors: dict[int, tuple[Tensor, float]] = {}  # of tensors that are a multiple of another: keys
+        self.factors: dict[int, tuple[Tensor, float]] = {}  # keys that are a multiple of another tensor: the factor
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -157,7 +157,7 @@ class Columns(TorchFunctionMode):
             kind = name.lstrip("ir") if name not in ("divide",) else name
             columns = operation[kind[0]](*[columns if x is scores else x for x in args])
         elif self.from_end and name == "add" and others[0].shape[-2:-1] == (1,):
-            columns = columns + others[0].mT  # the token's own position is where its distances start
+            columns = columns + others[0].mT  # distances are relative to the token's own position
         elif name in _COPIED:
             columns = columns.to(out.dtype)
         elif name not in _SCALE | _SHIFT | _TOKENS_ONLY:
@@ -237,7 +237,7 @@ class Columns(TorchFunctionMode):
             return None
         (*batches, head), (summed,) = shared, summed
         query = next(c for c in left if c not in right)
-        # With more sizes than batch and heads, only gates that are the same for every query.
+        # With more sizes than batch and heads, only gates that are equal for every query are supported.
         order = {batches[0]: 0, head: 1, query: 2} if len(batches) == 1 else None
         probabilities = self._of(operands[0])
         if probabilities is not None and probabilities[1]:
@@ -311,7 +311,7 @@ def build(model, prefixes, real=lambda name: None, from_end: bool = False, atten
     @contextmanager
     def context():
         with ExitStack() as stack:
-            if hasattr(source, "XSoftmax"):  # written with its own backward, which the mode cannot look into
+            if hasattr(source, "XSoftmax"):  # its backward is written by hand, which the mode cannot trace
                 stack.enter_context(mock.patch.object(source.XSoftmax, "apply", _masked_softmax))
             stack.enter_context(mode)
             yield

@@ -1,4 +1,4 @@
-"""The kernels of csrc/ built for the host, so that they run where there is no CUDA device."""
+"""The kernels of csrc/ built for the host, so that they run without a CUDA device."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
-
-from apt_kernels.impl.inputs import Inputs
-from helpers.accuracy import differentiable, evaluate, poisoned_memory
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
 
-import build  # noqa: E402
+import build  # noqa: E402 - csrc/ is not a package: its folder has to be on the path first
 
 PLAIN = ("-O1",)
 
 
 def library(options: tuple[str, ...] = PLAIN, threads: bool = False) -> Path:
-    """The host build with these options, built where its sources changed; tests side by side wait for one another."""
+    """The host build with these options, built if its sources changed; concurrent tests wait for one another."""
     digest = hashlib.sha256(repr((options, threads, str(build.find_torch()))).encode())
     for source in sorted(path for path in build.CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py")):
         digest.update(source.read_bytes())
@@ -38,7 +33,7 @@ def library(options: tuple[str, ...] = PLAIN, threads: bool = False) -> Path:
 
 
 def use() -> None:
-    """Let the host build serve CPU tensors in this process; skips the test where there is no C++ compiler."""
+    """Use the host build for CPU tensors in this process; skips the test if there is no C++ compiler."""
     from apt_kernels.impl.cuda import library as loaded
 
     if loaded.host is None:
@@ -47,16 +42,3 @@ def use() -> None:
         except build.BuildError as error:
             pytest.skip(str(error))
         loaded.use_host(library())
-
-
-def results(x: Inputs) -> dict[str, Tensor]:
-    """Outputs and every gradient of the kernels, for fixed gradients of the outputs."""
-    generator = torch.Generator().manual_seed(1)
-    grad_out = torch.randn(x.query.shape[:3] + x.value.shape[3:], generator=generator).to(x.query)
-    grad_logsumexp = torch.randn(x.query.shape[:3], generator=generator).to(x.query.device)
-
-    def op(leaves: Inputs) -> tuple[Tensor, Tensor]:
-        return torch.ops.apt_kernels.attention(*leaves.flat(), "cuda")[:2]
-
-    with poisoned_memory():
-        return evaluate(op, x, differentiable(x), grad_out, grad_logsumexp)

@@ -37,7 +37,7 @@ def notebook_cells(path: Path, kind: str) -> list[tuple[int, str]]:
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks and code spans: what a Markdown reader looks for links in."""
+    """The page without its fenced blocks and code spans, in which links are not rendered."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"`[^`\n]*`", "", text)
 

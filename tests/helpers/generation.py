@@ -24,6 +24,6 @@ def generate(model, given, **options):
 
 
 def assert_same(found, expected):
-    """The same tokens, chosen from the same logits."""
+    """Check that two generations have the same tokens, chosen from the same logits."""
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])

@@ -1,4 +1,4 @@
-"""The imports between the package's modules, read from their source, and the layers that they have to follow."""
+"""The imports between the package's modules, read from their source, and the allowed layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import apt_kernels
 
 PACKAGE = apt_kernels.__name__
 
-# What each part may import beside itself. The longest name that a module's own begins with is its part.
+# The parts that each part may import beside itself. A module belongs to the longest part that prefixes its name.
 LAYERS = {
     "errors": (),
     "mask": ("errors",),
@@ -23,7 +23,7 @@ LAYERS = {
     "hf": ("errors", "mask", "patterns", "config", "ops", "prefix"),
     "serving": ("errors", "config", "prefix", "hf"),
 }
-# The same inside hf: a part may import those above it in this list, and others of its own line.
+# The same inside hf: a part may import those in earlier lines, and others in its own line.
 HF_LAYERS = (
     ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
@@ -57,7 +57,7 @@ def sources() -> dict[str, str]:
 
 
 def imports(name: str, source: str, modules: set[str]) -> Iterator[str]:
-    """Every name that the module imports, anywhere in its source: modules of ours as far as they are modules."""
+    """Every name that the module imports, anywhere in its source; names of this package are resolved to modules."""
     is_folder = any(other.startswith(f"{name}.") for other in modules)
 
     def around(level: int) -> list[str]:
@@ -80,14 +80,14 @@ def imports(name: str, source: str, modules: set[str]) -> Iterator[str]:
 
 
 def _module(name: str, modules: set[str]) -> str:
-    """The module of ours that ``name`` is, or is in; of others, ``name``."""
+    """The module of this package that ``name`` is or belongs to; ``name`` itself for other packages."""
     while name not in modules and name.startswith(f"{PACKAGE}."):
         name = name.rpartition(".")[0]
     return name
 
 
 def graph(given: dict[str, str]) -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports. The package's own `__init__` is left out."""
+    """Module -> modules of this package that it imports. The package's own `__init__` is left out."""
     modules = set(given)
     ours = {name: {to for to in imports(name, given[name], modules) if to in modules} for name in given}
     return {name: found - {name, PACKAGE} for name, found in ours.items() if name != PACKAGE}
@@ -125,7 +125,7 @@ def _own(name: str) -> str:
 
 
 def _allowed_from(module: str):
-    """Whether a module of ours may import another, given its name in the package; None: it has no layer."""
+    """Whether a module may import another, by their names in the package; None: it has no layer."""
     head, _, rest = _own(module).partition(".")
     if head not in LAYERS:
         return None
@@ -154,7 +154,7 @@ def _line(rest: str) -> int | None:
 
 
 def wrong_packages(given: dict[str, str]) -> list[str]:
-    """Imports of other packages that are for another part of ours."""
+    """Imports of other packages that only another part may import."""
     found = set()
     for name, source in given.items():
         for to in imports(name, source, set(given)):

@@ -30,13 +30,13 @@ DECODERS = (
 )
 SEQ2SEQ = ("t5", "bart")
 FAMILIES = ENCODERS + DECODERS + SEQ2SEQ
-# Between them: learned and rotary positions, grouped heads, windows, layers that differ, soft-caps, relative biases.
+# Together: learned and rotary positions, grouped heads, windows, layers that differ, soft-caps, relative biases.
 EVERY = bool(os.environ.get("APT_TEST_EVERY_FAMILY"))
 _TELLING = ("bert", "gpt2", "llama", "mistral", "gemma2", "t5", "bart")
 
 
 def some(families: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of ``families`` that differ most; all of them with `EVERY`, as for the table in the documents."""
+    """Those of ``families`` that differ most; with `EVERY` all of them, as for the table in the documentation."""
     return tuple(f for f in families if EVERY or f in _TELLING)
 
 
@@ -111,7 +111,7 @@ def build(family: str, head: str | None = None, **overrides):
 
 
 def inputs(family: str, padding: str | None = None, batch: int = 3, length: int = 12, seed: int = 0) -> dict:
-    """Token ids with labels' worth of randomness; ``padding`` left, right or None."""
+    """Random token ids; ``padding``: "left", "right" or None."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 99, (batch, length), generator=generator)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

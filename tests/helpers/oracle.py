@@ -1,6 +1,6 @@
 """An eager model that attends over concatenated prefixes: transformers' own masks and hand-written gates.
 
-It shares no line with the patch: no op, no `Mask`, no recording. Only the prefix parameters are taken from a patched
+It shares no code with the patch: no op, no `Mask`, no recording. Only the prefix parameters come from a patched
 model, by module name.
 """
 

@@ -1,4 +1,4 @@
-"""Patched models: parameters that matter, a snapshot of a model, and the comparison with the oracle."""
+"""Patched models: parameters with an effect, a snapshot of a model, and the comparison with the oracle."""
 
 import copy
 
@@ -10,7 +10,7 @@ from . import models, oracle
 
 
 def randomise(model, seed=1):
-    """Prefix parameters large enough to matter, gates away from their start."""
+    """Random prefix parameters, large enough to have an effect, with gates different from their start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for prefix in apt_kernels.prefixes(model).values():
@@ -20,13 +20,13 @@ def randomise(model, seed=1):
 
 
 def real_of(given, family):
-    """Padding of the tokens whose hidden states feed a module's gate; the decoder's own input has none."""
+    """The padding mask of the tokens from which a module's gate is computed; the decoder's own input has none."""
     mask = given["attention_mask"].bool()
     return lambda name: mask if family not in models.SEQ2SEQ or ".encoder." in f".{name}" else None
 
 
 def snapshot(model):
-    """Everything about a model that a failed or undone patch must leave as it was."""
+    """Everything about a model that a failed or undone patch must not change."""
     return {
         "parameters": {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()},
         "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],

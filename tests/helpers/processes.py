@@ -55,7 +55,7 @@ def own_rows(given: dict) -> dict:
 
 
 def train(model, given: dict) -> tuple[torch.Tensor, dict, torch.Tensor]:
-    """The loss, every gradient, and the loss after one step, as one process sees them."""
+    """The loss, every gradient, and the loss after one step, on one process."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LR)
     loss = model(**given).loss
@@ -100,7 +100,7 @@ def agree(found, expected, averaged: bool) -> None:
 
 
 def saved_as(model, twin, folder: Path) -> None:
-    """What the spread model saves is what the single one does; and it loads it again, unless it was folded."""
+    """The sharded model saves what the model of one process saves, and loads it again unless it was folded."""
     folder = folder / str(dist.get_rank())
     apt_kernels.save(model, folder / "spread")
     apt_kernels.save(twin, folder / "alone")
@@ -149,7 +149,7 @@ def fsdp2(family: str, folder: Path) -> None:
 
 
 def unpatched(model, family: str, given: dict) -> None:
-    """Switched off, and unpatched, a sharded model is the base (but for an encoder's head, which trained)."""
+    """Disabled and unpatched, a sharded model equals the base model (except for an encoder's trained head)."""
     base = models.build(family, head_of(family)).double().train()
     with torch.no_grad():
         expected = base(**given).logits
@@ -160,7 +160,7 @@ def unpatched(model, family: str, given: dict) -> None:
 
 
 def saved_by_one(model, folder: Path) -> None:
-    """One process writes, as Trainer asks for it; one that saves alone is told so, and does not wait for ever."""
+    """One process writes, as in Trainer; one that saves alone gets an error instead of waiting for ever."""
     main = not dist.get_rank()
     model.save_pretrained(folder / f"main{dist.get_rank()}", is_main_process=main)
     assert (folder / f"main{dist.get_rank()}").exists() == main
@@ -179,7 +179,7 @@ def saving_alone_raises(model, folder: Path) -> None:
                 apt_kernels.save(model, folder / "one")
         assert not (folder / "one").exists()
     dist.barrier()
-    apt_kernels.save(model, folder / str(dist.get_rank()) / "after")  # and they meet again
+    apt_kernels.save(model, folder / str(dist.get_rank()) / "after")  # afterwards the processes are synchronised again
 
 
 def fsdp1(family: str, folder: Path) -> None:
@@ -199,7 +199,7 @@ def fsdp1(family: str, folder: Path) -> None:
             )
             assert list(apt_kernels.prefixes(wrapped)) == list(apt_kernels.prefixes(twin))
             loss, _, after = train(wrapped, own_rows(given))
-            # Gradients, out of a step of plain descent: on one process alone a unit's part may be of frozen weights.
+            # Gradients from a step of SGD: one process alone may hold only frozen weights of a unit.
             with FullyShardedDataParallel.summon_full_params(wrapped):
                 ends = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
             grads = {n: (start[n] - ends[n]) / LR for n in start}
@@ -212,12 +212,12 @@ def fsdp1(family: str, folder: Path) -> None:
     refused(lambda: apt_kernels.summary(wrapped))
     refused(lambda: apt_kernels.unpatch(wrapped))
     refused(lambda: apt_kernels.patch(FullyShardedDataParallel(models.build(family), device_id=torch.device("cpu"))))
-    with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's own words, without use_orig_params
+    with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's error without use_orig_params
         FullyShardedDataParallel(patched(family), device_id=torch.device("cpu"))
 
 
 def tensor_parallel(family: str, folder: Path) -> None:
-    """By transformers' own plan: every process has all rows, and its heads."""
+    """By transformers' plan: every process has all rows and its own heads."""
     given, base = batch(family), models.build(family, vocab_size=100).double()
     if not dist.get_rank():
         base.save_pretrained(folder / family)
@@ -245,12 +245,12 @@ def tensor_parallel(family: str, folder: Path) -> None:
         saved_as(model, twin, folder)
         saved_by_one(model, folder)
         assert apt_kernels.summary(model) == apt_kernels.summary(twin)
-        if family != "phi3":  # whose prefixes are whole everywhere
+        if family != "phi3":  # whose prefixes are replicated
             refused(functools.partial(apt_kernels.prune, model, [1] * len(apt_kernels.prefixes(model))))
 
 
 def check_sharding(prefix, twin, whole: bool) -> None:
-    """Every process has its heads, all heads where ``whole``; what is not of one head is the same everywhere."""
+    """Every process has its heads (all if ``whole``); parameters without a head dimension are equal everywhere."""
     for name, parameter in prefix.named_parameters():
         assert parameter.shape == twin.get_parameter(name).shape
         here = parameter if whole else parameter.to_local()
@@ -266,7 +266,7 @@ def zero3(family: str, folder: Path) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    # Its collectives in shared memory are compiled at the first use; gloo does as well.
+    # DeepSpeed compiles its shared-memory collectives at the first use; gloo does not need them.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     given = batch(family)
     twin, model = patched(family).float(), patched(family).float()
@@ -274,7 +274,7 @@ def zero3(family: str, folder: Path) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {
         "train_micro_batch_size_per_gpu": 2,
-        # Nothing stays gathered for longer than its module runs.
+        # Parameters are gathered only while their module runs.
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": 0,

@@ -1,9 +1,8 @@
-"""The kernels of csrc/ under sanitizers: nothing is reported, and every bit is that of the plain run.
+"""The kernels of csrc/ under sanitizers: there are no reports, and results equal those of the plain run bit for bit.
 
-``PYTHONPATH=.:tests python -m helpers.sanitize [address] [thread] [memcheck] [racecheck]``:
-the first two, the default, on the host; the
-others are compute-sanitizer's and need a CUDA device and the built library. A process of its own for each runs the
-same cases and writes what it found; host sanitizers end it at their first report.
+``PYTHONPATH=.:tests python -m helpers.sanitize [address] [thread] [memcheck] [racecheck]``: the first two (the default)
+run on the host; the others are tools of compute-sanitizer and need a CUDA device and the built library. Each runs the
+same cases in its own process and writes the results; host sanitizers end the process at their first report.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from pathlib import Path
 
 import torch
 
-from helpers import cuda_host
+from helpers import cuda_host, kernels
 from helpers.cases import CASES, Case
 
 _ADDRESS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _THREAD = ("-O1", "-g", "-fsanitize=thread")
-# Build options, whether a block's threads are threads of the system, the run-time library, and its options.
+# Build options, whether a block's threads are system threads, the run-time library, and its options.
 SANITIZERS = {
     "address": (_ADDRESS, False, "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}),
     "thread": (_THREAD, True, "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0"}),
 }
-# Tools of compute-sanitizer. torch's cache of memory would hide what is read past a tensor's end.
+# Tools of compute-sanitizer. torch's caching allocator would hide reads past a tensor's end.
 DEVICE_TOOLS = ("memcheck", "racecheck")
 _DEVICE_ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _NAMES = ("everything", "gate_indexed_query", "bias_keys_gradient", "segments", "dropout_padding_sinks", "odd_sizes")
@@ -57,11 +56,11 @@ def run(library: str, sanitizer: str, out: str) -> None:
     for name, case in cases(sanitizer).items():
         if case.dtype == torch.bfloat16 and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
             continue
-        found[name] = cuda_host.results(case.inputs(device))
+        found[name] = kernels.results("cuda", case.inputs(device))
     if library:
         os.environ["APT_HALF_STEP"] = "8"
         case = replace(CASES["causal_gate_query"], dtype=torch.float16, batch=1)
-        found["float16 as on 7.5"] = cuda_host.results(case.inputs(device))
+        found["float16 as on 7.5"] = kernels.results("cuda", case.inputs(device))
     torch.save({name: {k: t.cpu() for k, t in results.items()} for name, results in found.items()}, out)
 
 
@@ -78,9 +77,9 @@ def _library(name: str) -> str:
 def _on_the_host(sanitizer: str) -> tuple[list, list]:
     """The arguments of `_in_a_process` for the plain build and for the sanitised one."""
     options, threads, runtime, environment = SANITIZERS[sanitizer]
-    # The C++ library beside the sanitizer's: it looks for the functions it wraps before torch brings them.
+    # The C++ library is loaded with the sanitizer's, which looks up the functions that it wraps before torch is loaded.
     preload = " ".join(_library(name) for name in (runtime, "libstdc++.so.6"))
-    # The thread sanitizer knows only the address layouts of old kernels.
+    # The thread sanitizer supports only the address layouts of old kernels.
     prefix = ["setarch", "--addr-no-randomize"] if threads else []
     sanitised = cuda_host.library(options, threads)
     return [cuda_host.library(), prefix, {}], [sanitised, prefix, environment | {"LD_PRELOAD": preload}]

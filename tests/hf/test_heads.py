@@ -61,7 +61,7 @@ def inputs(family, head):
 
 
 def result(out, given):
-    """What a task takes from the model's output, as one tensor; padding aside."""
+    """The part of the model's output that a task uses, as one tensor without padding."""
     if "start_logits" in out:
         return torch.stack([out.start_logits, out.end_logits])[:, given["attention_mask"].bool()]
     if "logits" in out:
@@ -191,7 +191,7 @@ SELF_MADE = {
 
 @pytest.mark.parametrize("kind", SELF_MADE)
 def test_the_heads_of_models_that_hold_no_base_model_train(kind):
-    """Their parts stand side by side, with no module of the name that ``base_model_prefix`` has."""
+    """Their parts are direct children, without a module of the name in ``base_model_prefix``."""
     config, heads = SELF_MADE[kind]
     model = getattr(t, kind)(config())
     assert model.base_model is model

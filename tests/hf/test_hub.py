@@ -18,7 +18,7 @@ FAMILIES = models.some(models.FAMILIES)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for the hub: repositories are folders, each with its revisions."""
+    """A fake hub: repositories are folders, each with its revisions."""
     there = SimpleNamespace(root=tmp_path / "hub", commits=[], private={})
 
     def create_repo(repo_id, *, private=None, exist_ok=False):

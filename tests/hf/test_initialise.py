@@ -1,4 +1,4 @@
-"""Prefixes that begin as a text, or as a PEFT checkpoint: exact copies of their source, or refused by name."""
+"""Prefixes initialised from a text or a PEFT checkpoint: exact copies of their source, or an error."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What `patch` and `unpatch` change, what they leave alone, and what they refuse."""
+"""What `patch` and `unpatch` change, do not change, and refuse."""
 
 import copy
 import pickle

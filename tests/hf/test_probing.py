@@ -20,7 +20,7 @@ def patched(family="bert", **settings):
 
 
 def hidden_states(model, given):
-    """What entered each attention module."""
+    """The input of each attention module."""
     seen, handles = {}, []
     for name in apt_kernels.prefixes(model):
 

@@ -1,4 +1,4 @@
-"""The prefix switched off and on, several named adapters, which layers get one, and the summary."""
+"""Disabling the prefix, several named adapters, the choice of layers, and the summary."""
 
 import contextlib
 import copy
@@ -178,7 +178,7 @@ CHOICES = [
 
 
 def chosen(way, names):
-    """Settings that choose layers in this ``way``, and the modules that they mean."""
+    """Settings that select layers in this ``way``, and the selected modules."""
     if way == "index":
         return {"layers": -1}, names[-1:]
     if way == "name":

@@ -1,4 +1,4 @@
-"""Calls that change a model are done as a whole: whatever ends one early, the model is as it was, bit for bit."""
+"""Calls that change a model are transactions: if one ends early, the model is restored bit for bit."""
 
 import copy
 import sys
@@ -62,7 +62,7 @@ def frozen(value, depth=0):
 
 
 def everything(model):
-    """All that is to be found about a model, by name; parked adapters too."""
+    """The whole state of a model by name, inactive adapters included."""
     modules = dict(model.named_modules())
     for name, adapter in getattr(getattr(model, "_apt_state", None), "parked", {}).items():
         for site, prefix in adapter.prefixes.items():

@@ -1,3 +1,5 @@
 """Fixtures of the tests of implementations."""
 
-from helpers.backends import backend  # noqa: F401
+from helpers.backends import backend
+
+__all__ = ["backend"]

@@ -1,4 +1,4 @@
-"""What every implementation promises the op, tested for each registered one and for one that a test registers."""
+"""The requirements on every implementation, for each registered one and for one that a test registers."""
 
 from __future__ import annotations
 

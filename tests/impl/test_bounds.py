@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# In a process of its own, which a read outside of a buffer ends with a signal.
+# In a separate process, since a read outside of a buffer ends it with a signal.
 _CODE = """
 import ctypes, mmap, sys
 from dataclasses import replace

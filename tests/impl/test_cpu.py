@@ -1,4 +1,4 @@
-"""The CPU implementation: exact on everything the specification takes, and which way computes what."""
+"""The CPU implementation: the error rule on all inputs of the specification, and the choice of the strategy."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_causal_squares_of_both_ways(queries, keys, way):
     accuracy.check(x, "cpu", generator=GENERATOR().manual_seed(0))
 
 
-# The logit that decides here is a product summed in one chain: the rule's constant has room for it.
+# The dominant logit here is a product summed in one chain, for which the rule's constant allows.
 _CHAIN = Case(batch=1, kv_heads=1, group=3, queries=1, keys=25, length=40, head_dim=64, value_dim=26, gate="static",
               layer_scale=None, spread=4.0, scale=0.3, dense="1HT1", seed=279)  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_any_inputs_of_the_stock_kernel(case):
     accuracy.check(case.inputs(), "cpu", logsumexp_gradient=False, generator=GENERATOR().manual_seed(case.seed))
 
 
-# Which inputs go where.
+# The strategy for each kind of inputs.
 WAYS = {
     "plain": "concat",
     "gate_none": "concat",
@@ -111,7 +111,7 @@ def test_which_inputs_go_where(name):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operator makes."""
+    """Records the largest tensor that any operator returns."""
 
     def __init__(self):
         super().__init__()

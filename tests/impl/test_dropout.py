@@ -1,4 +1,4 @@
-"""The dropout stream: the right rate, no pattern, and the same whatever part of it is asked for."""
+"""The dropout stream: the right rate, no pattern, and the same values for any part of it."""
 
 import pytest
 import torch

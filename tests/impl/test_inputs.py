@@ -19,7 +19,7 @@ GENERATOR = torch.Generator
 
 
 def every_second(tensor: Tensor) -> Tensor:
-    """The same numbers, each beside a number that shows in any result."""
+    """The same numbers, each beside a large number that would change any result."""
     wide = (
         tensor.new_full((*tensor.shape, 2), 1e4)
         if tensor.dtype.is_floating_point

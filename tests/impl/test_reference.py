@@ -1,4 +1,4 @@
-"""The specification itself: its derivatives, and what it says where the answer is known otherwise."""
+"""The specification: its derivatives, and its results where they are known by other means."""
 
 import pytest
 import torch

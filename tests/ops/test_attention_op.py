@@ -35,7 +35,7 @@ def test_opcheck(name, implementation):
     flat = [t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in x.flat()]
     torch.library.opcheck(torch.ops.apt_kernels.attention.default, (*flat, implementation))
     if implementation == "reference":
-        return  # its backward is autograd's, which the check of a backward operator switches off
+        return  # its backward uses autograd, which the check of a backward operator disables
     with torch.no_grad():
         out, logsumexp, *kept = torch.ops.apt_kernels.attention(*x.flat(), implementation)
         kept = kept if kept[0].numel() else (None, None)
@@ -62,7 +62,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Marked(torch.Tensor):
-    """A tensor that tells what is called on it."""
+    """A tensor that records the functions called on it."""
 
     called = None
 

@@ -30,7 +30,7 @@ def test_lengths_share_their_graphs(family, dynamic):
 
 
 def training_steps(family, lengths, **options):
-    """Losses' and gradients' agreement with eager steps, and how many graphs there were."""
+    """Compare losses and gradients with eager steps; return the number of graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = apt_kernels.patch(models.build(family).train(), prefix_length=4).to(options.pop("device", "cpu"))

@@ -1,4 +1,4 @@
-"""`info` is a dict, and prints as a few lines."""
+"""`info` is a dict that prints as a few lines."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Transforms of torch.func, forward-mode differentiation and second derivatives: right, or refused by a sentence."""
+"""Transforms of torch.func, forward-mode differentiation and second derivatives: correct, or an error."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_second_derivatives_of_the_specification(name):
 @pytest.mark.parametrize("of", ["query", "key", "value", "prefix_value", "gate"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_other_implementations_refuse_at_the_call_that_needs_one(causal, of):
-    """A gradient of a plain sum, of which the output's gradient has no graph: it was cut in silence."""
+    """The gradient of a plain sum, for which the output's gradient has no graph, raises as well."""
     parts = given(mask=Mask(causal=causal), implementation="cpu")
     leaf = parts[of] = parts[of].clone().requires_grad_()
     (found,) = torch.autograd.grad(apt_kernels.attention(**parts).sum(), leaf, create_graph=True)

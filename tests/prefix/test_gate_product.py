@@ -1,4 +1,4 @@
-"""The gate's product with hidden states: how exact it is, and what it keeps."""
+"""The gate's product with hidden states: its accuracy, and what it saves for the backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(dtype, torch.float32)
     sizes = ((2, 40, 64), dtype), ((5, 64), wide), ((2, 40, 5), wide)
     hidden, weight, grad = (torch.randn(s, generator=generator, dtype=torch.float64).to(d) for s, d in sizes)
-    # What the operands are rounded to is not in question.
+    # The truth is computed from the rounded operands.
     weight = weight.to(dtype).to(wide)
     return tuple(part.to(DEVICE) for part in (hidden, weight, grad))
 
@@ -32,7 +32,7 @@ def run(hidden: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def hold(dtype: torch.dtype) -> None:
-    """Wide results are wide; only the gradient of half-precision hidden states is rounded to what they are."""
+    """Results are in float32; only the gradient of half-precision hidden states is rounded to their dtype."""
     given = draw(dtype)
     found, truth = run(*given), run(*(part.double() for part in given))
     wide = torch.promote_types(dtype, torch.float32)
@@ -51,7 +51,7 @@ def test_sums_are_wide(dtype):
 
 @pytest.fixture
 def matrix_units(monkeypatch):
-    """The way of CUDA devices, with a product in place of theirs that gives what they promise."""
+    """The code path of CUDA devices, with an emulated product with float32 results."""
     taken, mm = [], torch.mm
 
     def product(a, b, out_dtype):
@@ -76,7 +76,7 @@ def test_on_tensor_cores(dtype, matrix_units):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hidden_states_are_kept_as_they_are(dtype):
-    """Not as a copy in float32: in every layer that would be twice the model's own activations."""
+    """Not as a copy in float32, which would be twice the size of the model's own activations in every layer."""
     hidden, weight, _ = draw(dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""Gates are entries of one table: settings, messages and documentation follow it, and a new one is one entry."""
+"""Gates are entries of one table, which settings and messages use; a new gate is one entry."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Last(gates.Gate):
 
 
 def test_a_new_gate_is_one_entry(monkeypatch, tmp_path):
-    """Settings, patching, training, saving, loading and messages take a gate that no other file names."""
+    """Settings, patching, training, saving, loading and messages support a gate that no other file names."""
     monkeypatch.setitem(gates._GATES, "last", Last())
     given = models.inputs("bert", "right")
     model = apt_kernels.patch(models.build("bert"), prefix_length=4, gate="last").eval()

@@ -1,1 +1,1 @@
-"""The table of docs/support.md: ``python -m support`` writes it from a run of the tests."""
+"""The table in docs/support.md, which ``python -m support`` generates from a run of the tests."""

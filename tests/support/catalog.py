@@ -22,7 +22,7 @@ _NO_POSITIONS = {
     **dict.fromkeys(models.ENCODERS, "position ids that begin again are no documents to an encoder; cu_seq_lens are"),
 }
 
-# Capability -> families to which it does not apply, and why. What is marked `proves` and not listed comes last.
+# Capability -> families to which it does not apply, with the reason. Marked capabilities not listed here come last.
 SECTIONS: dict[str, dict[str, dict[str, str]]] = {
     "Forward and backward": {
         "outputs and gradients, padding on either side": {},

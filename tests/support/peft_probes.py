@@ -1,4 +1,4 @@
-"""What PEFT's prefix tuning does in the situations of the table: each probe runs it and compares with recomputation."""
+"""The behaviour of PEFT's prefix tuning for each capability: a probe runs it and compares with recomputation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AsUnpatched(Exception):
 
 
 def build(family: str, head: str | None = None, **options):
-    """A tiny model with a prefix that matters. For encoders without a head, PEFT has no masked language model."""
+    """A tiny model with a prefix that has an effect. For encoders without a head, PEFT has no masked language model."""
     base = models.build(family, head, **options).double()
     task = _TASKS.get(head)
     if head is None:
@@ -97,7 +97,7 @@ def without_end(model, logits):
 
 @torch.no_grad()
 def influence(model, family: str) -> None:
-    """PEFT's own forward must depend on the prefix, or what is compared says nothing."""
+    """Check that PEFT's own forward depends on the prefix; otherwise the comparison shows nothing."""
     given = models.inputs(family)
     found, bare = model(**given), model.get_base_model()(**given)
     found, bare = (next(iter(out.values())) for out in (found, bare))
@@ -550,7 +550,7 @@ def verdict(probe, family: str) -> list:
         return ["WRONG", str(wrong) + (f"; it warns: {' '.join(said)}" if said else "")]
     except AsUnpatched as excused:
         return ["as unpatched", str(excused)]
-    except Exception as error:  # whatever PEFT raises is what the table says of it
+    except Exception as error:  # any error of PEFT is its result in the table
         said = (str(error).strip().splitlines() or [""])[0]
         return ["raises", f"{type(error).__name__}: {said[:150]}"]
     return ["right", None]

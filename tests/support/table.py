@@ -1,4 +1,4 @@
-"""Results as Markdown: capabilities down, families across, PEFT's line under ours, reasons beneath."""
+"""Results as Markdown tables: a row per capability, a column per family, PEFT's row below ours, then the reasons."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from . import catalog
 
 FAMILIES = models.FAMILIES
 UNTRIED = "not tried"
-# Results of one test and family, the worst first: what several tests show together is the worst of them.
+# Results of one test and family, the worst first: several tests together show the worst of their results.
 _ORDER = ("FAILS", "not run", "refused", "yes")
 
 
 def outcome(row: dict) -> tuple[str, str | None]:
-    """What one test showed: a word, and its reason where it has one."""
+    """The result of one test: a word, and its reason if it has one."""
     if row["outcome"] == "passed":
         return ("refused", row["note"]) if row["note"] else ("yes", None)
     if row["outcome"] == "skipped":
@@ -102,15 +102,15 @@ def _section(title: str, capabilities: dict, results: dict, note: Notes) -> str:
 _HEAD = """# What works, with which models
 
 Written by `make support` from a run of the tests on tiny random models: transformers {transformers}, torch {torch},
-PEFT {peft}, Python {python}. Under each line stands what PEFT's prefix tuning does in the same situation, tried in the
-same run.
+PEFT {peft}, Python {python}. The row below each capability shows the behaviour of PEFT's prefix tuning in the same
+situation, from the same run.
 
 | word | meaning |
 | --- | --- |
-| yes | every test of it passed in that run; each compares with recomputation or an oracle, and sees the prefix matter |
-| refused | an error says why, and a test sees that error |
+| yes | every test passed; each compares with recomputation or an oracle and checks that the prefix has an effect |
+| refused | it raises an error with the reason, which a test checks |
 | not run | the test was skipped on that machine, for the reason given |
-| not tried | no test asks this of that family |
+| not tried | no test covers this for that family |
 | FAILS | a test failed |
 | - | it does not apply to the family, for the reason given |
-| right, WRONG, raises | PEFT: as recomputed; another result and no error; an error |"""
+| right, WRONG, raises | PEFT: equal to recomputation; a different result without an error; an error |"""

@@ -1,1 +1,1 @@
-"""Every attention model of the installed transformers as a tiny random model: patched, and held to an oracle."""
+"""Every attention model of the installed transformers as a tiny random model: patched and compared with an oracle."""

@@ -49,7 +49,7 @@ def stage(name: str):
         yield
     except Failed:
         raise
-    except Exception as error:  # whatever fails is the reason in that row
+    except Exception as error:  # any failure is the reason in that row
         lines = str(error).strip().splitlines() or [""]
         kind = "" if isinstance(error, apt_kernels.PatchError) else f"{type(error).__name__}: "
         raise Failed(name, f"{kind}{lines[0][:300]}") from error
@@ -175,10 +175,10 @@ def _compare(plain, patched, given: list[tuple[str, dict]], unpatched: list[Tens
 
 
 def _attention_of(plain, given: list[tuple[str, dict]], unpatched: list[Tensor]) -> tuple[str, ...]:
-    """What may be the oracle: eager attention, or sdpa and eager where those two of a model compute different things.
+    """The oracle's attention: eager, or both sdpa and eager if the two of a model compute different results.
 
-    Some modules that see all are marked as causal: transformers' sdpa function then hides the later part of what
-    eager attention shows. Such a model is right as either.
+    Some bidirectional modules are marked as causal: transformers' sdpa function then hides later keys, eager attention
+    does not. Such a model may equal either.
     """
     eager, _, context = columns.build(plain, {})
     with torch.no_grad(), context():
@@ -193,13 +193,13 @@ def _attention_of(plain, given: list[tuple[str, dict]], unpatched: list[Tensor])
 
 
 def _senses(patched) -> dict[str, int]:
-    """How many prefixes stand in the parts of the model that read, see and hear."""
+    """The number of prefixes in the text, vision and audio parts of the model."""
     sites = apt_kernels.hf.state.state_of(patched).sites
     return {part: sum(KINDS[part](site) for site in sites) for part in ("text", "vision", "audio")}
 
 
 def _unreached_parts(patched, given: list[tuple[str, dict]]) -> list[str]:
-    """The outermost models inside ``patched`` with prefixes of which none served in the forwards ``given``."""
+    """The outermost models inside ``patched`` with prefixes of which none ran in the forwards ``given``."""
     served, handles = set(), []
     for name in apt_kernels.prefixes(patched):
         note = partial(lambda name, *_: served.add(name), name)
@@ -344,7 +344,7 @@ def _decode(model, feed: dict, kind: str) -> tuple[Tensor, Tensor] | str:
 
 
 def _generate(model, feed: dict, error: Exception) -> tuple[Tensor, Tensor] | str:
-    """The same by the model's own way of generating, for models that need more than their cache at each step."""
+    """The same by `generate`, for models that need more than their cache at each step."""
     try:
         given = {name: value for name, value in feed.items() if name in ("input_ids", "attention_mask")}
         options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -1,4 +1,4 @@
-"""What each kind of model is fed."""
+"""The inputs of each kind of model."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def feeds(model, kind: str) -> list[dict]:
 
 
 def _vision_language(model) -> list[dict]:
-    """Text alone where the model takes that, and text with pictures in it where it is known how to say that."""
+    """Text alone if the model accepts it, and text with images if their placeholder tokens are known."""
     found, failure = [], None
     for tries, seed in ((dummy_inputs.candidates(model), 5), (dummy_inputs.multimodal(model), 6)):
         try:
             found.append(_first_that_runs(model, tries, seed))
-        except Exception as error:  # raised below where no other way of feeding it works
+        except Exception as error:  # raised below if no other inputs work
             failure = failure or error
     if not found:
         raise failure
@@ -108,18 +108,18 @@ def _text(model, kind: str, accepted, padded: bool) -> dict:
 
 
 def part(model) -> dict:
-    """What a part of a model is given where it runs by itself."""
+    """The inputs of a part of a model that runs by itself."""
     return _first_that_runs(model, dummy_inputs.candidates(model), 7)
 
 
 def is_text_alone(model, feed: dict) -> bool:
-    """Whether a vision-language model was fed as a language model."""
+    """Whether a vision-language model gets text alone."""
     floating = any(isinstance(value, Tensor) and value.is_floating_point() for value in feed.values())
     return "input_ids" in feed and not floating and not model.config.is_encoder_decoder
 
 
 def _first_that_runs(model, tries, seed: int) -> dict:
-    """Random pixels, sounds and tokens, in the first form that the model takes."""
+    """Random images, audio and tokens, in the first form that the model accepts."""
     generator, failure = torch.Generator().manual_seed(seed), None
     special = _special(model.config)
     for feed in tries:
@@ -128,7 +128,7 @@ def _first_that_runs(model, tries, seed: int) -> dict:
             with torch.no_grad():
                 model(**feed)
             return feed
-        except Exception as error:  # not what this model takes: raised below if nothing is
+        except Exception as error:  # not accepted by this model: raised below if nothing is
             failure = error
     raise failure or ValueError("no inputs are known for this signature")
 
@@ -147,13 +147,13 @@ def _random(name: str, value, generator, special: set[int]):
 
 
 def _special(config) -> set[int]:
-    """Ids of the tokens that stand for pictures and sounds."""
+    """Ids of the placeholder tokens for images and audio."""
     names = [name for what in ("image", "video", "audio") for name in dummy_inputs._names_of_token(what)]
     return {vars(config)[name] for name in names if isinstance(vars(config).get(name), int)}
 
 
 def rows(feed: dict, kind: str):
-    """Which output rows are compared: those of real tokens."""
+    """The output rows to compare: those of real tokens."""
     mask = feed.get("attention_mask")
     return slice(None) if mask is None or kind not in ("causal", "masked") else mask.bool()
 

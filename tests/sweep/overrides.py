@@ -1,4 +1,4 @@
-"""What the shrinking rules cannot know, by model type: fields that depend on one another or that have no default."""
+"""Config fields, by model type, for which the shrinking rules fail: they depend on one another or have no default."""
 
 _DISENTANGLED = {
     "relative_attention": True,
@@ -158,7 +158,7 @@ OVERRIDES |= {
     "wav2vec2-conformer": {"vocab_size": 99},
 }
 
-# Models whose position bias counts from the last key there is.
+# Models whose position bias is relative to the last key.
 FROM_END = {"mpt"}
 
 

@@ -1,4 +1,4 @@
-"""Run architectures side by side, each in a process of its own with a time limit."""
+"""Run architectures in parallel, each in its own process with a time limit."""
 
 from __future__ import annotations
 

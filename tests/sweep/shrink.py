@@ -126,7 +126,7 @@ def _apply(rule, name: str, value: int, default, layers: int):
 
 
 def _layers(default, own: set[str]) -> int:
-    """How many layers it takes to meet every kind of layer, at least two."""
+    """The least number of layers, at least two, that includes every kind of layer."""
     full = vars(default).get("num_hidden_layers", 2)
     kinds = [
         list(v)
@@ -154,7 +154,7 @@ def _spread_token_ids(default, own: set[str], given: dict) -> None:
 
 
 def perturb(model, seed: int = 0) -> None:
-    """Move every parameter away from its start: zero-initialised gates and biases would hide what goes wrong."""
+    """Perturb every parameter: zero-initialised gates and biases would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

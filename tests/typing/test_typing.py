@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mypy")
+pytest.importorskip("mypy", reason="the package mypy is not installed")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = Path(__file__).with_name("examples.py")

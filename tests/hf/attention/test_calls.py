@@ -29,7 +29,7 @@ def tuned(family="llama", **settings):
 
 
 def packed(seed=0):
-    """A row of two documents, told by their positions."""
+    """A row of two documents, separated by their positions."""
     ids = models.inputs("llama", batch=1, length=12, seed=seed)["input_ids"]
     return {"input_ids": ids, "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None], "use_cache": False}
 
@@ -148,7 +148,7 @@ def test_replicas_of_data_parallel(family, off):
         expected = [model(**each).logits for each in given]
         for _ in range(5):
             made = replicas(model, len(given))
-            # In threads of their own, as `parallel_apply` starts them: what held when the forward began holds there.
+            # In new threads, as `parallel_apply` starts them, with the state of the thread that began the forward.
             with ThreadPoolExecutor(len(given)) as pool:
                 found = list(pool.map(lambda pair: pair[0](**pair[1]).logits, zip(made, given)))
             assert all(map(torch.equal, found, expected))
@@ -159,7 +159,7 @@ class Stop(BaseException):
     """Neither an Exception nor one that pytest treats."""
 
 
-# Where a hook of somebody raises: module, and the hook.
+# The user's hook that raises: its module, and its kind.
 POINTS = {
     "before the model": ("", "pre"),
     "before the body": ("model", "pre"),

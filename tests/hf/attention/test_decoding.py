@@ -1,4 +1,4 @@
-"""Every way to decode gives what recomputing each step without a cache gives, token for token."""
+"""Every decoding strategy gives the tokens of recomputing each step without a cache."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def tokens(model, given, **options):
 
 
 def skip_where_unpatched_fails(family, given, **options):
-    """On releases before the one these tests were written for; there a failure of transformers' own is no reason."""
+    """Skip on older releases of transformers if the unpatched model fails, too."""
     if Version(transformers.__version__) >= Version("5.23"):
         return
     plain, why = models.build(family).double(), f"transformers {transformers.__version__}, {family} unpatched: "
     expected = tokens(plain, given, do_sample=False, use_cache=False)
     try:
         found = tokens(plain, given, do_sample=False, **options)
-    except Exception as error:  # whatever it raises without us is the reason
+    except Exception as error:  # any error of the unpatched model is the reason
         pytest.skip(f"{why}{type(error).__name__}: {str(error)[:100]}")
     if not torch.equal(found, expected):
         pytest.skip(f"{why}other tokens than without a cache")
@@ -42,7 +42,7 @@ def skip_where_unpatched_fails(family, given, **options):
 
 @pytest.fixture
 def influence():
-    """Checks that a prefix changed what was decided: the first step's logits differ from the unpatched model's."""
+    """Check that the prefix has an effect: the first step's logits differ from the unpatched model's."""
 
     def check(model, given):
         patched = generate(model, given)[1][0]

@@ -1,4 +1,4 @@
-"""Models that write their attention out: exact in training and decoding, in every setting a user may choose."""
+"""Models with inline attention: exact in training and decoding, with every setting."""
 
 import copy
 
@@ -146,7 +146,7 @@ def test_a_half_precision_base_is_as_exact_as_half_precision_is(name):
         assert prefix.key.dtype == torch.float32
         assert torch.equal(prefix.key, wanted.key.float())
     with torch.no_grad():
-        # What half precision costs the model without a prefix is the yardstick: bfloat16 has 8 bits.
+        # The tolerance is the error of half precision without a prefix: bfloat16 has 8 bits.
         own = (logits(copy.deepcopy(plain).to(torch.bfloat16), ids()).double() - logits(plain, ids())).abs()
         ours = (logits(half, ids()).double() - logits(exact, ids())).abs()
     assert ours.mean() <= 3 * own.mean() + 1e-3

@@ -1,4 +1,4 @@
-"""Packed documents: none sees another; each sees the whole prefix, under its own gate."""
+"""Packed documents: none sees another one; each sees the whole prefix with its own gate."""
 
 import inspect
 
@@ -26,7 +26,7 @@ def gates(family):
 
 
 def collated(family, **options):
-    """What `DataCollatorWithFlattening` makes of documents, and the documents."""
+    """The batch of `DataCollatorWithFlattening` for documents, and the documents."""
     rows = [models.inputs(family, batch=1, length=n, seed=n)["input_ids"] for n in LENGTHS]
     start = {"roberta": 2}.get(family, 0)
     known = inspect.signature(transformers.DataCollatorWithFlattening.__init__).parameters
@@ -49,7 +49,7 @@ def randomised(model):
 
 
 def check(model, given, rows):
-    """Logits and gradients of the packed row are those of its documents alone, and the prefix matters to each."""
+    """Logits and gradients of the packed row equal those of its documents alone; the prefix has an effect on each."""
     trained = [p for p in model.parameters() if p.requires_grad]
     packed = model(**given).logits
     alone = torch.cat([model(input_ids=row, **no_cache(model)).logits for row in rows], dim=1)

@@ -1,4 +1,4 @@
-"""Attention functions that a patch meets: kept in layers without a prefix, replaced by name or refused elsewhere."""
+"""Attention functions from before a patch: kept in layers without a prefix, replaced or refused elsewhere."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Models that see as well as read: a prefix in the text part, in the vision part, or in both."""
+"""Multimodal models: a prefix in the text part, in the vision part, or in both."""
 
 import copy
 

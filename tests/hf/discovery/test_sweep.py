@@ -1,4 +1,4 @@
-"""A fast part of the sweep over every architecture (`make sweep`), and what its table says."""
+"""A fast part of the sweep over every architecture (`make sweep`), and its table."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Training on two processes gives the losses and gradients of one, and saves and loads the same adapter.
 
-What the processes do stands in tests/helpers/processes.py.
+tests/helpers/processes.py has the code of the processes.
 """
 
 import functools
@@ -25,7 +25,7 @@ def few(*families: str) -> tuple[str, ...]:
 
 @functools.cache
 def run(kind: str, families: tuple[str, ...]) -> subprocess.CompletedProcess:
-    """Both processes work through ``families``; the packages are loaded once for all."""
+    """Two processes run all ``families``, so that packages are imported once."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "ACCELERATE_"))}
     paths = os.pathsep.join(filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = {**inherited, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

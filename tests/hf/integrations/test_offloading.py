@@ -52,7 +52,7 @@ def made(family):
 
 
 def stir(model, seed=1):
-    """As if trained: the prefixes and the head."""
+    """Change the prefixes and the head as training would."""
     randomise(model, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""PEFT imported only after the patch, and everything in PEFT that freezes a model."""
+"""PEFT imported after the patch, and the methods of PEFT that freeze a model."""
 
 import subprocess
 import sys

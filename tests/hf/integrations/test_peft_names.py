@@ -1,4 +1,4 @@
-"""PEFT's adapter names carry over to prefixes: what PEFT loads, switches, saves and deletes, the prefix follows."""
+"""Prefixes follow PEFT's adapters by name when PEFT loads, switches, saves and deletes them."""
 
 import json
 

@@ -12,7 +12,7 @@ from helpers.training import head_of, trainer
 
 
 class Rounded(nn.Module):
-    """A stand-in for a quantised linear layer: 8-bit weights in a buffer, one scale a row."""
+    """A minimal quantised linear layer: 8-bit weights in a buffer, one scale per row."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -163,7 +163,7 @@ def test_a_quantised_head_is_refused(bits, tmp_path):
 
 
 def test_a_head_quantised_by_torchao_is_refused():
-    """Its weight calls itself float32 and trainable, and gets no gradient."""
+    """Its weight has the dtype float32 and requires a gradient, but gets none."""
     model = models.build("bert", "AutoModelForSequenceClassification", **BLOCKS["bert"])
     torchao(model)
     implementation, hooks = model.config._attn_implementation, len(model._forward_pre_hooks)

@@ -1,4 +1,4 @@
-"""Loops that people write: reparameterised prefixes, pruning, generation between steps, mixed precision."""
+"""Training loops with reparameterised prefixes, pruning, generation between steps, mixed precision."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_accelerate_goes_on_from_a_saved_state(family, tmp_path):
 
 
 def generate(model, given):
-    """Without a cache where checkpointing is on: transformers drops it there, and unpatched models go wrong with it."""
+    """Generate, without a cache if checkpointing is on: transformers drops the cache then."""
     given = {n: tensor for n, tensor in given.items() if n != "decoder_input_ids"}
     cached = not (model.training and model.is_gradient_checkpointing)
     return model.generate(**given, use_cache=cached, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -126,7 +126,7 @@ def test_generation_between_steps_disturbs_no_training(family, checkpointing):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", models.some(models.FAMILIES))
 def test_a_bfloat16_base_trains_a_float32_prefix(family, autocast):
-    """Against the same weights in float64: no farther off than the specification is in the same precision."""
+    """Compared with the same weights in float64, the error is at most that of the specification in this precision."""
     base, given = models.build(family).bfloat16(), models.inputs(family)
 
     def run(base, **settings):

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels against the specification: the same source, built for the host, every thread running."""
+"""The CUDA C++ kernels against the specification: the same source, built for the host, with every thread."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ import torch
 from hypothesis import given
 
 import apt_kernels
-from apt_kernels import Mask
 from apt_kernels.errors import ImplementationError
 from apt_kernels.impl.cuda import attend, library
 from apt_kernels.impl.cuda.launch import LAUNCHES, Problem
-from apt_kernels.impl.dropout import keep_mask
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.ops import choose
 from helpers import cuda_host
 from helpers.accuracy import check, differentiable
 from helpers.cases import CASES, Case, cases, examples
+from helpers.kernels import (
+    HIDDEN_BY,
+    SEEDS,
+    check_dropout_is_the_shared_stream,
+    check_hidden_tiles_are_not_read,
+    check_query_offset_is_read_by_the_kernel,
+    check_same_bits_twice,
+    check_torch_compile,
+    results,
+)
 
 HALVES = (torch.float16, torch.bfloat16)
 EVERY_KERNEL = {"forward", "delta", "query", "key_value", "prefix"}
@@ -34,7 +42,7 @@ def _host():
 
 
 def hold(x: Inputs, wanted=None) -> None:
-    """Hold the kernels to the error rule; a refusal or a path without every kernel is a failure."""
+    """Check the kernels by the error rule; an error, or a call without one of the kernels, is a failure."""
     assert choose.choose(x, "cuda").strategy == "fused"
     LAUNCHES.clear()
     check(x, "cuda", wanted=wanted, generator=torch.Generator().manual_seed(7))
@@ -45,7 +53,7 @@ def hold(x: Inputs, wanted=None) -> None:
 
 
 def small(name: str) -> Case:
-    """A named case with few heads, for the sake of time; cases about heads keep theirs."""
+    """A named case with few heads, to save time; cases about heads keep theirs."""
     return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
 
 
@@ -76,16 +84,16 @@ def test_head_sizes(head_dim, value_dim, dtype):
 def test_float16_as_on_turing(name, head_dim, value_dim, monkeypatch):
     """Compute capability 7.5 multiplies by eight inner elements, not sixteen: other sums, within the rule."""
     x = replace(small(name), batch=1, dtype=torch.float16, head_dim=head_dim, value_dim=value_dim).inputs()
-    whole = cuda_host.results(x)
+    whole = results("cuda", x)
     monkeypatch.setenv("APT_HALF_STEP", "8")
     hold(x)
-    halves = cuda_host.results(x)
+    halves = results("cuda", x)
     assert any(not torch.equal(whole[result], halves[result]) for result in whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_tiles(dtype):
-    """More than one tile of queries, of keys and of the prefix, for every cut of the kernels."""
+    """More than one tile of queries, of keys and of the prefix, for every tile size of the kernels."""
     case = Case(batch=1, kv_heads=1, group=1, queries=150, keys=160, length=140, causal=True, gate="query", dtype=dtype)
     hold(case.inputs())
 
@@ -109,7 +117,7 @@ def test_windows_that_end_at_the_edge_of_a_tile(window, offset):
     ("batch", "blocks", "parts"), [(1, 512, (1, 1, 6)), (1, 4, (1, 1, 4)), (7, 2, (3, 3, 1))], ids=str
 )
 def test_partial_sums(batch, blocks, parts, monkeypatch):
-    """Few rows are split, in shares that may end early; many share a partial sum, the last chunk with fewer."""
+    """Few rows are split, with a shorter last split; many rows share a partial sum, with a smaller last chunk."""
     monkeypatch.setattr(attend, "_BLOCKS", blocks)
     x = Case(batch=batch, kv_heads=1, group=2, queries=70, keys=3, head_dim=8, value_dim=8).inputs()
     assert attend._parts(Problem(x)) == parts
@@ -124,27 +132,12 @@ def test_any_inputs(case):
 
 @pytest.mark.parametrize("name", ["everything", "gate_indexed_query", "bias_keys_gradient"])
 def test_same_bits_twice(name):
-    x = small(name).inputs()
-    first, second = cuda_host.results(x), cuda_host.results(x)
-    assert set(first) == {"out", "logsumexp", *differentiable(x)}
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    check_same_bits_twice("cuda", small(name).inputs())
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**40) + 12345])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_is_the_shared_stream(seed):
-    """With identity values the output shows which columns were kept, tokens and prefix alike."""
-    batch, heads, queries, keys, length = 2, 2, 17, 16, 16
-    q, k = torch.randn(batch, heads, queries, 16), torch.randn(batch, heads, keys, 16)
-    prefix, eye = torch.randn(heads, length, 16), torch.eye(keys)
-    kept = keep_mask(torch.tensor([seed]), 0.4, batch, heads, 0, queries, 0, length + keys)
-
-    def run(value, prefix_value):
-        return apt_kernels.attention(q, k, value, prefix, prefix_value, dropout_p=0.4, seed=seed, implementation="cuda")
-
-    tokens = run(eye.expand(batch, heads, keys, keys), torch.zeros(heads, length, keys))
-    columns = run(torch.zeros(batch, heads, keys, length), eye.expand(heads, length, length))
-    assert torch.equal(torch.cat([columns, tokens], dim=-1) != 0, kept)
+    check_dropout_is_the_shared_stream("cuda", seed, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -203,51 +196,19 @@ def test_expanded_inputs_and_output_gradient():
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("hidden_by", ["causal", "window", "padding", "segments"])
-def test_closed_tiles_are_not_read(hidden_by):
-    """NaN in tiles of keys that a mask closes reaches nothing; the other half of the keys is seen by all queries."""
-    half = 64  # a multiple of every cut
-    first, keys = hidden_by == "window", torch.arange(2 * half)[None]
-    shown = keys >= half if first else keys < half
-    mask = {
-        "causal": Mask(causal=True, query_offset=half - 1),
-        "window": Mask(window=(half - 1, None), query_offset=2 * half - 1),
-        "padding": Mask(key_padding=shown),
-        "segments": Mask(query_segments=torch.full((1, 1), 7), key_segments=torch.where(shown, 7, 9)),
-    }[hidden_by]
-    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for n in (1, 2 * half, 2 * half))
-    p = torch.randn(1, 3, 16)
-
-    def run(k, v):
-        out = apt_kernels.attention(q, k, v, p, p, mask=mask, implementation="cuda")
-        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
-
-    poisoned = [torch.where(shown[..., None], t, torch.nan).requires_grad_() for t in (k, v)]
-    for clean, found in zip(run(k, v), run(*poisoned)):
-        assert torch.equal(clean, found)
+@pytest.mark.parametrize("hidden_by", HIDDEN_BY)
+def test_hidden_tiles_are_not_read(hidden_by):
+    check_hidden_tiles_are_not_read("cuda", hidden_by, half=64, heads=1, queries=1, device="cpu")
 
 
 def test_query_offset_is_read_by_the_kernel():
     x = small("causal_offset_row").inputs()
-    before = torch.ops.apt_kernels.attention(*x.flat(), "cuda")[0]
-    x.query_offset.add_(7)
-    assert not torch.equal(before, torch.ops.apt_kernels.attention(*x.flat(), "cuda")[0])
+    check_query_offset_is_read_by_the_kernel("cuda", x)
     hold(x)
 
 
 def test_torch_compile():
-    x = small("causal_gate_query").inputs()
-    tensors = [getattr(x, name).detach().requires_grad_() for name in DIFFERENTIABLE[:7]]
-
-    def call(*tensors):
-        return apt_kernels.attention(*tensors, mask=Mask(causal=True), return_logsumexp=True, implementation="cuda")
-
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
-        out, logsumexp = function(*tensors)
-        results.append([out, logsumexp, *torch.autograd.grad(out.square().sum() + logsumexp.sum(), tensors)])
-    for eager, compiled in zip(*results):
-        assert torch.equal(eager, compiled)
+    check_torch_compile("cuda", small("causal_gate_query").inputs())
 
 
 @pytest.mark.parametrize(
@@ -290,7 +251,7 @@ _STABLE_IN_2_11 = {
 
 
 def test_one_binary_for_every_torch_from_2_11():
-    """The library, whose only object that knows torch is the binding, asks torch for nothing but these C functions."""
+    """Only the library's binding uses torch, and only these C functions."""
     found = subprocess.run(["nm", "-D", "--undefined-only", cuda_host.library()], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     undefined = {line.split()[-1].partition("@")[0] for line in found.stdout.splitlines()}

@@ -1,4 +1,4 @@
-"""What builds the CUDA library, what it was built for, and which calls it is then chosen for. Compiles nothing."""
+"""The build of the CUDA library, its architectures, and the calls that it computes. Compiles nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KNOWN = "sm_75\nsm_80\nsm_86\nsm_90\nsm_90a\n"
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """A compiler that says which chips it knows."""
+    """A fake compiler that lists the chips it supports."""
     monkeypatch.setattr(build, "_output", lambda *command: KNOWN)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     return monkeypatch
@@ -86,7 +86,7 @@ def test_which_devices_a_library_runs_on(built, capability, runs, monkeypatch):
 
 @pytest.fixture
 def device(monkeypatch):
-    """A device that says which it is, and a library built for 7.5 and 8.0; no device is touched."""
+    """A fake device with a compute capability, and a library built for 7.5 and 8.0."""
     said = {"capability": (7, 5), "head_dim": 16, "value_dim": 16, "dtype": torch.float16}
     monkeypatch.setattr(library, "host", None)
     monkeypatch.setattr(library, "_load", lambda: (object(), None))

@@ -12,16 +12,26 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
-from apt_kernels import Mask
 from apt_kernels.errors import ImplementationError
-from apt_kernels.impl.dropout import keep_mask
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.ops import choose
-from helpers.accuracy import check, differentiable, evaluate, poisoned_memory
+from helpers import models
+from helpers.accuracy import check, differentiable
 from helpers.cases import CASES, Case, cases, examples
-from helpers.kernels import BACKWARD, DEVICE
+from helpers.kernels import (
+    BACKWARD,
+    DEVICE,
+    HIDDEN_BY,
+    SEEDS,
+    check_dropout_is_the_shared_stream,
+    check_hidden_tiles_are_not_read,
+    check_query_offset_is_read_by_the_kernel,
+    check_same_bits_twice,
+    check_torch_compile,
+)
+from helpers.patched import randomise
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="the package triton is not installed")
 
 FORWARD = {"fused": {"attention_forward"}, "split": {"split_attention", "merge_shares"}}
 
@@ -36,7 +46,7 @@ def launches():
 
 
 def hold(x: Inputs, wanted=None) -> None:
-    """Hold the kernels to the error rule; a refusal, or more or fewer launches than promised, is a failure."""
+    """Check the kernels by the error rule; an error, or more or fewer launches than expected, is a failure."""
     from apt_kernels.impl.triton.arguments import LAUNCHES
 
     strategy = choose.choose(x, "triton").strategy
@@ -49,7 +59,7 @@ def hold(x: Inputs, wanted=None) -> None:
 
 
 def small(name: str) -> Case:
-    """A named case with few heads, for the interpreter's sake; cases about heads keep theirs."""
+    """A named case with few heads, since the interpreter is slow; cases about heads keep theirs."""
     return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
 
 
@@ -72,7 +82,7 @@ def test_head_sizes(head_dim, value_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_heads_with_a_gate_for_each_query(dtype):
-    """Here similarities are summed over parts of a head."""
+    """The products of wide heads are summed over parts of a head."""
     sizes = {"batch": 1, "kv_heads": 1, "group": 2, "queries": 5, "keys": 5, "length": 3}
     hold(Case(**sizes, head_dim=160, value_dim=256, gate="query", causal=True, dtype=dtype).inputs(DEVICE))
 
@@ -83,7 +93,7 @@ def test_prefix_of_many_tiles():
 
 @pytest.mark.parametrize("mask", [{"causal": True}, {"window": (70, None)}, {"padding": "left"}], ids=str)
 def test_decoding_over_many_tiles(mask):
-    """Every share of the keys, and of the prefix, is several tiles: what is summed is rescaled on the way."""
+    """Every share of the keys and of the prefix has several tiles, so that earlier sums are rescaled."""
     case = Case(batch=4, kv_heads=2, group=1, queries=1, keys=100, length=100, spread=2.0, **mask)
     assert choose.choose(case.inputs(DEVICE), "triton").strategy == "split"
     hold(case.inputs(DEVICE))
@@ -109,22 +119,8 @@ def test_any_inputs(case):
 
 @pytest.mark.parametrize("name", ["everything", "gate_indexed_query", "bias_keys_gradient"])
 def test_same_bits_twice(name, launches):
-    x = small(name).inputs(DEVICE)
-    grad_out = torch.randn(x.query.shape[:3] + x.value.shape[3:]).to(x.query)
-    grad_logsumexp = torch.randn(x.query.shape[:3]).to(x.query)
-
-    def run():
-        def op(x):
-            return torch.ops.apt_kernels.attention(*x.flat(), "triton")[:2]
-
-        with poisoned_memory():
-            return evaluate(op, x, differentiable(x), grad_out, grad_logsumexp)
-
-    first, second = run(), run()
+    check_same_bits_twice("triton", small(name).inputs(DEVICE))
     assert set(launches.values()) == {2}
-    assert set(first) == {"out", "logsumexp", *differentiable(x)}
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 _TINY = Case(batch=1, kv_heads=1, group=2, queries=2, keys=3, length=2, head_dim=2, value_dim=3, dtype=torch.float64)
@@ -154,22 +150,9 @@ def test_gradcheck(case, launches):
     assert launches["column_gradients"]
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**40) + 12345])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_dropout_is_the_shared_stream(seed, launches):
-    """With identity values the output shows which columns were kept, tokens and prefix alike."""
-    batch, heads, queries, keys, length = 2, 2, 17, 16, 16
-    q, k = torch.randn(batch, heads, queries, 16, device=DEVICE), torch.randn(batch, heads, keys, 16, device=DEVICE)
-    prefix, eye = torch.randn(heads, length, 16, device=DEVICE), torch.eye(keys, device=DEVICE)
-    kept = keep_mask(torch.tensor([seed]), 0.4, batch, heads, 0, queries, 0, length + keys)
-
-    def run(value, prefix_value):
-        return apt_kernels.attention(
-            q, k, value, prefix, prefix_value, dropout_p=0.4, seed=seed, implementation="triton"
-        ).cpu()
-
-    tokens = run(eye.expand(batch, heads, keys, keys), torch.zeros(heads, length, keys, device=DEVICE))
-    columns = run(torch.zeros(batch, heads, keys, length, device=DEVICE), eye.expand(heads, length, length))
-    assert torch.equal(torch.cat([columns, tokens], dim=-1) != 0, kept)
+    check_dropout_is_the_shared_stream("triton", seed, DEVICE)
     assert launches["attention_forward"] == 2
 
 
@@ -200,7 +183,7 @@ def test_only_a_gate_by_query(launches):
 
 
 class _Computed(TorchDispatchMode):
-    """The ATen operators that were called, but for those that only allocate or view: on a device, each is a launch."""
+    """The ATen operators that were called, except those that only allocate or view: each is a launch on a device."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +191,7 @@ class _Computed(TorchDispatchMode):
 
     @contextlib.contextmanager
     def without_launches(self, monkeypatch):
-        """Record, but for what happens inside a launch (the interpreter copies tensors there)."""
+        """Record, except inside a launch, where the interpreter copies tensors."""
         from apt_kernels.impl.triton import arguments
 
         def execute(*args, **named):
@@ -232,7 +215,7 @@ class _Computed(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["causal_gate_query", "everything", "gate_indexed", "causal_decode", "segments"])
 def test_nothing_else_is_launched(name, launches, monkeypatch):
-    """One launch forward (two where keys are dealt out), three backward, and no operator of PyTorch's beside them."""
+    """One launch forward (two with "split"), three backward, and no other operator of PyTorch."""
     from apt_kernels.impl.triton import BACKEND
 
     x = replace(small(name), dtype=torch.bfloat16, prefix_dtype=torch.float32, bias="").inputs(DEVICE)
@@ -282,7 +265,7 @@ def test_expanded_inputs_and_output_gradient(launches):
 
 @pytest.mark.parametrize(("keys", "stride"), [(17, 2**27), (9, 2**28)], ids=["between_tiles", "within_a_tile"])
 def test_rows_beyond_32_bit_offsets(keys, stride, launches):
-    """The last keys stand 2^31 elements into their storage; memory between the rows is never touched."""
+    """The last keys are 2^31 elements into their storage; memory between the rows is never accessed."""
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of GPU memory")
     case = replace(CASES["plain"], batch=1, kv_heads=1, group=1, keys=keys, dtype=torch.bfloat16)
@@ -299,37 +282,14 @@ def test_rows_beyond_32_bit_offsets(keys, stride, launches):
 
 
 @pytest.mark.parametrize("queries", [1, 2], ids=["split", "fused"])
-@pytest.mark.parametrize("hidden_by", ["causal", "window", "padding", "segments"])
-def test_closed_tiles_are_not_read(hidden_by, queries, launches):
-    """NaN in tiles of keys that a mask closes reaches nothing; the other half of the keys is seen by all queries."""
+@pytest.mark.parametrize("hidden_by", HIDDEN_BY)
+def test_hidden_tiles_are_not_read(hidden_by, queries, launches):
     from apt_kernels.impl.triton import tiles
 
     architecture = tiles.architecture(torch.device(DEVICE))
     half = max(tiles.tile(kernel, architecture, 4, 16).columns for kernel in ("forward", "query", "key_value"))
-    first, keys = hidden_by == "window", torch.arange(2 * half, device=DEVICE)[None]
-    shown = keys >= half if first else keys < half
-    mask = {
-        "causal": Mask(causal=True, query_offset=half - queries),
-        "window": Mask(window=(half - 1, None), query_offset=2 * half - 1),
-        "padding": Mask(key_padding=shown),
-        "segments": Mask(
-            query_segments=torch.full((1, queries), 7, device=DEVICE), key_segments=torch.where(shown, 7, 9)
-        ),
-    }[hidden_by]
-    heads = 1 if queries == 1 else 32  # too many rows for keys to be dealt out
-    q, k, v = (
-        torch.randn(1, h, n, 16, device=DEVICE, requires_grad=True)
-        for h, n in ((heads, queries), (1, 2 * half), (1, 2 * half))
-    )
-    p = torch.randn(1, 3, 16, device=DEVICE)
-
-    def run(k, v):
-        out = apt_kernels.attention(q, k, v, p, p, mask=mask, implementation="triton")
-        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]
-
-    poisoned = [torch.where(shown[..., None], t, torch.nan).requires_grad_() for t in (k, v)]
-    for clean, found in zip(run(k, v), run(*poisoned)):
-        assert torch.equal(clean, found)
+    heads = 1 if queries == 1 else 32  # too many rows for the strategy "split"
+    check_hidden_tiles_are_not_read("triton", hidden_by, half, heads, queries, DEVICE)
     assert launches["split_attention" if queries == 1 else "attention_forward"] == 2
 
 
@@ -356,34 +316,19 @@ def test_first_choice_on_cuda():
 
 
 def test_query_offset_needs_no_host_sync(launches):
-    """The offset's value is read by the kernel: the same inputs with another value in the same tensor differ."""
     x = small("causal_offset_row").inputs(DEVICE)
-    before = torch.ops.apt_kernels.attention(*x.flat(), "triton")[0]
-    x.query_offset.add_(7)
-    assert not torch.equal(before, torch.ops.apt_kernels.attention(*x.flat(), "triton")[0])
+    check_query_offset_is_read_by_the_kernel("triton", x)
     hold(x)
 
 
 def test_torch_compile(launches):
-    x = small("causal_gate_query").inputs(DEVICE)
-    tensors = [getattr(x, name).detach().requires_grad_() for name in DIFFERENTIABLE[:7]]
-
-    def call(*tensors):
-        return apt_kernels.attention(*tensors, mask=Mask(causal=True), return_logsumexp=True, implementation="triton")
-
-    results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
-        out, logsumexp = function(*tensors)
-        results.append([out, logsumexp, *torch.autograd.grad(out.square().sum() + logsumexp.sum(), tensors)])
-    for eager, compiled in zip(*results):
-        assert torch.equal(eager, compiled)
+    check_torch_compile("triton", small("causal_gate_query").inputs(DEVICE))
     assert launches["attention_forward"] == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_torch_compile_of_models(family, launches, monkeypatch):
     """One graph through a patched model, forward and backward, with the kernels in it."""
-    models, randomise = pytest.importorskip("models"), pytest.importorskip("test_models").randomise
     monkeypatch.setenv(choose.VARIABLE, "triton")
     model = apt_kernels.patch(models.build(family), prefix_length=4).to(DEVICE)
     randomise(model)

@@ -1,4 +1,4 @@
-"""How the Triton backward is cut: roles in launches of their own, partial sums, descriptors, the order of programs."""
+"""The structure of the Triton backward: separate launches, partial sums, descriptors, the order of programs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from helpers.accuracy import check, differentiable
 from helpers.cases import CASES, Case
 from helpers.kernels import BACKWARD, DEVICE
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton", reason="the package triton is not installed")
 
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from apt_kernels.impl.triton.primitives import longest_first  # noqa: E402
+from apt_kernels.impl.triton.primitives import longest_first
 
 _SMALL = Case(batch=2, kv_heads=1, group=2, queries=20, keys=33, length=18, causal=True)
 
@@ -76,7 +77,7 @@ def test_a_gate_by_column_multiplies_sums_not_tiles(softcap, dropout, gate_rows)
 
 @pytest.fixture
 def apart(monkeypatch):
-    """The prefix's gradient in a launch of its own."""
+    """The prefix's gradient in a separate launch."""
     from apt_kernels.impl.triton import tiles
 
     monkeypatch.setitem(tiles._INTERPRETER, "prefix", tiles.Tile(16, 16, 4, 1, 0))
@@ -105,7 +106,7 @@ def test_a_window_without_a_right_bound(name):
 
 @pytest.mark.parametrize("gate", ["row", "static", "indexed", "none"])
 def test_batch_rows_that_share_a_partial_sum(gate, monkeypatch):
-    """Rows with gates of their own are summed one after another by the program that owns the sum."""
+    """Rows with different gates are summed in order by the program that owns the sum."""
     from apt_kernels.impl.triton import columns
 
     made = []
@@ -124,7 +125,7 @@ def test_batch_rows_that_share_a_partial_sum(gate, monkeypatch):
 @pytest.mark.parametrize("wanted", [None, ["key"], ["value", "sinks"]], ids=str)
 @pytest.mark.parametrize("shares", [2, 4])
 def test_shares_of_a_group(shares, wanted, monkeypatch, launches):
-    """dk and dv from several programs, each with some of a group's heads: their partial sums are summed at the end."""
+    """dk and dv from several programs, each with some of a group's heads, whose partial sums are then added."""
     from apt_kernels.impl.triton import tiles
 
     monkeypatch.setattr(tiles, "shares", lambda *given: shares)
@@ -154,7 +155,7 @@ def test_every_program_has_its_tile_and_longest_come_first(tiles, heads, band):
 
 
 def test_memory_for_descriptors_is_given_to_one_launch_alone():
-    """Triton asks a context variable for it: what its user has set there stays."""
+    """Triton reads the allocator from a context variable: the user's value is kept."""
     from triton import set_allocator
     from triton.runtime import _allocation
 

@@ -6,17 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-pytest.importorskip("tqdm")
+pytest.importorskip("triton", reason="the package triton is not installed")
+pytest.importorskip("tqdm", reason="the package tqdm is not installed")
 
 _ROOT = Path(__file__).parents[3]
 FORWARD_AND_BACKWARD = {
@@ -49,7 +47,7 @@ def test_representative_entries_compile_within_limits():
 
 @pytest.mark.slow
 def test_dense_masks_compile_for_amd():
-    """Its compiler cannot bring tiles of bits into shared memory, as it does in two stages."""
+    """AMD's compiler cannot stage tiles of a mask in shared memory, as it does in two stages."""
     report = _report("--architecture", "gfx90a", "--width", "2", "--head", "64", "--variant", "dense")
     assert report.returncode == 0, report.stdout + report.stderr
 
@@ -111,7 +109,7 @@ def _shifted(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _launch_twice(variant: str) -> tuple[list, list, int]:
-    """What the driver is handed by the first and by the second call, and how often Triton was asked in the second.
+    """The driver's arguments in the first and in the second call, and the number of Triton's own lookups in the second.
     Runs without the interpreter; nothing is launched."""
     import triton
 
@@ -144,7 +142,7 @@ def _form(given) -> object:
 
 
 def _faults_of_wide_tiles() -> dict[str, tuple[str, ...]]:
-    """What the report says of tiles too wide for the registers and a chip of 4 KiB. Runs without the interpreter."""
+    """The report on tiles too wide for the registers and on a chip with 4 KiB. Runs without the interpreter."""
     from apt_kernels.impl.triton import tiles
     from bench.compiled import aot_compile
     from bench.compiled.report import results_of
@@ -155,15 +153,6 @@ def _faults_of_wide_tiles() -> dict[str, tuple[str, ...]]:
     results = [result for unit in found for result in results_of(unit, aot_compile.compile_unit(unit))]
     assert {result.chip.target for result in results} == {86, 89}
     return {result.unit.kernel: result.faults for result in results}
-
-
-@pytest.fixture
-def compiling(monkeypatch):
-    """Runs a function of this module in a process without the interpreter."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.syspath_prepend(_ROOT)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @pytest.mark.slow
@@ -309,7 +298,7 @@ def test_table_says_what_was_not_compiled():
 
 
 def test_variants_share_their_code(compiling):
-    """Sinks are no part of the keys' gradients: the report compiles those once."""
+    """The keys' gradients do not depend on sinks: the report compiles them once."""
     kernels = compiling(_kernels_of, ["causal", "sinks"])
     assert kernels.count("column_gradients") == kernels.count("query_gradient") == 1
     assert kernels.count("attention_forward") == 2

@@ -1,4 +1,4 @@
-"""The tokens by a stock kernel, the prefix folded in by ours: interpreted without a CUDA device, compiled with one."""
+"""The strategy "merge": the tokens by a library's kernel. Interpreted without a CUDA device, compiled with one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from helpers.accuracy import check, differentiable, poisoned_memory
 from helpers.cases import Case, cases, examples
 from helpers.kernels import BACKWARD, DEVICE
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="the package triton is not installed")
 
-# What cuDNN takes; where kernels are interpreted, torch's own kernel for the CPU takes the tokens.
+# The dtype for cuDNN; where kernels are interpreted, torch's own kernel for the CPU computes the tokens.
 DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float32, torch.bfloat16)
 PLAIN = Case(batch=2, kv_heads=1, group=2, dtype=DTYPES[0], prefix_dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def merged(monkeypatch):
-    """Every head size goes to the stock kernel, from one token on, as where that was measured to be faster."""
+    """Use "merge" for every head size, from one token on."""
     from apt_kernels.impl.triton import tiles
 
     architecture = tiles.architecture(torch.device(DEVICE))
@@ -34,7 +34,7 @@ def merged(monkeypatch):
 
 
 def hold(x, fused_backward: bool = False, wanted=None) -> None:
-    """Hold it to the error rule; the stock kernel takes the tokens of the forward, and those of the backward unless
+    """Check it by the error rule; the stock kernel computes the tokens in the forward, and in the backward unless
     ``fused_backward``."""
     from apt_kernels.impl.triton import stock
     from apt_kernels.impl.triton.arguments import LAUNCHES
@@ -81,7 +81,7 @@ def test_shapes(change):
 
 
 def test_strides_and_an_expanded_output_gradient():
-    """Rows that are not contiguous, and what ``out.sum().backward()`` hands over, give what dense ones give."""
+    """Rows that are not contiguous, and the expanded gradient of ``out.sum()``, give the results of contiguous ones."""
     x = replace(PLAIN, causal=True).inputs(DEVICE)
     strided = {name: getattr(x, name).mT.contiguous().mT for name in ("query", "key", "value")}
     results = []
@@ -124,7 +124,7 @@ def test_any_inputs(case):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_gradient_of_the_logsumexp_is_left_to_our_own_backward(causal):
-    """It takes the merged output as it takes its own."""
+    """The fused backward uses the merged output like its own."""
     hold(replace(PLAIN, gate="query", causal=causal).inputs(DEVICE), fused_backward=True)
 
 
@@ -132,7 +132,7 @@ def test_a_gradient_of_the_logsumexp_is_left_to_our_own_backward(causal):
     "wanted", [("prefix_key", "prefix_value"), ("gate",), ("query",), ("key", "layer_scale")], ids="-".join
 )
 def test_only_what_is_needed(wanted):
-    """The first layer of a frozen model asks for no gradient of query, key and value: no stock backward there."""
+    """The first layer of a frozen model needs no gradient of query, key and value: no stock backward runs."""
     from apt_kernels.impl.triton.arguments import LAUNCHES
 
     x = replace(PLAIN, causal=True).inputs(DEVICE)
@@ -259,7 +259,7 @@ def test_cudnn_is_not_asked_for_deterministic_gradients(monkeypatch):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_cudnn_is_called_as_torch_declares_it(causal):
-    """No device: the operators' own shape functions take the call, and what they return is what the kernels expect."""
+    """Without a device: the results of the operators' shape functions have the layout that the kernels expect."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from apt_kernels.impl.triton import stock
@@ -277,7 +277,7 @@ def test_cudnn_is_called_as_torch_declares_it(causal):
 
 
 def test_nothing_is_merged_before_it_was_measured(monkeypatch):
-    """The table names a source for each of its entries; without one, none."""
+    """The table has no entry without a source."""
     from apt_kernels.impl.triton import tiles
 
     monkeypatch.undo()
