@@ -114,8 +114,8 @@ def open_rows(x, i_b, i_h, limit, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl
     p, s_t = head(x, i_b, i_h, ALIGNED)
     d = p
     if DESCRIPTORS:
-        # The stride of a single row is passed as zero, which a descriptor does not accept.
-        d = tl.make_tensor_descriptor(p, [limit, D], [tl.maximum(s_t, 16), 1], [ROWS, WIDTH])
+        # A descriptor does not accept a stride of zero, which a single row has; all others are 8 or more.
+        d = tl.make_tensor_descriptor(p, [limit, D], [tl.maximum(s_t, 8), 1], [ROWS, WIDTH])
     return d, p, s_t, limit
 
 
@@ -137,7 +137,7 @@ def open_heads(x, i_b, i_h, heads, limit, D: tl.constexpr, ROWS: tl.constexpr, W
     d = p
     if DESCRIPTORS:
         d = tl.make_tensor_descriptor(
-            p, [heads, limit, D], [tl.maximum(s_h, 16), tl.maximum(s_t, 16), 1], [1, ROWS, WIDTH]
+            p, [heads, limit, D], [tl.maximum(s_h, 8), tl.maximum(s_t, 8), 1], [1, ROWS, WIDTH]
         )
     return d, p, s_t, limit, s_h
 

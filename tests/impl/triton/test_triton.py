@@ -75,7 +75,7 @@ def test_dtype(name, dtype):
     hold(replace(small(name), dtype=dtype, prefix_dtype=prefix_dtype).inputs(DEVICE))
 
 
-@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (1, 3), (80, 128), (96, 32), (256, 256)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(16, 16), (1, 3), (80, 128), (96, 32), (256, 256), (8, 8)])
 def test_head_sizes(head_dim, value_dim):
     hold(Case(batch=1, kv_heads=1, group=1, head_dim=head_dim, value_dim=value_dim, causal=True).inputs(DEVICE))
 
