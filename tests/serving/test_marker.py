@@ -52,7 +52,7 @@ def case(gate, length, dtype=torch.float32, layer_scale=True, size=1.0):
 def served(states, tensors, gate, scale):
     query, key, value, hidden = states
     prefix = ServedPrefix(gate, tensors, slice(0, KEY_HEADS), scale)
-    own, logsumexp = prefix(query, hidden)
+    own, logsumexp = prefix(query, prefix.logits(hidden))
     block = marker.block(BLOCK, KEY_HEADS, HEAD_DIM, SIZE, key)
     out = kernel(
         marker.pad_query(query, logsumexp, scale, SIZE),
@@ -131,11 +131,10 @@ def test_no_query_sees_the_rest_of_the_markers_block(monkeypatch):
 
 def test_each_process_has_its_own_heads():
     (query, _, _, hidden), tensors = case("token", 6)
-    whole = ServedPrefix("token", tensors, slice(0, KEY_HEADS), 0.2)(query, hidden)
-    half = HEADS // KEY_HEADS
+    whole = ServedPrefix("token", tensors, slice(0, KEY_HEADS), 0.2)
+    expected, group = whole(query, whole.logits(hidden)), HEADS // KEY_HEADS
     for head in range(KEY_HEADS):
-        part = ServedPrefix("token", tensors, slice(head, head + 1), 0.2)(
-            query[:, head * half : (head + 1) * half], hidden
-        )
-        for ours, theirs in zip(part, whole):
-            torch.testing.assert_close(ours, theirs[:, head * half : (head + 1) * half])
+        mine = slice(head * group, (head + 1) * group)
+        part = ServedPrefix("token", tensors, slice(head, head + 1), 0.2)
+        for ours, theirs in zip(part(query[:, mine], part.logits(hidden)), expected):
+            torch.testing.assert_close(ours, theirs[:, mine])

@@ -1,72 +1,13 @@
 """`make test-vllm`: adapters in vLLM give the tokens and log-probabilities of transformers with apt_kernels."""
 
-import contextlib
-import gc
-
 import pytest
-import torch
 
+from apt_kernels import AdapterError, ConfigError
 from helpers import served
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm runs this in an environment with it")
 
-NEW = 8
-# One key/value block is 32 tokens on the CPU: below, at and above its bounds.
-LENGTHS = (1, 7, 33, 64, 90, 5)
-# vLLM without an adapter differs from transformers by 2e-5 on these models; the prefix adds sums of its own.
-TOLERANCE = 2e-4
-
-
-@contextlib.contextmanager
-def engine(model, adapter, **options):
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    given = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 256,
-        "max_num_seqs": 8,
-        "num_gpu_blocks_override": 96,
-        "block_size": 32,
-        "skip_tokenizer_init": True,
-        "seed": 0,
-    }
-    if adapter is not None:
-        given |= {"load_format": "apt_kernels", "model_loader_extra_config": {"adapter": str(adapter)}}
-    llm = LLM(model=str(model), **{**given, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def generate(llm, prompts, prompt_logprobs=None, new=NEW):
-    from vllm import SamplingParams
-
-    settings = SamplingParams(
-        temperature=0,
-        max_tokens=new,
-        ignore_eos=True,
-        logprobs=3,
-        prompt_logprobs=prompt_logprobs,
-        detokenize=False,
-    )
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
-
-
-def assert_same(outputs, answers, tolerance=TOLERANCE):
-    """The same tokens, and the same log-probability for every token that vLLM reports one of."""
-    assert [list(out.outputs[0].token_ids) for out in outputs] == [answer.tokens for answer in answers]
-    for out, answer in zip(outputs, answers):
-        rows = [*zip(out.outputs[0].logprobs, answer.steps), *zip((out.prompt_logprobs or [])[1:], answer.prompt)]
-        assert len(rows) >= len(answer.tokens)
-        for reported, expected in rows:
-            ours = torch.tensor([entry.logprob for entry in reported.values()])
-            torch.testing.assert_close(ours, expected[list(reported)], rtol=0, atol=tolerance)
+from helpers.vllm_engine import LENGTHS, NEW, answers_of, assert_same, check, engine, generate
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +15,90 @@ def llama(tmp_path_factory):
     return served.base("llama", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("gate", ["none", "static", "token"])
+@pytest.fixture(scope="module", params=["token", "first"])
+def adapted(llama, tmp_path_factory, request):
+    """An adapter with a gate for each token, or for each request; the second layer has another prefix length."""
+    return served.adapter(llama, tmp_path_factory.mktemp("adapter"), prefix_length=(10, 37), gate=request.param)
+
+
+@pytest.mark.parametrize("gate", ["none", "static", "token", "first"])
 def test_every_gate_as_transformers(llama, gate, tmp_path):
-    prompts = served.prompts(LENGTHS)
-    adapter = served.adapter(llama, tmp_path, prefix_length=10, gate=gate)
-    answers, bare = (served.answers(llama, each, prompts, NEW) for each in (adapter, None))
-    assert [one.tokens for one in answers] != [one.tokens for one in bare], "the adapter has no influence"
-    with engine(llama, adapter) as llm:
+    check(llama, served.adapter(llama, tmp_path, prefix_length=10, gate=gate))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "phi3", "gpt2", "opt"])
+def test_families(family, tmp_path):
+    """vLLM's own classes, with rotary and learned positions, normed keys, fused and separate projections."""
+    model = served.base(family, tmp_path / "base")
+    check(model, served.adapter(model, tmp_path / "adapter", prefix_length=12, gate="token"))
+
+
+def test_layers_without_a_prefix(llama, tmp_path):
+    check(llama, served.adapter(llama, tmp_path, prefix_length=(0, 9), gate="token"))
+
+
+def test_compiled(llama, adapted, monkeypatch, tmp_path):
+    """torch.compile traces the prefix with the model."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    check(llama, adapted, enforce_eager=False)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_chunked_prompts_and_cached_prefixes(llama, adapted, caching):
+    prompts = served.prompts((3, 20, 40), shared=70)
+    answers = answers_of(llama, adapted, prompts)
+    options = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "enable_prefix_caching": caching}
+    with engine(llama, adapted, **options) as llm:
         assert_same(generate(llm, prompts, prompt_logprobs=2), answers)
+        # One after the other, and again all at once: the second time their first blocks are in the cache.
+        for prompt, answer in zip(prompts, answers.each):
+            (out,) = generate(llm, [prompt])
+            assert_same([out], served.Answers([answer], answers.allowed))
+            assert (out.num_cached_tokens >= 64) is caching
+        assert_same(generate(llm, prompts), answers)
+
+
+def test_preempted_requests(llama, adapted, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, plain = [], Scheduler._preempt_request
+    monkeypatch.setattr(
+        Scheduler, "_preempt_request", lambda *args, **kwargs: (preempted.append(1), plain(*args, **kwargs))[1]
+    )
+    prompts = served.prompts((60, 62, 61, 63, 60, 59))
+    answers = answers_of(llama, adapted, prompts, 40)
+    with engine(llama, adapted, num_gpu_blocks_override=16) as llm:
+        assert_same(generate(llm, prompts, new=40), answers)
+    assert preempted
+
+
+def test_another_base_is_refused(adapted, tmp_path):
+    model = served.base("llama", tmp_path, num_hidden_layers=3)
+    with pytest.raises(AdapterError, match=r"num_hidden_layers 2; this one has 3"), engine(model, adapted):
+        pass
+
+
+def test_a_window_is_refused(tmp_path):
+    model = served.base("mistral", tmp_path / "base", sliding_window=32)
+    adapter = served.adapter(model, tmp_path / "adapter", prefix_length=4)
+    with pytest.raises(ConfigError, match="sliding window"), engine(model, adapter):
+        pass
+
+
+def test_without_an_adapter_the_load_format_is_refused(llama):
+    with pytest.raises(ConfigError, match="adapter"), engine(llama, None, load_format="apt_kernels"):
+        pass
+
+
+def test_other_load_formats_are_as_they_were(llama):
+    """With the plugin installed, and an engine that has no adapter."""
+    prompts = served.prompts(LENGTHS)
+    with engine(llama, None) as llm:
+        assert_same(generate(llm, prompts, prompt_logprobs=2), served.answers(llama, None, prompts, NEW))
+
+
+def test_smollm2(tmp_path):
+    """A real decoder: 30 layers, 9 query and 3 key heads of 64."""
+    model = served.smollm2(tmp_path / "base")
+    adapter = served.adapter(model, tmp_path / "adapter", prefix_length=45, gate="token")
+    check(model, adapter, served.prompts((1, 7, 33, 90), vocabulary=49000))

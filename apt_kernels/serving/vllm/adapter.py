@@ -17,8 +17,8 @@ from ...hf import base_record, hub
 from ...hf.adapter_file import CONFIG, WEIGHTS, open_adapter
 from ...prefix import gates
 
-# What the marker serves: gates that need nothing of a request's other tokens.
-GATES = ("token", "static", "none")
+# Not "mean": it needs tokens that a causal model has not seen.
+GATES = ("first", "token", "static", "none")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
 
-from . import marker
+from . import first_gate, marker
 from .prefix import ServedPrefix
 
 _NULL_BLOCK = 0
@@ -26,6 +26,7 @@ def add_prefix(layer: Attention, prefix: ServedPrefix, size: int) -> None:
     """Give ``layer`` a prefix; it then asks for a key/value cache of the head size ``size``."""
     layer.apt = prefix
     layer.apt_head_dim, layer.apt_hidden_states = layer.head_size, None
+    layer.apt_first = first_gate.Memory()
     layer.head_size = layer.head_size_v = size
     layer.attn_backend = _marked_backend(layer.attn_backend)
     kind = _marked_impl(layer.impl.__class__)
@@ -60,7 +61,10 @@ class _Prefixed(_Base):
         hidden, self.apt_hidden_states = self.apt_hidden_states, None
         query = query.view(-1, self.num_heads, self.apt_head_dim)
         key, value = (part.view(-1, self.num_kv_heads, self.apt_head_dim) for part in (key, value))
-        prefix_out, logsumexp = self.apt(query, hidden)
+        logits = self.apt.logits(hidden)
+        if logits is not None and self.apt.entry.kept_in_cache:
+            logits = torch.ops.apt_kernels_vllm.first_gate(logits, self.layer_name)
+        prefix_out, logsumexp = self.apt(query, logits)
         out = super().forward(
             marker.pad_query(query, logsumexp, self.apt.scale, self.head_size).flatten(1),
             marker.pad_zeros(key, self.head_size).flatten(1),

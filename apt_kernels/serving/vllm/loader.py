@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ...errors import ConfigError
 from . import adapter as adapters
-from . import refusals
+from . import first_gate, refusals
 from .attach import attach
 
 LOAD_FORMAT = "apt_kernels"
@@ -67,6 +67,13 @@ class PrefixModelLoader(BaseModelLoader):
         adapter = adapters.read(self._source, model_config.hf_config)
         model = self._base.load_model(vllm_config, model_config, prefix)
         attach(model, adapter)
+        _split_at(vllm_config.compilation_config, first_gate.OPERATOR)
         # vLLM's compiled graphs are cached by the settings: those of one adapter do not fit another.
         vllm_config.additional_config = {**vllm_config.additional_config, LOAD_FORMAT: adapter.digest}
         return model
+
+
+def _split_at(config, operator: str) -> None:
+    """Leave an operator out of captured CUDA graphs, as vLLM does its attention: it reads the step's metadata."""
+    if config.splitting_ops and operator not in config.splitting_ops:
+        config.splitting_ops = [*config.splitting_ops, operator]

@@ -16,7 +16,7 @@ class ServedPrefix(nn.Module):
     Its tensors are buffers: vLLM looks in checkpoints for the values of every parameter. They are float32.
 
     Args:
-        gate: the gate's name: ``"none"``, ``"static"`` or ``"token"``.
+        gate: the gate's name: ``"none"``, ``"static"``, ``"token"`` or ``"first"``.
         tensors: the adapter's tensors of the layer by field: ``key [Hkv, M, D]``, ``value``, and where they apply
             ``gate_weight [M, d]``, ``gate_logits [M]`` and ``layer_scale [1]``.
         heads: the slice of ``Hkv`` that this process has.
@@ -41,26 +41,29 @@ class ServedPrefix(nn.Module):
         for name, tensor in {"key": key, "value": value, "weights": weights, "gate_weight": weight}.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def forward(self, query: Tensor, hidden_states: Tensor | None) -> tuple[Tensor, Tensor]:
+    def logits(self, hidden_states: Tensor | None) -> Tensor | None:
+        """The gate's logits ``[N, M]``, float32, of hidden states ``[N, d]``; None where it reads none."""
+        if hidden_states is None or self.gate_weight is None:
+            return None
+        # The operands in the model's dtype, the sum in float32, as where the adapter was trained.
+        return hidden_states.float() @ self.gate_weight.to(hidden_states.dtype).float().T
+
+    def forward(self, query: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         """Attention over the prefix.
 
         Args:
             query: ``[N, Hq, D]``, positions (rotary embedding) applied.
-            hidden_states: ``[N, d]``, the input of the attention module; only a gate ``"token"`` reads it.
+            logits: ``[N, M]``, what `logits` returns, of the token that each query's gate is of.
 
         Returns:
             The output ``[N, Hq, D]`` and the log-sum-exp of the logits ``[N, Hq]``, float32.
         """
-        weights = self.weights.expand(1, -1)
-        if hidden_states is not None and self.gate_weight is not None:
-            # The operands in the model's dtype, the sum in float32, as where the adapter was trained.
-            product = hidden_states.float() @ self.gate_weight.to(hidden_states.dtype).float().T
-            weights = weights * torch.sigmoid(product)
-        weights = weights[:, None, None]
+        weights = self.weights if logits is None else self.weights * torch.sigmoid(logits)
+        weights = weights.view(-1, 1, 1, self.key.shape[1])
         tokens, heads, head_dim = query.shape
         rows = query.float().view(tokens, self.key.shape[0], -1, head_dim)
-        logits = torch.einsum("nkgd,kmd->nkgm", rows, self.key) * self.scale * weights
-        logsumexp = torch.logsumexp(logits, dim=-1)
-        probabilities = torch.exp(logits - logsumexp[..., None]) * weights
+        scores = torch.einsum("nkgd,kmd->nkgm", rows, self.key) * self.scale * weights
+        logsumexp = torch.logsumexp(scores, dim=-1)
+        probabilities = torch.exp(scores - logsumexp[..., None]) * weights
         out = torch.einsum("nkgm,kmd->nkgd", probabilities, self.value)
         return out.reshape(tokens, heads, -1), logsumexp.reshape(tokens, heads)

@@ -1,0 +1,70 @@
+"""Gate ``first``: the gate of a request's first token, for all of its tokens, in whichever step they are computed.
+
+The logits are kept by the block of the key/value cache that holds the request's first token. They are a function of
+that token, as the block's keys are, so whoever shares the block (prefix caching) has the same logits, and they are
+computed anew whenever the block is (preemption, a block that another request takes over).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.attention.attention import get_attention_context
+
+OPERATOR = "apt_kernels_vllm::first_gate"
+
+
+class Memory:
+    """The logits of one layer by block, ``[blocks, M]``, NaN where no request has begun; part of its cache."""
+
+    def __init__(self) -> None:
+        self.logits = torch.empty(0, 0)
+
+    def of_requests(
+        self, logits: Tensor, starts: Tensor, lengths: Tensor, computed: Tensor, blocks: Tensor, total: int
+    ) -> Tensor:
+        """Keep the logits of the requests that begin in this step; return those of every request.
+
+        Args:
+            logits: ``[N, M]``, of this step's tokens.
+            starts: ``[R]``, the first row of each request.
+            lengths: ``[R]``, its number of rows; 0 for padding of the batch.
+            computed: ``[R]``, how many of its tokens earlier steps computed, or the cache had.
+            blocks: ``[R]``, the block of its first token.
+            total: number of blocks of the cache.
+
+        Returns:
+            ``[R, M]``.
+        """
+        if self.logits.shape != (total, logits.shape[1]):
+            self.logits = logits.new_full((total, logits.shape[1]), float("nan"))
+        begins = (lengths > 0) & (computed == 0)
+        mine = logits[starts.clamp(max=logits.shape[0] - 1)]
+        found = torch.where(begins[:, None], mine, self.logits[blocks])
+        # Rows of padding write what is there to their block.
+        self.logits[blocks] = torch.where((lengths > 0)[:, None], found, self.logits[blocks])
+        return found
+
+
+# The metadata of a step are no arguments of the model: an operator that torch.compile does not look into.
+@torch.library.custom_op(OPERATOR, mutates_args=())
+def first_gate(logits: Tensor, layer_name: str) -> Tensor:
+    """Each token's logits ``[N, M]`` replaced by those of its request's first token."""
+    metadata, layer, kv_cache, _ = get_attention_context(layer_name)
+    if metadata is None:  # a run that only measures memory
+        return logits.clone()
+    starts = metadata.query_start_loc.long()
+    lengths = starts[1:] - starts[:-1]
+    # The marker's block is in front of each request's.
+    computed = metadata.seq_lens.long() - layer.apt_block_size - lengths
+    blocks = metadata.block_table[: lengths.shape[0], 1].long()
+    found = layer.apt_first.of_requests(logits, starts[:-1], lengths, computed, blocks, kv_cache.shape[0])
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    request = torch.searchsorted(starts[1:], rows, right=True)
+    inside = request < lengths.shape[0]  # rows behind the last request are padding
+    return torch.where(inside[:, None], found[request.clamp(max=lengths.shape[0] - 1)], logits)
+
+
+@first_gate.register_fake
+def _(logits: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(logits)

@@ -1,0 +1,132 @@
+"""`make test-vllm`: vLLM's OpenAI-compatible server with an adapter, in processes of its own, over loopback."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from helpers import served
+from helpers.documentation import ROOT
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm runs this in an environment with it")
+
+from helpers.vllm_engine import end
+
+NEW, REQUESTS = 8, 50
+
+
+PAGE = (ROOT / "docs" / "how-to" / "serving.md").read_text(encoding="utf-8")
+BASE = "Qwen/Qwen3-0.6B"
+
+
+def documented(program: str) -> list[str]:
+    """The command of docs/how-to/serving.md that starts with ``program``, as words."""
+    (block,) = re.findall(rf"^```sh\n({program} .*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return shlex.split(block.replace("\\\n", " "))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("server")
+    model = served.base("llama", root / "base")
+    return model, served.adapter(model, root / "adapter", prefix_length=21, gate="token")
+
+
+@pytest.fixture(scope="module")
+def address(folders, tmp_path_factory):
+    """The documented command, on a tiny base, with the adapter's real path and little memory."""
+    model, adapter = folders
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = documented("vllm")
+    # Wheels for the CPU have another name than "vllm", for which its command line asks.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += [json.dumps({"adapter": str(adapter)}) if word.startswith("{") else word for word in words[3:]]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "256", "--num-gpu-blocks-override", "96", "--served-model-name", "tiny"]
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with open(log, "w") as out:
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait(server, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+
+
+def wait(server, address, log, seconds=300):
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def test_the_documented_request(address):
+    words = [word.replace("http://localhost:8000", address).replace(BASE, "tiny") for word in documented("curl")]
+    done = subprocess.run([words[0], "--silent", "--fail", *words[1:]], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] == 8
+
+
+def test_fifty_requests_at_once(folders, address):
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    prompts = served.prompts(tuple(1 + 7 * i % 120 for i in range(10)))
+    answers = served.answers(*folders, prompts, NEW)
+    bare = served.answers(folders[0], None, prompts, NEW)
+    assert answers.tokens != bare.tokens, "the adapter has no influence"
+
+    def ask(i):
+        extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+        made = client.completions.create(
+            model="tiny", prompt=prompts[i % 10], max_tokens=NEW, temperature=0, logprobs=0, extra_body=extra
+        )
+        return made.choices[0].logprobs
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        found = list(pool.map(ask, range(REQUESTS)))
+    for i, given in enumerate(found):
+        answer = answers.each[i % 10]
+        tokens = [int(name.removeprefix("token_id:")) for name in given.tokens]
+        assert tokens == answer.tokens
+        expected = [float(step[token]) for step, token in zip(answer.steps, tokens)]
+        assert given.token_logprobs == pytest.approx(expected, abs=answers.allowed)
+
+
+def test_the_documented_offline_use(folders, tmp_path, monkeypatch, capsys):
+    model, adapter = folders
+    (code,) = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    code = code.replace(f'"{BASE}", ', f"{str(model)!r}, max_model_len=256, enforce_eager=True, ")
+    (tmp_path / "adapter").symlink_to(adapter)
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    try:
+        exec(compile(code, "serving.md", "exec"), namespace)
+    finally:
+        end(namespace.pop("llm", None))
+    assert len(capsys.readouterr().out.splitlines()[-1].split()) == 8

@@ -1,0 +1,34 @@
+"""`make test-vllm`: models of transformers inside vLLM (``model_impl="transformers"``). The last of these tests.
+
+vLLM changes classes of transformers for such a model, in the whole process: transformers answers first, and no test of
+models of transformers comes after this file.
+"""
+
+import pytest
+
+from helpers import served
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm runs this in an environment with it")
+
+from helpers.vllm_engine import LENGTHS, answers_of, assert_same, engine, generate
+
+FAMILIES = {"llama": "token", "qwen3": "first"}
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """By family: the base model, the adapter, and what transformers answers."""
+    found = {}
+    for family, gate in FAMILIES.items():
+        root = tmp_path_factory.mktemp(family)
+        model = served.base(family, root / "base")
+        adapter = served.adapter(model, root / "adapter", prefix_length=12, gate=gate)
+        found[family] = model, adapter, answers_of(model, adapter, served.prompts(LENGTHS))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_transformers_in_vllm(family, answered):
+    model, adapter, answers = answered[family]
+    with engine(model, adapter, model_impl="transformers") as llm:
+        assert_same(generate(llm, served.prompts(LENGTHS), prompt_logprobs=2), answers)
