@@ -16,7 +16,7 @@ import apt_kernels
 from helpers import accuracy, models
 from helpers.patched import randomise
 
-VOCABULARY = 99
+VOCABULARY, END, UNKNOWN = 99, 2, 3
 # Head sizes that vLLM's CPU kernels have begin at 32.
 _SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 _OVERRIDES = {
@@ -59,9 +59,11 @@ def base(family: str, folder: Path, **overrides) -> Path:
     known = vars(models.config(family))
     model = models.build(family, **{name: value for name, value in given.items() if name in known})
     model.save_pretrained(folder)
-    words = Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    words = Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token=f"w{UNKNOWN}"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w3", eos_token="w2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token=f"w{UNKNOWN}", eos_token=f"w{END}").save_pretrained(
+        folder
+    )
     return folder
 
 
