@@ -39,6 +39,14 @@ def test_without_transformers_patch_says_what_is_missing():
     assert "transformers" in done.stderr
 
 
+@pytest.mark.parametrize("blocked", ["matplotlib", "numpy"])
+def test_without_matplotlib_the_picture_says_what_is_missing(blocked):
+    """numpy is no requirement of the package: it comes with matplotlib."""
+    call = "from apt_kernels.hf import plot; plot.draw(None, 'x.png', '')"
+    done = run(f"import apt_kernels.hf\n{BLOCK.format(blocked=(blocked,))}\nsys.modules.pop('numpy', None)\n{call}")
+    assert "ModuleNotFoundError: Probe.picture needs matplotlib: pip install matplotlib" in done.stderr
+
+
 def test_importing_is_light_and_leaves_cuda_alone():
     code = (
         "import sys, torch; before = set(sys.modules); import apt_kernels;"

@@ -7,10 +7,13 @@ import os
 
 def draw(probe, path: str | os.PathLike, title: str) -> None:
     """Write the plot to ``path``; the file name's extension determines the format."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    try:
+        import numpy as np
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Probe.picture needs matplotlib: pip install matplotlib", name=error.name) from error
 
     layers = probe.layers
     table = np.full((len(layers), max(layer.length for layer in layers)), np.nan)
