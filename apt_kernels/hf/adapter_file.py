@@ -78,6 +78,11 @@ class AdapterFile:
         self._text, self._checksum, self._data = text, checksum, file.tell()
         self.config = read_config(settings, path if checksum else path.with_name(CONFIG))
 
+    @property
+    def has_checksum(self) -> bool:
+        """False for files of release 0.1."""
+        return self._checksum is not None
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name. Raises `AdapterError` if the checksum is not that of the contents."""
         found = {}

@@ -22,6 +22,7 @@ LAYERS = {
     "prefix": ("errors", "transforms"),
     "hf": ("errors", "mask", "patterns", "config", "ops", "prefix"),
     "serving": ("errors", "config", "prefix", "hf"),
+    "__main__": ("errors", "ops", "hf"),
 }
 # The same inside hf: a part may import those in earlier lines, and others in its own line.
 HF_LAYERS = (
@@ -32,7 +33,7 @@ HF_LAYERS = (
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise", "folding", "export"),
-    ("integrations",),
+    ("integrations", "commands"),
     ("",),  # hf/__init__.py
 )
 # Folders or modules of impl that implement the op: none may import another. The rest of impl is what they share.
