@@ -102,6 +102,7 @@ class _Adapter:
 
 
 def _adapter(state: State, name: str | None = None) -> _Adapter:
+    weights.reshard(state.model)
     if name is not None and name not in adapters(state.model):
         names = ", ".join(map(repr, adapters(state.model)))
         raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")

@@ -8,8 +8,9 @@ step equal the base's bit for bit; its gradient is float32. Outside of a forward
 
 from __future__ import annotations
 
+import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,13 @@ class Widened(subclass.Mixin):
     ``apt_dtypes``: the base's dtype by the name of the parameter, as ``model.to(dtype)`` changes it.
     """
 
+    # Of the class: where FSDP2 made a class of this one, it stays after `put_back`.
+    apt_dtypes: Mapping[str, torch.dtype] = types.MappingProxyType({})
+
     def __getattr__(self, name):
         found = super().__getattr__(name)
         if calls.local.narrowing and isinstance(found, Tensor):
-            dtype = self.__dict__["apt_dtypes"].get(name)
+            dtype = self.apt_dtypes.get(name)
             return found if dtype is None else found.to(dtype)
         return found
 
@@ -48,9 +52,9 @@ class Widened(subclass.Mixin):
 
     def _apply(self, fn, recurse=True):
         result = super()._apply(fn, recurse)
-        dtypes = self.__dict__["apt_dtypes"]
-        as_cast = {name: fn(torch.empty(0, dtype=dtype, device="cpu")) for name, dtype in dtypes.items()}
-        self.__dict__["apt_dtypes"] = {name: tensor.dtype for name, tensor in as_cast.items()}
+        if "apt_dtypes" in self.__dict__:
+            as_cast = {name: fn(torch.empty(0, dtype=dtype, device="cpu")) for name, dtype in self.apt_dtypes.items()}
+            self.__dict__["apt_dtypes"] = {name: tensor.dtype for name, tensor in as_cast.items()}
         return result
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import events, offload
 from .state import State, inner
-from .weights import fsdp1
+from .weights import fsdp1, reshard
 
 Function = TypeVar("Function", bound=Callable)
 # torch publishes no types for all of it.
@@ -36,6 +36,7 @@ def atomic(function: Function) -> Function:
         outermost, before = not _one_at_a_time._is_owned(), None
         try:
             with _one_at_a_time:
+                reshard(model)
                 before = _Snapshot(model)
                 with torch.device("cpu"):  # whatever torch.set_default_device says
                     return function(model, *args, **kwargs)

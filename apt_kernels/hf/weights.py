@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import AdapterError, PatchError
 from . import compat
@@ -39,6 +39,14 @@ def refuse_pieces(model) -> None:
 def distributes(model) -> bool:
     """Whether parameters are distributed tensors, as under FSDP2 and tensor parallelism."""
     return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def reshard(model) -> None:
+    """Make FSDP2 shard what it keeps gathered after a forward: what is written to gathered weights is lost."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    for module in model.modules() if kind is not None and isinstance(model, nn.Module) else ():
+        if isinstance(module, kind):
+            module.reshard()
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def agree(found, expected, averaged: bool) -> None:
     torch.testing.assert_close(losses, [expected[0], expected[2]])
 
 
-def saved_as(model, twin, folder: Path) -> None:
+def saved_as(model, twin, folder: Path, given: dict) -> None:
     """The sharded model saves what the model of one process saves, and loads it again unless it was folded."""
     folder = folder / str(dist.get_rank())
     apt_kernels.save(model, folder / "spread")
@@ -108,13 +108,32 @@ def saved_as(model, twin, folder: Path) -> None:
     torch.testing.assert_close(load_file(folder / "spread" / "adapter.safetensors"), expected)
     if any(prefix.mlp is not None for prefix in apt_kernels.prefixes(model).values()):
         return
+    weights.reshard(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad(), gathered(model, trained, changed=True):
         for parameter in trained:
             parameter.mul_(3)
+    with torch.no_grad():
+        model(**given)  # after which FSDP2 keeps some weights gathered
     apt_kernels.load(model, folder / "alone")
+    weights.reshard(model)
     apt_kernels.save(model, folder / "again")
     torch.testing.assert_close(load_file(folder / "again" / "adapter.safetensors"), expected)
+
+
+def half_precision(family: str, wrap) -> None:
+    """A bfloat16 base: what trains is float32 on each process, as on one."""
+    given = batch(family)
+    twin, model = (models.build(family, head_of(family)).bfloat16().train() for _ in range(2))
+    for each in (twin, model):
+        apt_kernels.patch(each, prefix_length=3, init_seed=0)
+    wrapped = wrap(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    expected, found = train(twin, given), train(wrapped, own_rows(given))
+    theirs = {name.removeprefix("module."): grad for name, grad in found[1].items()}
+    assert all(grad.dtype == torch.float32 for grad in theirs.values())
+    for name, grad in expected[1].items():  # rows are summed in another order, in bfloat16
+        torch.testing.assert_close(theirs[name], grad, rtol=0.1, atol=0.05 * float(grad.abs().max()))
 
 
 def ddp(family: str, folder: Path) -> None:
@@ -123,12 +142,13 @@ def ddp(family: str, folder: Path) -> None:
     expected = alone(given, twin)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     agree(train(wrapped, own_rows(given)), expected, averaged=True)
-    saved_as(wrapped, twin, folder)
+    saved_as(wrapped, twin, folder, given)
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
     refused(lambda: apt_kernels.prune(wrapped, [1] * len(apt_kernels.prefixes(model))))
     refused(lambda: apt_kernels.unpatch(wrapped))
     bare = torch.nn.parallel.DistributedDataParallel(models.build(family).train())
     refused(lambda: apt_kernels.patch(bare))
+    half_precision(family, torch.nn.parallel.DistributedDataParallel)
 
 
 def fsdp2(family: str, folder: Path) -> None:
@@ -140,12 +160,27 @@ def fsdp2(family: str, folder: Path) -> None:
         fully_shard(model.get_submodule(layer), mesh=mesh)
     fully_shard(model, mesh=mesh)
     agree(train(model, own_rows(given)), expected, averaged=True)
-    saved_as(model, twin, folder)
+    saved_as(model, twin, folder, given)
     saved_by_one(model, folder)
     assert apt_kernels.summary(model) == apt_kernels.summary(twin)
     unpatched(model, family, given)
     bare = fully_shard(models.build(family).train(), mesh=mesh)
     refused(lambda: apt_kernels.patch(bare))
+    half_precision(family, lambda model: fully_shard(model, mesh=mesh))
+    if head_of(family):
+        half_precision_unpatched(family, given, mesh)
+
+
+def half_precision_unpatched(family: str, given: dict, mesh) -> None:
+    """FSDP2 goes on with the float32 copies, which have the base's values again and are read in its dtype."""
+    given = own_rows(given)
+    base = models.build(family, head_of(family)).bfloat16()
+    model = apt_kernels.patch(copy.deepcopy(base), prefix_length=3)
+    fully_shard(model, mesh=mesh)
+    train(model, given)
+    apt_kernels.unpatch(model)
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, base(**given).logits)
 
 
 def unpatched(model, family: str, given: dict) -> None:
@@ -204,7 +239,7 @@ def fsdp1(family: str, folder: Path) -> None:
                 ends = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
             grads = {n: (start[n] - ends[n]) / LR for n in start}
             agree((loss, grads, after), expected, averaged=True)
-            saved_as(wrapped, twin, folder)
+            saved_as(wrapped, twin, folder, given)
     saving_alone_raises(wrapped, folder)
     with pytest.raises(apt_kernels.PatchError, match="hand over the FullyShardedDataParallel"):
         apt_kernels.save(model, folder / "inner")
@@ -242,7 +277,7 @@ def tensor_parallel(family: str, folder: Path) -> None:
         ids = given["input_ids"]
         generated = (each.eval().generate(ids, max_new_tokens=4, do_sample=False) for each in (model, twin))
         assert torch.equal(*generated)
-        saved_as(model, twin, folder)
+        saved_as(model, twin, folder, given)
         saved_by_one(model, folder)
         assert apt_kernels.summary(model) == apt_kernels.summary(twin)
         if family != "phi3":  # whose prefixes are replicated
@@ -296,7 +331,7 @@ def zero3(family: str, folder: Path) -> None:
         agree((loss.detach(), grads, engine(**own_rows(given)).loss), expected, averaged=True)
     for parameter in trained:
         parameter.partition()
-    saved_as(engine, twin, folder)
+    saved_as(engine, twin, folder, given)
     saving_alone_raises(engine, folder)
     assert apt_kernels.summary(engine) == apt_kernels.summary(twin)
     refused(lambda: apt_kernels.unpatch(engine))

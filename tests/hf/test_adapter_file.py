@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import struct
+import sys
 import time
 
 import pytest
@@ -274,6 +275,58 @@ def test_leftovers_of_killed_saves_are_deleted_and_those_of_living_ones_kept(tmp
     assert not old.exists()
     assert young.exists()
     assert others.exists()
+
+
+def killed_at(line, folder):
+    """In this process: save an adapter, and die at the ``line``-th line of ours that runs."""
+    seen = 0
+
+    def trace(frame, event, arg):
+        nonlocal seen
+        if not frame.f_code.co_filename.endswith("adapter_file.py"):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == line:
+                os._exit(1)
+        return trace
+
+    sys.settrace(trace)
+    write_adapter(folder, {name: tensor + 1 for name, tensor in tensors().items()}, {**SETTINGS, "gate": "none"})
+    sys.settrace(None)
+    os._exit(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
+@pytest.mark.slow
+def test_a_process_killed_at_every_line_leaves_the_old_or_the_new_adapter(tmp_path):
+    write_adapter(tmp_path, tensors(), SETTINGS)
+    values, line = [], 0
+    while True:
+        line += 1
+        child = os.fork()
+        if not child:
+            try:
+                killed_at(line, tmp_path)
+            finally:
+                os._exit(2)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 1), line
+        settings, found = read(tmp_path)
+        value = found["layer.0.apt.key"].unique().item()
+        assert settings["gate"] == {1: "auto", 2: "none"}[value], line
+        assert all(tensor.eq(value).all() for tensor in found.values()), line
+        leftovers = [path for path in tmp_path.iterdir() if path.name not in (WEIGHTS, CONFIG)]
+        assert len(leftovers) <= 1, line  # what the child before this one left was deleted
+        values.append(value)
+        if status == 0:
+            break
+        if value == 2:  # begin with the old one again
+            write_adapter(tmp_path, tensors(), SETTINGS)
+    assert values == sorted(values), "one line is the commit"
+    assert values.count(1) > 50
+    assert values.count(2) > 10
+    assert names(tmp_path) == [WEIGHTS, CONFIG]
 
 
 def keep_saving(folder, value):

@@ -69,6 +69,7 @@ class SavePretrained:
     ) -> None:
         folder = Path(save_directory)
         _refuse_base_model(folder)
+        _refuse_sentence_transformers(folder)
         theirs = _added_weights(self.model, state_dict)
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
         if theirs:
@@ -129,6 +130,16 @@ def _refuse_base_model(folder: Path) -> None:
         raise AdapterError(
             f"{folder} holds a model, which save_pretrained of a patched model would overwrite; save to another "
             "folder, or call apt_kernels.save, which writes beside it"
+        )
+
+
+def _refuse_sentence_transformers(folder: Path) -> None:
+    """Raise `AdapterError` in a folder of sentence-transformers, which would load it as a model."""
+    if (folder / "config_sentence_transformers.json").exists():
+        raise AdapterError(
+            f"sentence-transformers reads {folder} as a whole model, so it could not load the prefix back. Call "
+            "apt_kernels.save(model, another_folder) with the transformers model inside, and load it into the base "
+            "model with apt_kernels.load; give its trainer save_strategy='no'"
         )
 
 
