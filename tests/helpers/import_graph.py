@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import apt_kernels
+from apt_kernels.ops import choose
 
 PACKAGE = apt_kernels.__name__
 
@@ -37,7 +38,7 @@ HF_LAYERS = (
     ("",),  # hf/__init__.py
 )
 # Folders or modules of impl that implement the op: none may import another. The rest of impl is what they share.
-IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+IMPLEMENTATIONS = tuple(choose.names())
 # Packages that only this part may import.
 ONLY_FOR = {
     "hf": ("transformers", "peft", "huggingface_hub", "safetensors", "accelerate", "deepspeed"),

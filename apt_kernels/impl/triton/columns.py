@@ -488,15 +488,42 @@ def _parts(problem: Problem, tile: tiles.Tile) -> tuple[int, int, int]:
     return chunk, chunks, max(1, min(units, most // (base * chunks)))
 
 
+def _empty_columns(
+    problem: Problem, need: dict[str, bool], shares: int, parts: int, padded_length: int, gate_rows: int, programs: int
+) -> Columns:
+    """Uninitialised results; ``gate_rows``: the rows of ``weights`` for each batch row."""
+    x = problem.x
+    batch, _, kv_heads, _, keys, length, head_dim, value_dim = problem.sizes
+    by_query, indexed = x.gate_per_query, x.gate_index is not None
+
+    def empty(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=x.compute_dtype, device=x.query.device) if wanted else None
+
+    # Partial sums of dk and dv have the dtype of sums.
+    sums_like = torch.empty((), dtype=x.compute_dtype, device=x.query.device)
+    like_key, like_value = (x.key, x.value) if shares == 1 else (sums_like, sums_like)
+    return Columns(
+        key=heads_last_empty(like_key, shares * batch, kv_heads, keys, head_dim) if need["key"] else None,
+        value=heads_last_empty(like_value, shares * batch, kv_heads, keys, value_dim) if need["value"] else None,
+        prefix_key=empty(need["prefix_key"], parts, kv_heads, padded_length, tiles.padded(head_dim)),
+        prefix_value=empty(need["prefix_value"], parts, kv_heads, padded_length, tiles.padded(value_dim)),
+        gate=torch.empty_like(x.gate, memory_format=torch.contiguous_format)
+        if need["gate"] and by_query and not indexed
+        else None,
+        weights=empty(need["gate"] and (indexed or not by_query), batch, gate_rows, length),
+        layer_scale=empty(need["layer_scale"], programs),
+    )
+
+
 def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[str, bool]) -> Columns:
     """Launch `column_gradients` for what is needed of key, value, prefix, gate and layer scale."""
     x = problem.x
-    batch, heads, kv_heads, queries, keys, length, head_dim, value_dim = problem.sizes
-    by_query, scaled = x.gate_per_query, need["layer_scale"]
+    batch, heads, kv_heads, queries, keys, length, _, _ = problem.sizes
+    by_query = x.gate_per_query
     names = ("key_value", "prefix_by_query" if by_query else "prefix", "gate")
     tile, shared, gate = (problem.tile(name) for name in names)
     chunk, chunks, splits = _parts(problem, shared)
-    weights = need["gate"] or scaled
+    weights = need["gate"] or need["layer_scale"]
 
     any_token, any_prefix = need["key"] or need["value"], need["prefix_key"] or need["prefix_value"]
     shares = problem.shares(tile)
@@ -512,27 +539,10 @@ def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[
     prefixes = count_tiles(length, shared.columns) * kv_heads * chunks * splits if roles.PREFIXES else 0
     gates = count_tiles(length, gate.columns) * count_tiles(queries, gate.rows) * batch if roles.GATES else 0
 
-    def empty(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=x.compute_dtype, device=x.query.device) if wanted else None
-
-    indexed = x.gate_index is not None
-    # Partial sums of dk and dv have the dtype of sums.
-    sums_like = torch.empty((), dtype=x.compute_dtype, device=x.query.device)
-    like_key, like_value = (x.key, x.value) if shares == 1 else (sums_like, sums_like)
-    part = (chunks * splits, kv_heads, count_tiles(length, shared.columns) * shared.columns)
-    columns = Columns(
-        key=heads_last_empty(like_key, shares * batch, kv_heads, keys, head_dim) if need["key"] else None,
-        value=heads_last_empty(like_value, shares * batch, kv_heads, keys, value_dim) if need["value"] else None,
-        prefix_key=empty(need["prefix_key"], *part, tiles.padded(head_dim)),
-        prefix_value=empty(need["prefix_value"], *part, tiles.padded(value_dim)),
-        gate=torch.empty_like(x.gate, memory_format=torch.contiguous_format)
-        if need["gate"] and by_query and not indexed
-        else None,
-        weights=empty(
-            need["gate"] and (indexed or not by_query), batch, queries if by_query else splits * kv_heads, length
-        ),
-        layer_scale=empty(scaled, gates if by_query else prefixes),
-    )
+    columns = _empty_columns(
+        problem, need, shares, chunks * splits, count_tiles(length, shared.columns) * shared.columns,
+        queries if by_query else splits * kv_heads, gates if by_query else prefixes,
+    )  # fmt: skip
     to = Gradients(rows(columns.key), rows(columns.value), *columns[2:])
     share = heads // kv_heads // shares
     work = Work(*map(odd, (tokens, shares, share, problem.column_band(tile, shares), prefixes, chunk, splits)))
