@@ -23,6 +23,7 @@ from . import base_record, events, hub, offload, weights
 from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adapter, write_tensors
 from .adapters import adapters, add_adapter, rename, set_adapter
 from .discovery.selection import lengths_of
+from .model_card import card
 from .patching import patch_checked
 from .state import Model, State, inner, is_as_made, is_patched, named_parameters, own_name, state_of
 from .trainable import trainable_names
@@ -38,6 +39,8 @@ def save(
     repo_id: str | None = None,
     private: bool | None = None,
     commit_message: str | None = None,
+    subfolder: str | None = None,
+    metrics: Mapping[str, float] | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Write an adapter of a patched model: its prefixes, what `patch` made trainable beside them (frozen since or not),
@@ -56,7 +59,10 @@ def save(
         adapter: which adapter, active or not; None: the active one.
         repo_id: a repository of the Hugging Face hub, ``owner/name``, to upload the two files to; it is made if need
             be, ``private`` or not, and gets one commit. Of several processes the first uploads.
+            A model card, ``README.md``, is written beside the adapter and uploaded, unless there is one already.
         private, commit_message: of the repository, and of the commit.
+        subfolder: a folder of the repository to upload to; None: its root.
+        metrics: numbers for the model card, by name.
         state_dict: the weights to take in place of the model's own, by the model's names: those gathered from shards.
 
     Raises:
@@ -73,9 +79,14 @@ def save(
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        _write(model, Path(place), adapter, state_dict)
+        hub.inside(subfolder)
+        settings = _write(model, Path(place), adapter, state_dict)
         if repo_id is not None and _is_first_process():
-            hub.publish(Path(place), [WEIGHTS, CONFIG], repo_id, private, commit_message)
+            readme = Path(place, hub.README)
+            if not readme.exists():
+                readme.write_text(card(settings, repo_id, subfolder, metrics), encoding="utf-8")
+            files = [WEIGHTS, CONFIG, hub.README]
+            hub.publish(Path(place), files, repo_id, subfolder, private, commit_message)
 
 
 def _is_first_process() -> bool:
@@ -124,7 +135,8 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
     return _Adapter(state.config, state.prefixes, own, beside, others)
 
 
-def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] | None) -> None:
+def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] | None) -> dict:
+    """Write the adapter; returns its settings."""
     state = state_of(model)
     saved = _adapter(state, name)
     if state_dict is not None and name not in (None, state.adapter):
@@ -134,7 +146,9 @@ def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] 
     broken = next((n for n, tensor in tensors.items() if not _is_finite(tensor)), None)
     if broken is not None:
         warnings.warn(f"{broken} has values that are not finite; load refuses them by default", stacklevel=4)
-    write_adapter(folder, tensors, _settings(state, saved, name or state.adapter))
+    settings = _settings(state, saved, name or state.adapter)
+    write_adapter(folder, tensors, settings)
+    return settings
 
 
 def _settings(state: State, saved: _Adapter, name: str) -> dict:
@@ -240,6 +254,7 @@ def load(
     *,
     adapter: str | None = None,
     revision: str | None = None,
+    subfolder: str | None = None,
     example_inputs: dict | None = None,
     allow_non_finite: bool = False,
 ) -> Model:
@@ -251,10 +266,11 @@ def load(
 
     Args:
         model: a transformers model, patched or not.
-        folder: where `save` wrote, or a repository of the Hugging Face hub, ``owner/name``; a folder of that name goes
-            first.
+        folder: where `save` wrote, or a repository of the Hugging Face hub, ``owner/name`` or
+            ``owner/name@revision``; a folder of that name goes first.
         adapter: the adapter's name on this model; None: ``"default"``.
         revision: a branch, tag or commit of the repository.
+        subfolder: the folder inside the repository, or inside ``folder``, that holds the adapter.
         example_inputs: as for `patch`.
         allow_non_finite: load weights that are infinite or NaN, too.
 
@@ -276,7 +292,10 @@ def load(
     name = "default" if adapter is None else adapter
     if not isinstance(name, str) or not name:
         raise ConfigError(f"adapter is {adapter!r}; it needs a string that is not empty, or None")
-    folder = hub.fetch(folder, [WEIGHTS, CONFIG], revision) if hub.is_repository(folder) else Path(folder)
+    if hub.is_repository(folder):
+        folder = hub.fetch(str(folder), [WEIGHTS, CONFIG], revision, subfolder)
+    else:
+        folder = Path(folder, hub.inside(subfolder))
     with open_adapter(folder) as file:
         config = file.config
         base_record.refuse_other(model, file.settings.get("base"), file.path)

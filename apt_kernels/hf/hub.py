@@ -12,37 +12,69 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..errors import AdapterError
 
 _LOG = logging.getLogger(__name__)
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[^\s@]+)?")
+README = "README.md"
 
 
 def is_repository(source) -> bool:
-    """Whether ``source`` has the form ``owner/name`` and no local file or folder has this path."""
+    """Whether ``source`` is of the form ``owner/name`` or ``owner/name@revision``, and no local path."""
     found = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None
     return found and source[0] != "." and not Path(source).exists()
 
 
-def fetch(repo_id, files: list[str], revision: str | None) -> Path:
+def fetch(source: str, files: list[str], revision: str | None, subfolder: str | None = None) -> Path:
     """The local folder with ``files`` of the repository, downloaded unless they are in huggingface_hub's cache."""
+    repo_id, _, named = source.partition("@")
+    if named and revision not in (None, named):
+        raise AdapterError(f"{source!r} names a revision, and revision is {revision!r}; give one of them")
+    revision = named or revision
     try:
-        folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=files)
+        folder = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, allow_patterns=[inside(subfolder, name) for name in files]
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise AdapterError(
             f"{repo_id!r} is no folder here, and could not be read from the Hugging Face hub{at}: {_said(error)}"
         ) from error
-    _LOG.info("adapter read from the Hugging Face hub: %s", repo_id)
-    return Path(folder)
+    _LOG.info("adapter read from the Hugging Face hub: %s", source)
+    return Path(folder, subfolder or "")
 
 
-def publish(folder: Path, files: list[str], repo_id: str, private: bool | None, message: str | None) -> None:
-    """Upload ``files`` of ``folder`` to the repository in one commit; it is created if it does not exist."""
+def inside(subfolder: str | None, name: str = "") -> str:
+    """The path of ``name`` in ``subfolder``. `AdapterError` unless that is a relative path without ``..``."""
+    if subfolder is None:
+        return name
+    parts = subfolder.split("/") if isinstance(subfolder, str) else [""]
+    if any(part in ("", ".", "..") or "\\" in part for part in parts):
+        raise AdapterError(f"subfolder is {subfolder!r}; it needs a relative path such as 'adapters/first'")
+    return "/".join([*parts, name] if name else parts)
+
+
+def publish(
+    folder: Path,
+    files: list[str],
+    repo_id: str,
+    subfolder: str | None,
+    private: bool | None,
+    message: str | None,
+) -> None:
+    """Upload ``files`` of ``folder`` to the repository in one commit; it is created if it does not exist.
+
+    A README.md that the repository has is kept.
+    """
+    place = {} if subfolder is None else {"path_in_repo": inside(subfolder)}
     try:
         made = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = getattr(made, "repo_id", repo_id)
+        if huggingface_hub.file_exists(repo_id, inside(subfolder, README)):
+            files = [name for name in files if name != README]
         huggingface_hub.upload_folder(
-            repo_id=getattr(made, "repo_id", repo_id),
+            repo_id=repo_id,
             folder_path=folder,
             allow_patterns=files,
             commit_message=message or "Upload an apt_kernels adapter",
+            **place,
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterError(

@@ -28,7 +28,7 @@ LAYERS = {
 # The same inside hf: a part may import those in earlier lines, and others in its own line.
 HF_LAYERS = (
     ("calls", "compat", "site", "events"),
-    ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file"),
+    ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file", "model_card"),
     ("attention",),
     ("discovery", "trainable", "transaction", "base_record", "capture", "precision"),
     ("patching",),
