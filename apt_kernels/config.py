@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args
 
 from .errors import ConfigError
 from .prefix import gates
 
 GATES = ("auto", *gates.names())
+Init = Literal["auto", "normal", "zero", "vocabulary"]
+INITS: tuple[str, ...] = get_args(Init)
 # What `to_json` writes. Format 1 (release 0.1) had no base, save id or names of trained weights in its files.
 FORMAT = 2
 # Keys that `apt_kernels.save` writes beside the settings: what is saved, and for which model.
@@ -30,6 +32,7 @@ class Settings(TypedDict, total=False):
     trainable: str | Sequence[str] | None
     implementation: str
     layers: int | str | Sequence[int | str] | None
+    init: Init
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,15 @@ class AptConfig:
             each sequence (refused where a token would see later ones through it); ``"token"``: every query's own hidden
             state; ``"static"``: learned logits, the same for all inputs; ``"none"``: no gate.
         layer_scale: learn the layer's scale lambda; False: lambda is 1.
-        init_std: standard deviation of the prefix's normal initialisation.
-        init_seed: seed of that initialisation; None: torch's global generator.
+        init: the prefix's initial keys and values. ``"vocabulary"``: those of random tokens of the model's vocabulary,
+            read by the model as one text before position 0, with logits lowered so that a long prefix takes the
+            softmax mass of about one token; the patched model starts close to the base model. ``"normal"``: drawn from
+            N(0, ``init_std``). ``"zero"``: keys drawn as with "normal", values of zero. ``"auto"``: ``"vocabulary"``
+            for each attention module where it is possible, ``"normal"`` for the others (named by a warning in the log
+            where they read text) and for all of them where ``init_std`` is not its default or
+            ``reparameterisation`` is set. A loaded adapter overwrites any initial values.
+        init_std: standard deviation of the normal initialisation.
+        init_seed: seed of every initialisation; None: torch's global generator.
         reparameterisation: width of a two-layer tanh MLP that computes key and value from an embedding while training;
             `save` writes its result, so that a loaded adapter has none. None: key and value are trained directly.
         prefix_dropout: probability of zeroing an element of the prefix's key and value in training (the others are
@@ -78,6 +88,7 @@ class AptConfig:
     trainable: str | Sequence[str] | None = None
     implementation: str = "auto"
     layers: int | str | Sequence[int | str] | None = None
+    init: Init = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "prefix_length", _lengths(self.prefix_length))
@@ -95,6 +106,12 @@ class AptConfig:
         width = self.reparameterisation
         if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
             raise ConfigError(f"reparameterisation is {width!r}; it needs an int >= 1 or None")
+        if self.init not in INITS:
+            raise ConfigError(f"init is {self.init!r}; it needs one of {', '.join(map(repr, INITS))}")
+        if self.init in ("zero", "vocabulary") and width is not None:
+            raise ConfigError(
+                f"init is {self.init!r}; with reparameterisation, whose MLP makes the prefix, it needs 'normal'"
+            )
         rate = self.prefix_dropout
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ConfigError(f"prefix_dropout is {rate!r}; it needs a number from 0 to below 1")
@@ -102,6 +119,12 @@ class AptConfig:
         object.__setattr__(self, "layers", _layers(self.layers))
         if not isinstance(self.implementation, str):
             raise ConfigError(f"implementation is {self.implementation!r}; it needs a string")
+
+    @property
+    def may_read_vocabulary(self) -> bool:
+        """Whether prefixes start as tokens of the vocabulary where that is possible."""
+        drawn = self.init_std != AptConfig.init_std or self.reparameterisation is not None
+        return self.init == "vocabulary" or (self.init == "auto" and not drawn)
 
     def length_of(self, index: int, count: int) -> int:
         """Prefix length of attention module ``index`` of ``count``."""

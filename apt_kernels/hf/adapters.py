@@ -12,6 +12,7 @@ from ..errors import ConfigError, PatchError
 from . import events, offload, precision
 from .patching import attach, build, detach, make_config
 from .state import Model, Parked, State, state_of
+from .toggle import disabled
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
@@ -55,6 +56,11 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
         >>> list(apt_kernels.adapters(model))
         ['b', 'default']
     """
+    return add_checked(model, name, make_config(config, settings))
+
+
+def add_checked(model: Model, name: str, config: AptConfig, *, initialise: bool = True) -> Model:
+    """`add_adapter`; without ``initialise`` the caller overwrites the prefixes, and no vocabulary is read for them."""
     state = state_of(model)
     events.check("add", model)
     _refuse_disabled(state)
@@ -62,7 +68,6 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
     if name in adapters(model):
         raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
-    config = make_config(config, settings)
     trained = trainable_names(state.model, config)
     refuse_quantised(state.model, trained)
     _refuse_exchanged(state)
@@ -71,7 +76,9 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
     state.start.update(_values(state, new))
     state.originals += precision.widen(state.model, new)
     values = {each: state.start[each].clone() for each in trained}
-    state.parked[name] = Parked(config, build(config, state.sites, name), values)
+    with disabled(model):
+        built = build(state.model, config, state.sites, name, initialise=initialise)
+    state.parked[name] = Parked(config, built, values)
     _switch(state, name)
     events.changed("add", state)
     return model

@@ -32,12 +32,15 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class Captured(NamedTuple):
-    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary."""
+    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary, query
+    ``[B, Hq, T, D]``, and the factor of the logits."""
 
     key: Tensor
     value: Tensor
     mask: object
     rotary: tuple[Tensor, Tensor] | None
+    query: Tensor
+    scaling: float
 
 
 def refuse_no_decoder(model) -> None:
@@ -66,13 +69,19 @@ def at_positions(model, ids: Tensor, position: int) -> tuple[dict[str, Captured]
     """Single tokens at position 0 and at ``position``; refuse a model whose hidden states depend on the position."""
     ids = ids.reshape(-1, 1)[:4]
     here, near = (capture(model, ids, torch.full_like(ids, at)) for at in (0, 1))
-    apart = next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
+    apart = sees_positions(here, near)
     if apart:
         raise PatchError(
             f"{type(model).__name__} has learned absolute positions ({apart} sees them); with its tokens from position "
             "0 on, a prefix from positions of its own cannot be exact"
         )
     return here, capture(model, ids, torch.full_like(ids, position))
+
+
+def sees_positions(here: dict[str, Captured], near: dict[str, Captured]) -> str | None:
+    """The first attention module whose values differ for the same single tokens at two positions: its model has
+    learned absolute positions. None: no value depends on the position."""
+    return next((n for n in here if not torch.allclose(here[n].value, near[n].value, rtol=1e-3, atol=1e-4)), None)
 
 
 class _Capture:
@@ -95,7 +104,8 @@ _active = _Active()
 
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **given):
     active = _active.capture
-    active.found[module] = Captured(key, value, attention_mask, active.rotary.get(module))
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    active.found[module] = Captured(key, value, attention_mask, active.rotary.get(module), query, factor)
     given = {"softcap": None, "s_aux": None, **given}
     return function.attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
 
@@ -121,13 +131,18 @@ def _capturing(model) -> Iterator[None]:
 
 def capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
     """Run ``ids`` at ``positions`` without a prefix; by the attention modules' names, in model order."""
+    return capture_forward(model, model, input_ids=ids, position_ids=positions, use_cache=False)
+
+
+def capture_forward(model, part: nn.Module, **inputs) -> dict[str, Captured]:
+    """`capture` for any ``inputs`` of ``part``, a module of ``model``."""
     active = _Capture()
     handles = []
     try:
         handles += [m.register_forward_pre_hook(active.note, with_kwargs=True) for m in model.modules()]
         _active.capture = active
         with _capturing(model), evaluating(model), torch.no_grad():
-            model(input_ids=ids, position_ids=positions, use_cache=False)
+            part(**inputs)
     except IndexError as error:
         raise PatchError(
             f"{type(model).__name__} has learned absolute positions, which do not reach below 0 ({error})"

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from ..errors import AdapterError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from . import base_record, events, hub, offload, weights
 from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adapter, write_tensors
-from .adapters import adapters, add_adapter, rename, set_adapter
+from .adapters import adapters, add_checked, rename, set_adapter
 from .discovery.selection import lengths_of
 from .model_card import card
 from .patching import patch_checked
@@ -313,7 +314,8 @@ def _make_room(model, name: str, config: AptConfig, file: AdapterFile, example_i
     """Make the adapter ``name`` the active one; one of the file's settings that is made if there is none."""
     if not is_patched(model):
         try:
-            patch_checked(model, config, example_inputs, lambda lengths, sites: _check_lengths(file, lengths, sites))
+            check = partial(_check_lengths, file)
+            patch_checked(model, config, example_inputs, check, initialise=False)
         except ConfigError as error:
             raise AdapterError(f"{file.path} does not fit the {type(inner(model)).__name__}: {error}") from error
         if name != state_of(model).adapter:
@@ -324,7 +326,7 @@ def _make_room(model, name: str, config: AptConfig, file: AdapterFile, example_i
         config = replace(config, implementation=state.config.implementation)
         try:
             _check_lengths(file, lengths_of(config, state.sites), state.sites)
-            add_adapter(model, name, config)
+            add_checked(model, name, config, initialise=False)
         except ConfigError as error:
             raise AdapterError(f"{file.path} does not fit the {type(inner(model)).__name__}: {error}") from error
         return

@@ -164,6 +164,8 @@ def _token_ids(model, given) -> Tensor:
 def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any], length: int) -> AptConfig:
     if "prefix_length" in settings:
         raise ConfigError("prefix_length is given; it is that of the source")
+    if "init" in settings:
+        raise ConfigError("init is given; the prefix starts as the source")
     if is_patched(model):
         raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
     config = patching.make_config(config, {**settings, "prefix_length": length})
@@ -218,7 +220,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
     """Patch, set the prefixes, compare the outputs for ``ids`` with the source's; if they differ, undo and raise."""
     with evaluating(model), torch.no_grad():
         bare = model(input_ids=ids, use_cache=False).logits
-    patching.patch(model, config)
+    patching.patch_checked(model, config, None, initialise=False)
     try:
         found = prefixes(model)
         missing = next((name for name in found if name not in tokens), None)

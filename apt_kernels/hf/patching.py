@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..config import AptConfig, Settings
@@ -27,6 +29,8 @@ from .attention.implementations import (
 from .discovery.meshes import shared_generator, with_meshes
 from .discovery.recording import record
 from .discovery.selection import lengths_of
+from .discovery.vocabulary import vocabulary_tokens
+from .optimizer import log_rates
 from .site import Site
 from .state import Model, State, inner, is_patched, remember_start, state_of
 from .trainable import refuse_quantised, trainable_names
@@ -34,6 +38,8 @@ from .transaction import atomic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
+
+logger = logging.getLogger(__name__)
 
 
 @atomic
@@ -78,8 +84,13 @@ def patch_checked(
     config: AptConfig,
     example_inputs: dict | None,
     check: Callable[[list[int], list[Site]], None] | None = None,
+    *,
+    initialise: bool = True,
 ) -> Model:
-    """`patch`; ``check`` gets the length at each site before anything is allocated for it, and may raise."""
+    """`patch`; ``check`` gets the length at each site before anything is allocated for it, and may raise.
+
+    Without ``initialise`` the caller overwrites the prefixes, and no vocabulary is read for them.
+    """
     base = inner(model)
     if not isinstance(base, PreTrainedModel):
         raise PatchError(f"the model is a {type(base).__name__}; patch needs a transformers.PreTrainedModel")
@@ -98,7 +109,9 @@ def patch_checked(
     if check is not None:
         check(lengths_of(config, sites), sites)
     state = State(base, config, before, sites=sites)
-    _commit(state, build(config, sites), needed)
+    _commit(state, build(base, config, sites, initialise=initialise), needed)
+    if initialise:
+        log_rates()
     return model
 
 
@@ -126,36 +139,76 @@ def _sites(model, example_inputs: dict | None) -> tuple[list[Site], dict[str, st
         restore_implementations(model, before)
 
 
-def build(config: AptConfig, sites: list[Site], adapter: str = "default") -> dict[str, AdaptivePrefix]:
-    """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet."""
-    generator = shared_generator(config.init_seed, sites)
-    built = {}
-    for site, length in zip(sites, lengths_of(config, sites)):
-        if not length:
-            continue
-        prefix = AdaptivePrefix(
-            length,
-            site.kv_heads,
-            site.head_dim,
-            site.value_head_dim,
-            site.hidden_size or 0,
-            _gate(config.gate, site),
-            config.layer_scale,
-            config.init_std,
-            generator,
-            site.device,
-            config.reparameterisation,
-            config.prefix_dropout,
-        )
-        prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
-        prefix.adapter = adapter
-        if site.sharded:
+def build(
+    model, config: AptConfig, sites: list[Site], adapter: str = "default", *, initialise: bool = True
+) -> dict[str, AdaptivePrefix]:
+    """New prefixes by the name of their attention module, for those that get one. Nothing is changed yet.
+
+    ``model`` attends without prefixes. Without ``initialise``, they are drawn as with ``init="normal"``.
+    """
+    generator, lengths = shared_generator(config.init_seed, sites), lengths_of(config, sites)
+    built = {
+        site.name: _build(config, site, length, generator, adapter) for site, length in zip(sites, lengths) if length
+    }
+    if initialise:
+        _initialise(model, config, sites, lengths, generator, built)
+    for site in sites:
+        if site.sharded and site.name in built:
             from ..prefix.sharding import shard_heads
 
-            shard_heads(prefix, site.mesh)
+            shard_heads(built[site.name], site.mesh)
+    for prefix in built.values():
         remember_start(prefix)
-        built[site.name] = prefix
     return built
+
+
+def _build(config: AptConfig, site: Site, length: int, generator, adapter: str) -> AdaptivePrefix:
+    prefix = AdaptivePrefix(
+        length,
+        site.kv_heads,
+        site.head_dim,
+        site.value_head_dim,
+        site.hidden_size or 0,
+        _gate(config.gate, site),
+        config.layer_scale,
+        config.init_std,
+        generator,
+        site.device,
+        config.reparameterisation,
+        config.prefix_dropout,
+    )
+    prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
+    prefix.adapter = adapter
+    return prefix
+
+
+@torch.no_grad()
+def _initialise(
+    model, config: AptConfig, sites: list[Site], lengths: list[int], generator, built: dict[str, AdaptivePrefix]
+) -> None:
+    """Overwrite the normal start of ``built`` where ``config.init`` says so."""
+    if config.init == "zero":
+        for prefix in built.values():
+            prefix.value.zero_()
+    if not config.may_read_vocabulary:
+        return
+    tokens, reasons = vocabulary_tokens(model, config, sites, lengths, generator)
+    if config.init == "vocabulary" and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise PatchError(f"init is 'vocabulary', but {name} cannot start so: {reason}; use 'auto' or 'normal'")
+    reading = [site.name for site in sites if site.name in reasons and "text" in site.senses]
+    if reading:
+        logger.warning(
+            "%d of %d prefixes start from N(0, %g), which may raise the model's loss at first; the first is %s: %s",
+            len(reading),
+            len(built),
+            config.init_std,
+            reading[0],
+            reasons[reading[0]],
+        )
+    for name, (key, value) in tokens.items():
+        built[name].key.copy_(key)
+        built[name].value.copy_(value)
 
 
 def _gate(name: str, site: Site) -> str:

@@ -167,7 +167,9 @@ def prepare(model: nn.Module, method: str, settings: Settings, seed: int) -> nn.
     length = settings.prefix_length
     if method == "prefix-same-budget":
         length = same_budget(model, settings)
-    return apt_kernels.patch(model, prefix_length=length, init_seed=seed, **options, **settings.patch)
+    # The start of P-tuning v2, with which the committed figures were made.
+    start = {"init": "normal", "init_seed": seed}
+    return apt_kernels.patch(model, prefix_length=length, **options, **{**start, **settings.patch})
 
 
 def same_budget(model: nn.Module, settings: Settings) -> tuple[int, ...]:

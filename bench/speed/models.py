@@ -61,7 +61,9 @@ class ModelShape:
 
     def settings(self) -> dict:
         """`apt_kernels.patch`'s settings."""
-        return {"prefix_length": self.length, "gate": self.gate, "layer_scale": self.gate != "none", "init_seed": 0}
+        # `patched` draws all values anew: a start that reads the vocabulary would cost a forward for nothing.
+        start = {"init": "normal", "init_seed": 0}
+        return {"prefix_length": self.length, "gate": self.gate, "layer_scale": self.gate != "none", **start}
 
 
 def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -47,6 +47,8 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
         ('"Qwen/Qwen3-0.6B"', repr(str(root / "qwen3"))),
         # The tiny BERT has two layers.
         ("(16,) * 6 + (0,) * 6", "(16, 0)"),
+        # Two rows take the place of a data set.
+        ("train_dataset=data,", "train_dataset=[dict(input_ids=[5, 6, 7], labels=i) for i in (0, 1)],"),
         # One graph is what is tested; inductor takes a minute to compile it.
         ("torch.compile(model, ", 'torch.compile(model, backend="eager", '),
         # By default the paged cache uses most of the memory.

@@ -30,7 +30,7 @@ HF_LAYERS = (
     ("calls", "compat", "site", "events"),
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file", "model_card"),
     ("attention",),
-    ("discovery", "trainable", "transaction", "base_record", "capture", "precision"),
+    ("discovery", "trainable", "transaction", "base_record", "capture", "precision", "vocabulary", "optimizer"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise", "folding", "export"),

@@ -78,13 +78,14 @@ def bitsandbytes(bits):
 
 
 def check(model, given, quantise_first, quantise):
+    # The normal start: tokens of the vocabulary differ between a model and its quantised copy.
     model.train()
     if quantise_first:
         quantise(model)
         plain = model(**given).logits.detach()
-        apt_kernels.patch(model, prefix_length=3, init_seed=0)
+        apt_kernels.patch(model, prefix_length=3, init="normal", init_seed=0)
     else:
-        apt_kernels.patch(model, prefix_length=3, init_seed=0)
+        apt_kernels.patch(model, prefix_length=3, init="normal", init_seed=0)
         quantise(model)
         with apt_kernels.disabled(model):
             plain = model(**given).logits.detach()
@@ -125,7 +126,7 @@ def test_a_base_quantised_by_transformers(family, bits, tmp_path, caplog):
         torch.manual_seed(0)
         load = type(base).from_pretrained
         model = load(tmp_path / "base", quantization_config=quantised, device_map="cpu", dtype=torch.float32)
-        return apt_kernels.patch(model, prefix_length=3, init_seed=0)
+        return apt_kernels.patch(model, prefix_length=3, init="normal", init_seed=0)
 
     assert any("bit" in type(module).__name__ for module in made().modules())
     # On CPUs with AVX-512 bitsandbytes repacks four-bit weights in an evaluation, and training is not the same after.

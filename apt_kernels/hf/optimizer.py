@@ -1,0 +1,88 @@
+"""What trains in a patched model, in groups with a learning rate each, for any optimizer."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache as memoise
+
+from torch import nn
+
+from .state import state_of
+
+logger = logging.getLogger(__name__)
+
+# SmolLM2's loss on docstrings, 32 prefix tokens, 24 steps from 2.82: 2.66 at 3e-3, 2.65 at 1e-2, 2.71 at 3e-2.
+# Gates and scales had the same rate.
+PREFIX_RATE = 1e-2
+# Not measured against other rates. MiniLM's new head reaches an accuracy of 0.71 (4 classes) in 60 steps with it.
+HEAD_RATE = 1e-3
+
+
+def parameter_groups(
+    model,
+    lr: float | None = None,
+    gate_lr: float | None = None,
+    scale_lr: float | None = None,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict]:
+    """The trainable parameters of a patched model in groups for an optimizer, each parameter in one of them.
+
+    Prefixes need a higher learning rate than the usual defaults for fine-tuning: at 5e-5, Trainer's default, they
+    learn next to nothing.
+
+    Args:
+        model: a patched model; of several adapters, the active one is meant.
+        lr: of the prefixes' keys and values, or of the MLP that makes them. None: 1e-2.
+        gate_lr: of the gates. None: as ``lr``.
+        scale_lr: of the layer scales. None: as ``lr``.
+        head_lr: of all else that is trainable: new task heads, PEFT's adapters, what ``trainable`` names. None: 1e-3.
+        weight_decay: of all parameters but the layer scales, which decay would pull towards switching the prefix off.
+
+    Returns:
+        Dicts with ``name`` (``"prefix"``, ``"gate"``, ``"scale"``, ``"head"``), ``params``, ``lr`` and
+        ``weight_decay``; groups without parameters are left out.
+
+    Raises:
+        PatchError: the model is not patched.
+
+    Example::
+
+        optimizer = torch.optim.AdamW(apt_kernels.parameter_groups(model))
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+
+    Trainer makes its schedule for such an optimizer; ``TrainingArguments.learning_rate`` is not used.
+    """
+    state, lr = state_of(model), PREFIX_RATE if lr is None else lr
+    kinds = {}
+    for prefix in state.prefixes.values():
+        for name, parameter in prefix.named_parameters():
+            kinds[id(parameter)] = _KINDS.get(name, "prefix")
+    groups: dict[str, list[nn.Parameter]] = {"prefix": [], "gate": [], "scale": [], "head": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[kinds.get(id(parameter), "head")].append(parameter)
+    rates = {
+        "prefix": lr,
+        "gate": lr if gate_lr is None else gate_lr,
+        "scale": lr if scale_lr is None else scale_lr,
+        "head": HEAD_RATE if head_lr is None else head_lr,
+    }
+    return [
+        {"name": name, "params": found, "lr": rates[name], "weight_decay": 0.0 if name == "scale" else weight_decay}
+        for name, found in groups.items()
+        if found
+    ]
+
+
+_KINDS = {"gate_weight": "gate", "gate_logits": "gate", "layer_scale": "scale"}
+
+
+@memoise
+def log_rates() -> None:
+    """Say once in a process which learning rates prefixes need."""
+    logger.warning(
+        "prefixes need a learning rate of about %g, more than the usual default of an optimizer or of Trainer (5e-5): "
+        "use torch.optim.AdamW(apt_kernels.parameter_groups(model))",
+        PREFIX_RATE,
+    )

@@ -1,0 +1,175 @@
+"""The start ``init="vocabulary"``: keys and values of random tokens of the model's own vocabulary.
+
+Keys drawn from N(0, 0.02) have logits near 0, where a decoder's own keys are mostly far below: they take softmax mass
+at once. Keys of tokens that the model has read have logits of the right size. Still, M unrelated tokens together take
+more mass than they should: their logits are lowered by log(M) + 1. Adding ``-a u`` to a key lowers its logits by ``a``
+for every query ``q`` with ``q . u = 1``. The queries of trained models have such a direction ``u`` almost exactly; it
+is fitted by least squares on random texts (`_direction`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+from torch import Tensor
+
+from ...config import AptConfig
+from ...errors import PatchError
+from ..site import Site
+from . import dummy_inputs
+from .capture import Captured, capture, sees_positions
+
+# Rows and tokens of the random texts on whose queries the direction is fitted.
+_ROWS, _TOKENS = 8, 32
+# Added to the diagonal of the queries' second moments, in parts of its mean.
+_RIDGE = 1e-3
+# Longest text that is read at once where positions are learned and the config does not say how many there are.
+_LONGEST = 512
+
+Tokens = tuple[Tensor, Tensor]  # key [Hkv, M, D] and value [Hkv, M, Dv]
+
+
+def vocabulary_tokens(
+    model, config: AptConfig, sites: list[Site], lengths: list[int], generator: torch.Generator | None
+) -> tuple[dict[str, Tokens], dict[str, str]]:
+    """Keys and values to start with, and why there are none, by the name of the attention module.
+
+    Args:
+        model: the model without prefixes (unpatched, or within `disabled`); it is left as it was.
+        config: the gate and the layer scale tell by what the tokens are multiplied at the start.
+        sites: the attention modules, with their prefix ``lengths``.
+        generator: draws the tokens, on the CPU; None: torch's global generator.
+    """
+    wanted = {site: length for site, length in zip(sites, lengths) if length}
+    reasons = {site.name: reason for site in wanted if (reason := _refusal(site))}
+    wanted = {site: length for site, length in wanted.items() if site.name not in reasons}
+    if not wanted:
+        return {}, reasons
+    try:
+        read, asked = _read(model, max(wanted.values()), generator)
+    except Exception as error:  # whatever the model raises for a text alone: the caller reports it
+        return {}, {**reasons, **{site.name: f"reading random tokens failed: {error}" for site in wanted}}
+    found = {}
+    for site, length in wanted.items():
+        reason = _mismatch(site, read, asked)
+        if reason:
+            reasons[site.name] = reason
+            continue
+        found[site.name] = _tokens(site, length, read[site.name], asked[site.name], _start_weight(config))
+        if not all(part.isfinite().all() for part in found[site.name]):
+            del found[site.name]
+            reasons[site.name] = "keys of random tokens are not finite"
+    return found, reasons
+
+
+def _refusal(site: Site) -> str | None:
+    if site.inline is not None:
+        return "it attends inline"
+    if site.repeated:
+        return "it attends more than once in a forward"
+    if site.sharded:
+        return "tensor parallelism shards its heads"
+    if "text" not in site.senses:
+        return "it reads no text"
+    if site.device.type == "meta":
+        return "its weights are on the meta device"
+    return None
+
+
+def _mismatch(site: Site, read: dict[str, Captured], asked: dict[str, Captured]) -> str | None:
+    if site.name not in read or site.name not in asked:
+        return "a text alone does not reach it"
+    shape = read[site.name].key.shape[1], read[site.name].key.shape[3], read[site.name].value.shape[3]
+    if shape != (site.kv_heads, site.head_dim, site.value_head_dim):
+        return "it attends over something else than tokens"
+    return None
+
+
+def _start_weight(config: AptConfig) -> float:
+    """What multiplies a prefix at the start: a gate of 1/2 without the scale of 2."""
+    return 0.5 if config.gate != "none" and not config.layer_scale else 1.0
+
+
+def _read(model, length: int, generator: torch.Generator | None) -> tuple[dict[str, Captured], dict[str, Captured]]:
+    """A random text of ``length`` tokens as the attention modules see it, and random texts for their queries."""
+    body = getattr(model, "base_model", model)
+    accepted = inspect.signature(body.forward).parameters
+    if "input_ids" not in accepted and "kwargs" not in accepted:
+        raise PatchError(f"{type(body).__name__} takes no input_ids")
+    vocabulary = _vocabulary(model)
+    most = _positions(model)
+
+    def text(rows: int, tokens: int) -> Tensor:
+        drawn = torch.randint(len(vocabulary), (rows, tokens), generator=generator)
+        return vocabulary[drawn].to(dummy_inputs.device(model))
+
+    def run(ids: Tensor, positions: Tensor | None = None) -> dict[str, Captured]:
+        given = {"input_ids": ids}
+        if "decoder_input_ids" in accepted:
+            given["decoder_input_ids"] = ids
+        if "use_cache" in accepted:
+            given["use_cache"] = False
+        if positions is not None:
+            given["position_ids"] = positions.to(ids.device)
+        return capture(model, body, **given)
+
+    long, short = text(1, length), text(_ROWS, min(_TOKENS, most))
+    if _can_move(model, accepted, run, short):
+        steps = torch.arange(short.shape[1])
+        starts = [0, *((most - len(steps)) // 2**i for i in range(_ROWS - 1))]
+        return run(long, torch.arange(-length, 0)[None]), run(short, torch.tensor(starts)[:, None] + steps)
+    # Where positions are learned, a long text is read in pieces; the last one is filled up with tokens from the start.
+    rows = -(-length // most)
+    if rows > 1:
+        long = long.repeat(1, 2)[:, : rows * most].reshape(rows, most)
+    return run(long), run(short)
+
+
+def _can_move(model, accepted, run, ids: Tensor) -> bool:
+    """Whether a text can be read at positions before 0: no hidden state depends on the position itself."""
+    if "position_ids" not in accepted or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    ids = ids[:4, :1]
+    here, near = (run(ids, torch.full(ids.shape, position)) for position in (0, 1))
+    return sees_positions(here, near) is None
+
+
+def _vocabulary(model) -> Tensor:
+    """The ids of all tokens without those that the config names for a purpose."""
+    config = model.config.get_text_config()
+    size = min(model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", 2**31))
+    special = {id for name, id in vars(config).items() if name.endswith("_token_id") for id in _ints(id)}
+    return torch.tensor([i for i in range(size) if i not in special] or list(range(size)))
+
+
+def _ints(value) -> list[int]:
+    return [value] if isinstance(value, int) else [v for v in value or () if isinstance(v, int)]
+
+
+def _positions(model) -> int:
+    """How many positions the model has. Some models need a few for padding."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    return max(1, most - 2) if isinstance(most, int) and most > 0 else _LONGEST
+
+
+def _tokens(site: Site, length: int, read: Captured, asked: Captured, weight: float) -> Tokens:
+    """The first ``length`` tokens read, with logits lowered by log(length) + 1: together less mass than one token."""
+    key, value = (part.transpose(0, 1).flatten(1, 2)[:, :length].float() for part in (read.key, read.value))
+    if length > 1:
+        # The first token that a causal model reads takes the mass that a head has no other use for: it is left so.
+        first = 1 if site.causal and not site.cross else 0
+        key[:, first:] -= (math.log(length) + 1) * _direction(asked, key.shape[0])[:, None]
+    return key / weight, value / weight
+
+
+def _direction(asked: Captured, kv_heads: int) -> Tensor:
+    """``u [Hkv, D]`` with ``scaling * q . u`` nearest to 1 over the queries of each key/value head."""
+    query = asked.query[:, :, 1:] if asked.query.shape[2] > 1 else asked.query
+    query = query.transpose(0, 1).unflatten(0, (kv_heads, -1)).flatten(1, 3).float() * asked.scaling
+    moments = query.mT @ query / query.shape[1]
+    ridge = _RIDGE * moments.diagonal(dim1=1, dim2=2).mean(-1).clamp(min=1e-12)
+    moments += ridge[:, None, None] * torch.eye(moments.shape[1], device=query.device)
+    return torch.linalg.solve(moments, query.mean(1)[..., None]).squeeze(-1)
