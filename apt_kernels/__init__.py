@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .hf.export import as_past_key_values, export
     from .hf.folding import fold
     from .hf.initialise import patch_from_peft, patch_from_text
+    from .hf.optimizer import parameter_groups
     from .hf.patching import patch, unpatch
     from .hf.probing import Probe, probe, prune
     from .hf.state import prefixes

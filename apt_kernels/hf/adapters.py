@@ -12,7 +12,6 @@ from ..errors import ConfigError, PatchError
 from . import events, offload, precision
 from .patching import attach, build, detach, make_config
 from .state import Model, Parked, State, state_of
-from .toggle import disabled
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
@@ -76,8 +75,7 @@ def add_checked(model: Model, name: str, config: AptConfig, *, initialise: bool 
     state.start.update(_values(state, new))
     state.originals += precision.widen(state.model, new)
     values = {each: state.start[each].clone() for each in trained}
-    with disabled(model):
-        built = build(state.model, config, state.sites, name, initialise=initialise)
+    built = build(state.model, config, state.sites, name, initialise=initialise)
     state.parked[name] = Parked(config, built, values)
     _switch(state, name)
     events.changed("add", state)

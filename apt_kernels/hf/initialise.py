@@ -22,6 +22,7 @@ from ..config import AptConfig, Settings
 from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
 from . import compat, patching
 from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
+from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .state import Model, is_patched, prefixes
 
@@ -66,7 +67,7 @@ def patch_from_text(
     refuse_no_decoder(model)
     refuse_lengths(model)
     base: Any = model
-    ids = ids.to(base.get_input_embeddings().weight.device)
+    ids = ids.to(dummy_inputs.device(model))
     at_positions(model, ids, -length)
     captured = capture(model, ids, torch.arange(-length, 0, device=ids.device)[None])
     tokens = {}
@@ -120,7 +121,7 @@ def patch_from_peft(
     refuse_no_decoder(model)
     refuse_lengths(model)
     base: Any = model
-    device = base.get_input_embeddings().weight.device
+    device = dummy_inputs.device(model)
     probe = torch.arange(4, device=device)[:, None] + 5
     here, there = at_positions(model, probe.T, -length)
     tokens, source = {}, transformers.DynamicCache(config=base.config.get_text_config())

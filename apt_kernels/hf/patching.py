@@ -29,12 +29,12 @@ from .attention.implementations import (
 from .discovery.meshes import shared_generator, with_meshes
 from .discovery.recording import record
 from .discovery.selection import lengths_of
-from .discovery.vocabulary import vocabulary_tokens
 from .optimizer import log_rates
 from .site import Site
 from .state import Model, State, inner, is_patched, remember_start, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
+from .vocabulary import vocabulary_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -187,8 +187,9 @@ def _initialise(
     model, config: AptConfig, sites: list[Site], lengths: list[int], generator, built: dict[str, AdaptivePrefix]
 ) -> None:
     """Overwrite the normal start of ``built`` where ``config.init`` says so."""
+    made: dict[str, Any] = dict(built)
     if config.init == "zero":
-        for prefix in built.values():
+        for prefix in made.values():
             prefix.value.zero_()
     if not config.may_read_vocabulary:
         return
@@ -207,8 +208,8 @@ def _initialise(
             reasons[reading[0]],
         )
     for name, (key, value) in tokens.items():
-        built[name].key.copy_(key)
-        built[name].value.copy_(value)
+        made[name].key.copy_(key)
+        made[name].value.copy_(value)
 
 
 def _gate(name: str, site: Site) -> str:

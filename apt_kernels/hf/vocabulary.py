@@ -5,30 +5,46 @@ at once. Keys of tokens that the model has read have logits of the right size. S
 more mass than they should: their logits are lowered by log(M) + 1. Adding ``-a u`` to a key lowers its logits by ``a``
 for every query ``q`` with ``q . u = 1``. The queries of trained models have such a direction ``u`` almost exactly; it
 is fitted by least squares on random texts (`_direction`).
+
+The queries of a causal model's first token differ, and its other queries give that token the mass that a head has no
+other use for (an attention sink). With a prefix, the first prefix token takes this part. It is the mean of tokens that
+were each read alone, right before the text: what makes a token the first one is the same in all of them, and their
+meanings cancel.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...config import AptConfig
-from ...errors import PatchError
-from ..site import Site
-from . import dummy_inputs
-from .capture import Captured, capture, sees_positions
+from ..config import AptConfig
+from ..errors import PatchError
+from .capture import Captured, capture_forward, sees_positions
+from .discovery import dummy_inputs
+from .site import Site
 
 # Rows and tokens of the random texts on whose queries the direction is fitted.
 _ROWS, _TOKENS = 8, 32
+# Texts of one token, whose mean is the first prefix token of a causal module.
+_ALONE = 64
 # Added to the diagonal of the queries' second moments, in parts of its mean.
 _RIDGE = 1e-3
 # Longest text that is read at once where positions are learned and the config does not say how many there are.
 _LONGEST = 512
 
 Tokens = tuple[Tensor, Tensor]  # key [Hkv, M, D] and value [Hkv, M, Dv]
+
+
+class _Readings(NamedTuple):
+    """What each attention module was given for random tokens, by its name."""
+
+    text: dict[str, Captured]  # one text
+    alone: dict[str, Captured]  # texts of one token
+    asked: dict[str, Captured]  # texts whose queries are used
 
 
 def vocabulary_tokens(
@@ -48,16 +64,16 @@ def vocabulary_tokens(
     if not wanted:
         return {}, reasons
     try:
-        read, asked = _read(model, max(wanted.values()), generator)
+        read = _read(model, max(wanted.values()), generator)
     except Exception as error:  # whatever the model raises for a text alone: the caller reports it
         return {}, {**reasons, **{site.name: f"reading random tokens failed: {error}" for site in wanted}}
     found = {}
     for site, length in wanted.items():
-        reason = _mismatch(site, read, asked)
+        reason = _mismatch(site, read)
         if reason:
             reasons[site.name] = reason
             continue
-        found[site.name] = _tokens(site, length, read[site.name], asked[site.name], _start_weight(config))
+        found[site.name] = _tokens(site, length, read, _start_weight(config))
         if not all(part.isfinite().all() for part in found[site.name]):
             del found[site.name]
             reasons[site.name] = "keys of random tokens are not finite"
@@ -78,10 +94,11 @@ def _refusal(site: Site) -> str | None:
     return None
 
 
-def _mismatch(site: Site, read: dict[str, Captured], asked: dict[str, Captured]) -> str | None:
-    if site.name not in read or site.name not in asked:
+def _mismatch(site: Site, read: _Readings) -> str | None:
+    if any(site.name not in each for each in read):
         return "a text alone does not reach it"
-    shape = read[site.name].key.shape[1], read[site.name].key.shape[3], read[site.name].value.shape[3]
+    found = read.text[site.name]
+    shape = found.key.shape[1], found.key.shape[3], found.value.shape[3]
     if shape != (site.kv_heads, site.head_dim, site.value_head_dim):
         return "it attends over something else than tokens"
     return None
@@ -92,8 +109,8 @@ def _start_weight(config: AptConfig) -> float:
     return 0.5 if config.gate != "none" and not config.layer_scale else 1.0
 
 
-def _read(model, length: int, generator: torch.Generator | None) -> tuple[dict[str, Captured], dict[str, Captured]]:
-    """A random text of ``length`` tokens as the attention modules see it, and random texts for their queries."""
+def _read(model, length: int, generator: torch.Generator | None) -> _Readings:
+    """Let the model read a random text of ``length`` tokens, single tokens, and texts for their queries."""
     body = getattr(model, "base_model", model)
     accepted = inspect.signature(body.forward).parameters
     if "input_ids" not in accepted and "kwargs" not in accepted:
@@ -106,25 +123,29 @@ def _read(model, length: int, generator: torch.Generator | None) -> tuple[dict[s
         return vocabulary[drawn].to(dummy_inputs.device(model))
 
     def run(ids: Tensor, positions: Tensor | None = None) -> dict[str, Captured]:
-        given = {"input_ids": ids}
+        given: dict[str, Any] = {"input_ids": ids}
         if "decoder_input_ids" in accepted:
             given["decoder_input_ids"] = ids
         if "use_cache" in accepted:
             given["use_cache"] = False
         if positions is not None:
             given["position_ids"] = positions.to(ids.device)
-        return capture(model, body, **given)
+        return capture_forward(model, body, **given)
 
-    long, short = text(1, length), text(_ROWS, min(_TOKENS, most))
+    long, single, short = text(1, length), text(_ALONE, 1), text(_ROWS, min(_TOKENS, most))
     if _can_move(model, accepted, run, short):
         steps = torch.arange(short.shape[1])
         starts = [0, *((most - len(steps)) // 2**i for i in range(_ROWS - 1))]
-        return run(long, torch.arange(-length, 0)[None]), run(short, torch.tensor(starts)[:, None] + steps)
+        return _Readings(
+            run(long, torch.arange(-length, 0)[None]),
+            run(single, torch.full(single.shape, -1)),
+            run(short, torch.tensor(starts)[:, None] + steps),
+        )
     # Where positions are learned, a long text is read in pieces; the last one is filled up with tokens from the start.
     rows = -(-length // most)
     if rows > 1:
         long = long.repeat(1, 2)[:, : rows * most].reshape(rows, most)
-    return run(long), run(short)
+    return _Readings(run(long), run(single), run(short))
 
 
 def _can_move(model, accepted, run, ids: Tensor) -> bool:
@@ -155,13 +176,17 @@ def _positions(model) -> int:
     return max(1, most - 2) if isinstance(most, int) and most > 0 else _LONGEST
 
 
-def _tokens(site: Site, length: int, read: Captured, asked: Captured, weight: float) -> Tokens:
-    """The first ``length`` tokens read, with logits lowered by log(length) + 1: together less mass than one token."""
-    key, value = (part.transpose(0, 1).flatten(1, 2)[:, :length].float() for part in (read.key, read.value))
+def _tokens(site: Site, length: int, read: _Readings, weight: float) -> Tokens:
+    """The first ``length`` tokens read, with logits lowered by log(length) + 1: together less mass than one token.
+
+    In a causal module, the first one is the mean of single tokens.
+    """
+    text, alone, asked = (part[site.name] for part in read)
+    key, value = (part.transpose(0, 1).flatten(1, 2)[:, :length].float() for part in (text.key, text.value))
     if length > 1:
-        # The first token that a causal model reads takes the mass that a head has no other use for: it is left so.
-        first = 1 if site.causal and not site.cross else 0
-        key[:, first:] -= (math.log(length) + 1) * _direction(asked, key.shape[0])[:, None]
+        key -= (math.log(length) + 1) * _direction(asked, key.shape[0])[:, None]
+    if site.causal and not site.cross:
+        key[:, 0], value[:, 0] = (part[:, :, 0].float().mean(0) for part in (alone.key, alone.value))
     return key / weight, value / weight
 
 

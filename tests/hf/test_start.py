@@ -119,7 +119,7 @@ def test_a_seed_gives_the_same_tokens_of_the_vocabulary(family):
 @pytest.mark.parametrize("layer_scale", [True, False])
 def test_one_token_of_the_vocabulary_is_that_token_read_before_the_text(gate, layer_scale, monkeypatch):
     """With one token there is nothing to lower: the start is the copy that `patch_from_text` makes."""
-    from apt_kernels.hf.discovery import vocabulary
+    from apt_kernels.hf import vocabulary
 
     monkeypatch.setattr(vocabulary, "_vocabulary", lambda model: torch.tensor([31]))
     model, given = models.build("llama"), models.inputs("llama")
@@ -137,13 +137,13 @@ def test_prefixes_longer_than_the_positions_of_the_model(length):
 
 
 def test_queries_all_agree_with_their_direction():
-    from apt_kernels.hf.discovery.capture import Captured
-    from apt_kernels.hf.discovery.vocabulary import _direction
+    from apt_kernels.hf.capture import Captured
+    from apt_kernels.hf.vocabulary import _direction
 
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(2, 8, generator=generator)
     query = shared.repeat_interleave(2, dim=0)[None, :, None] + 0.01 * torch.randn(3, 4, 20, 8, generator=generator)
-    direction = _direction(Captured(query, None, None, None, None, 0.5), 2)
+    direction = _direction(Captured(None, None, None, None, query, 0.5), 2)
     logits = 0.5 * torch.einsum("bhtd,hd->bht", query, direction.repeat_interleave(2, dim=0))
     assert (logits - 1).abs().max() < 0.05
 
@@ -184,7 +184,7 @@ def test_meta_device_models_are_patched_and_named(caplog):
 
 
 def test_a_text_that_fails_is_no_silent_fallback(monkeypatch, caplog):
-    from apt_kernels.hf.discovery import vocabulary
+    from apt_kernels.hf import vocabulary
 
     def fails(*args):
         raise ValueError("no text today")

@@ -398,7 +398,8 @@ def _with_a_hook(gate, order):
     attention = model.model.layers[0].self_attn
     if order == "before":
         attention.register_forward_pre_hook(AddOne(), with_kwargs=True)
-    apt_kernels.patch(model, prefix_length=3, gate=gate, init_seed=0)
+    # Tokens of the vocabulary are read through the hooks that are there: another start for each order.
+    apt_kernels.patch(model, prefix_length=3, gate=gate, init="normal", init_seed=0)
     randomise(model)
     if order != "before":
         attention.register_forward_pre_hook(AddOne(), with_kwargs=True, prepend=order == "first of all")
