@@ -4,6 +4,7 @@
     python -m bench speed                          time and memory against every peer on this machine
     python -m bench compiled                       compile every tile of the Triton kernels, no GPU needed
     python -m bench quality main --task rte ...    the paper's comparisons on labelled data
+    python -m bench first-use                      the default start and the README's snippet on pretrained models
     python -m bench report FOLDER --out FOLDER     tables and figures from the results in a folder
 
 Each command explains its options: python -m bench COMMAND --help.
@@ -24,6 +25,7 @@ COMMANDS = {
     "speed": "bench.speed.run",
     "compiled": "bench.compiled.cli",
     "quality": "bench.quality.cli",
+    "first-use": "bench.quality.first_use",
     "report": "bench.speed.report",
 }
 # Commands that train or time, for which it matters whether other processes use the cores.

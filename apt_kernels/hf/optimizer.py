@@ -46,12 +46,13 @@ def parameter_groups(
     Raises:
         PatchError: the model is not patched.
 
-    Example::
+    Examples:
+        >>> optimizer = torch.optim.AdamW(apt_kernels.parameter_groups(model))
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+        [('prefix', 0.01), ('gate', 0.01), ('scale', 0.01), ('head', 0.01)]
 
-        optimizer = torch.optim.AdamW(apt_kernels.parameter_groups(model))
-        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
-
-    Trainer makes its schedule for such an optimizer; ``TrainingArguments.learning_rate`` is not used.
+    For transformers' Trainer: ``Trainer(..., optimizers=(optimizer, None))``. Trainer makes its schedule for such an
+    optimizer; ``TrainingArguments.learning_rate`` is not used.
     """
     state, lr = state_of(model), PREFIX_RATE if lr is None else lr
     kinds = {}

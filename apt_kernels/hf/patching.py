@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@atomic
 def patch(
     model: Model,
     config: AptConfig | None = None,
@@ -79,6 +78,7 @@ def patch(
     return patch_checked(model, make_config(config, settings), example_inputs)
 
 
+@atomic
 def patch_checked(
     model: Model,
     config: AptConfig,

@@ -64,7 +64,8 @@ def vocabulary_tokens(
     if not wanted:
         return {}, reasons
     try:
-        read = _read(model, max(wanted.values()), generator)
+        with torch.autocast(dummy_inputs.device(model).type, enabled=False):
+            read = _read(model, max(wanted.values()), generator)
     except Exception as error:  # whatever the model raises for a text alone: the caller reports it
         return {}, {**reasons, **{site.name: f"reading random tokens failed: {error}" for site in wanted}}
     found = {}
@@ -73,7 +74,8 @@ def vocabulary_tokens(
         if reason:
             reasons[site.name] = reason
             continue
-        found[site.name] = _tokens(site, length, read, _start_weight(config))
+        with torch.autocast(site.device.type, enabled=False):
+            found[site.name] = _tokens(site, length, read, _start_weight(config))
         if not all(part.isfinite().all() for part in found[site.name]):
             del found[site.name]
             reasons[site.name] = "keys of random tokens are not finite"

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from bench.quality import packaged
-from bench.quality.packaged import HELD_OUT, long_docstrings, next_token_loss, windows  # noqa: F401
+from bench.quality.packaged import HELD_OUT, long_docstrings, next_token_loss, windows
 from bench.quality.sources import DataError
 
 __all__ = [
