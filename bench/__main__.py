@@ -1,6 +1,6 @@
 """The demo, the benchmark, and what is measured without a GPU.
 
-    python -m bench demo                           train on a real model and real text; compare with naive prefix tuning
+    python -m bench demo                           read a text into a prefix of a real decoder, train it, ask questions
     python -m bench speed                          time and memory against every peer on this machine
     python -m bench compiled                       compile every tile of the Triton kernels, no GPU needed
     python -m bench quality main --task rte ...    the paper's comparisons on labelled data
@@ -21,7 +21,7 @@ from bench.quality.sources import DataError
 
 # The module that implements a command: its ``main`` takes the arguments and returns the exit status.
 COMMANDS = {
-    "demo": "bench.demo.run",
+    "demo": "bench.demo.cli",
     "speed": "bench.speed.run",
     "compiled": "bench.compiled.cli",
     "quality": "bench.quality.cli",

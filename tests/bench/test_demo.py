@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 import apt_kernels
 from bench.common.naive import naive
+from bench.demo import classification as demo
 from bench.demo import data, docstrings, report
-from bench.demo import run as demo
 from bench.quality import sources
 from bench.speed.timing import peak_bytes
 

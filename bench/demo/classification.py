@@ -1,6 +1,6 @@
 """Adaptive Prefix Tuning on a pretrained model and real text, compared with plain prefix tuning and naive attention.
 
-Run it by ``make demo``, or ``python -m bench demo --help``.
+Run it by ``make demo ARGS='--task docstrings'``, or ``python -m bench demo --task docstrings --help``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CURVE_TOLERANCE, _EPOCH_TOLERANCE = 1e-3, 0.05
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench demo",
+        prog="python -m bench demo --task docstrings",
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
