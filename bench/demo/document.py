@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import sys
@@ -15,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import apt_kernels
 from bench.common.machine import described
 from bench.common.markdown import markdown
-from bench.demo import step_costs
-from bench.quality import models, pretrained
-from bench.quality.pretrained import SMOLLM2
+from bench.demo import report, step_costs
+from bench.quality import models, packaged
 from bench.quality.sources import DataError
 
+SMOLLM2 = "smollm2"
 _HERE = Path(__file__).parent
 _IGNORED = -100  # label of a token that is not predicted
 _WARM_UP, _CLIP = 4, 1.0
@@ -60,6 +62,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder of the adapter, tables and figure"
     )
+    parser.add_argument("--update-docs", action="store_true", help="put the tables and the figure into docs/demo.md")
     return parser.parse_args(argv)
 
 
@@ -118,11 +121,21 @@ def _rows(path: Path) -> list:
         raise DataError(f"{path} has a line that is not JSON: {error}") from None
 
 
+def _load(name: str) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(name)
+
+
+def _title(name: str) -> str:
+    """The model's name for tables: no path."""
+    return "SmolLM2-135M-Instruct" if name == SMOLLM2 else Path(name).name
+
+
 class Reader:
     """A model and its tokeniser, with the texts in the format that the model was trained for."""
 
     def __init__(self, name: str, device: torch.device):
-        self.model, self.tokenizer = pretrained.decoder(name)
+        self.model, self.tokenizer = packaged.smollm2() if name == SMOLLM2 else _load(name)
         self.model.to(device)
         self.device = device
         if self.tokenizer.pad_token is None:
@@ -220,9 +233,11 @@ def main(argv: list[str] | None = None) -> int:
     """Read, train, ask, compare, and write the results; 1 if a check failed."""
     began, options = time.perf_counter(), arguments(argv)
     document = read(options)
+    if options.model == SMOLLM2:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     models.quiet(options.model)
     options.output.mkdir(parents=True, exist_ok=True)
-    print(f"loading {pretrained.title(options.model)}", flush=True)
+    print(f"loading {_title(options.model)}", flush=True)
     reader, failures = Reader(options.model, torch.device(options.device)), []
     model, given = reader.model, {}
 
@@ -241,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     failures += _reload(reader, options, document, given)
     result = {
         "machine": described(reader.device),
-        "model": pretrained.title(options.model),
+        "model": _title(options.model),
         "prefix_tokens": reader.document(document.text).numel(),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "step_seconds": statistics.median(seconds),
@@ -254,6 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": time.perf_counter() - began,
     }
     _write(options, document, result)
+    if options.update_docs and not failures:
+        report.update_page(Path("docs/demo.md"), options.output, "document")
     return 1 if failures else 0
 
 

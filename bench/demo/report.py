@@ -13,7 +13,6 @@ from bench.common.machine import described
 from bench.common.markdown import markdown
 from bench.quality.side_by_side import Run
 
-BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 _COLUMNS = (
     *("Method", "Attention", "Accuracy", "Macro-F1"),
     *("Trained parameters", "Time per step", "Peak memory of a step"),
@@ -84,16 +83,22 @@ def _run(run: Run) -> dict:
     }
 
 
-def update_page(page: Path, output: Path) -> None:
-    """Put the table and the plot in ``output`` between the page's markers."""
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def markers(task: str) -> tuple[str, str]:
+    """What the section of a task's results begins and ends with in docs/demo.md."""
+    return f"<!-- {task}: begin -->", f"<!-- {task}: end -->"
+
+
+def update_page(page: Path, output: Path, task: str) -> None:
+    """Put the table and the plot in ``output`` between the page's markers of the task."""
+    text, (first, last) = page.read_text(encoding="utf-8"), markers(task)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise RuntimeError(f"{page.name} has no section between {BEGIN} and {END}")
-    shutil.copyfile(output / "gates.png", page.with_name("demo.png"))
+        raise RuntimeError(f"{page.name} has no section between {first} and {last}")
+    picture = page.with_name(f"demo-{task}.png")
+    shutil.copyfile(output / "gates.png", picture)
     alternative = "Mean of lambda times alpha for every layer and prefix token"
-    section = f"{(output / 'table.md').read_text(encoding='utf-8').strip()}\n\n![{alternative}](demo.png)"
+    section = f"{(output / 'table.md').read_text(encoding='utf-8').strip()}\n\n![{alternative}]({picture.name})"
     temporary = page.with_suffix(".tmp")
     temporary.write_text(f"{before}{begin}\n{section}\n{end}{after}", encoding="utf-8")
     os.replace(temporary, page)

