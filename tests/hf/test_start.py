@@ -227,7 +227,7 @@ def test_every_trainable_parameter_is_in_one_group(gate, settings):
         "prefix": (1e-2, 0.1),
         **({} if gate == "none" else {"gate": (1e-2, 0.1)}),
         "scale": (1e-2, 0.0),
-        "head": (1e-3, 0.1),
+        "head": (1e-2, 0.1),
     }
     torch.optim.AdamW(groups)
 
