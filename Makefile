@@ -58,7 +58,7 @@ test-vllm:
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then \
 		echo 'make test-vllm: not run, vLLM needs Python 3.11 or newer. Name another: make PYTHON=python3.12'; \
 	else \
-		set -ex; $(MAKE) --no-print-directory $(VLLM)/stamp; APT_KERNELS_NO_CUDA=1 $(VLLM)/bin/python setup.py --quiet egg_info; \
+		set -ex; $(MAKE) --no-print-directory $(VLLM)/stamp; $(VLLM)/bin/python setup.py --quiet egg_info; \
 		$(VLLM)/bin/python -m pytest $(or $(ARGS),tests/serving); \
 	fi
 
