@@ -72,6 +72,14 @@ def test_preempted_requests(llama, adapted, monkeypatch):
     assert preempted
 
 
+@pytest.mark.parametrize(("gate", "heads"), [("token", 2), ("first", 1)])
+def test_two_processes(gate, heads, tmp_path):
+    """Tensor parallel: each process has its heads of the prefix; a single key head is on both."""
+    model = served.base("llama", tmp_path / "base", num_key_value_heads=heads)
+    adapter = served.adapter(model, tmp_path / "adapter", prefix_length=12, gate=gate)
+    check(model, adapter, tensor_parallel_size=2)
+
+
 def test_another_base_is_refused(adapted, tmp_path):
     model = served.base("llama", tmp_path, num_hidden_layers=3)
     with pytest.raises(AdapterError, match=r"num_hidden_layers 2; this one has 3"), engine(model, adapted):

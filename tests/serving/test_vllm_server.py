@@ -42,35 +42,55 @@ def folders(tmp_path_factory):
     return model, served.adapter(model, root / "adapter", prefix_length=21, gate="token")
 
 
+def command(model, adapter, port: int) -> list[str]:
+    """The documented command, on a tiny base, with the adapter's real path and little memory."""
+    # Wheels for the CPU have another name than "vllm", for which its command line asks.
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    assert documented("vllm")[:3] == ["vllm", "serve", BASE]
+    for word in documented("vllm")[3:]:
+        words.append(json.dumps({"adapter": str(adapter)}) if word.startswith("{") else word)
+    words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    return [*words, "--max-model-len", "256", "--num-gpu-blocks-override", "96", "--served-model-name", "tiny"]
+
+
+def start(model, adapter, port: int, log) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(model, adapter, port),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def address(folders, tmp_path_factory):
-    """The documented command, on a tiny base, with the adapter's real path and little memory."""
-    model, adapter = folders
+    """Where the server answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = documented("vllm")
-    # Wheels for the CPU have another name than "vllm", for which its command line asks.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += [json.dumps({"adapter": str(adapter)}) if word.startswith("{") else word for word in words[3:]]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "256", "--num-gpu-blocks-override", "96", "--served-model-name", "tiny"]
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with open(log, "w") as out:
-        server = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    path = tmp_path_factory.mktemp("log") / "server.log"
+    with open(path, "w") as log:
+        server = start(*folders, port, log)
         try:
-            wait(server, f"http://127.0.0.1:{port}", log)
+            wait(server, f"http://127.0.0.1:{port}", path)
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
+
+
+def test_a_server_whose_adapter_is_refused_ends(folders, tmp_path):
+    path = tmp_path / "server.log"
+    with open(path, "w") as log:
+        server = start(folders[0], tmp_path / "nowhere", 0, log)
+        try:
+            assert server.wait(180) not in (0, None)
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+    assert "nowhere has no apt_config.json and no adapter.safetensors; it is not an adapter folder" in path.read_text()
 
 
 def wait(server, address, log, seconds=300):
