@@ -39,7 +39,7 @@ def main(given: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="COMMAND")
     given = sys.argv[1:] if given is None else given
-    name = parser.parse_args(given[:1]).command  # what follows belongs to the command
+    name = parser.parse_args(given[:1]).command  # the remaining arguments belong to the command
     try:
         return importlib.import_module(COMMANDS[name]).main(given[1:])
     except DataError as error:

@@ -237,7 +237,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
         if not apart <= SAME * influence:
             raise PatchError(
                 f"{type(model).__name__} with the prefix differs from its source by {apart:.2g}, of an influence of "
-                f"{influence:.2g}: its attention knows positions in a way that a prefix cannot copy"
+                f"{influence:.2g}: its attention depends on positions in a way that a prefix cannot copy"
             )
     except BaseException:
         patching.unpatch(model)

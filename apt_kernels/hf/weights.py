@@ -63,7 +63,7 @@ def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iter
             yield
     elif any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters):
         raise PatchError(
-            "FullyShardedDataParallel holds the weights of the model in pieces; hand over the "
+            "FullyShardedDataParallel holds the weights of the model in pieces; pass the "
             "FullyShardedDataParallel itself, or a state_dict"
         )
     elif spread:

@@ -29,7 +29,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a figure may depend on; None: not installed."""
+    """The versions of Python and of the packages that may affect a result; None: not installed."""
     found = {name: version for name, version in apt_kernels.info()["versions"].items() if version}
     for package in _PACKAGES:
         try:
@@ -40,7 +40,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: torch.device) -> dict:
-    """Everything about the machine that a figure may depend on; never the host's name."""
+    """The properties of the machine that may affect a result; not the host's name."""
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
@@ -90,7 +90,7 @@ def named(found: dict[str, str | None]) -> str:
 
 
 def commit() -> dict:
-    """The commit of the code, and whether it was changed since; ``APT_COMMIT`` names it where there is no git."""
+    """The commit of the code, and whether files were changed since; without git, ``APT_COMMIT`` is the commit."""
     if os.environ.get("APT_COMMIT"):
         return {"id": os.environ["APT_COMMIT"], "dirty": None}
 

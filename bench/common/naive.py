@@ -116,7 +116,7 @@ def _eager(x: Inputs, visible: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def naive() -> Iterator[None]:
-    """Within it, patched models compute attention naively; nothing else of them changes."""
+    """Within this context, patched models compute attention naively; nothing else changes."""
     from apt_kernels.hf.attention import function
 
     ours, function.attention = function.attention, attention

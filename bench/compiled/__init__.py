@@ -1,1 +1,1 @@
-"""What compiled kernels show without a GPU: registers, spills, instructions, launches, host time."""
+"""Measurements of compiled kernels without a GPU: registers, spills, instructions, launches, host time."""

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, with no GPU, for every chip and variant; and what they compile to.
+"""Ahead-of-time compilation of the Triton kernels for every chip and variant, without a GPU, and its results.
 
 A `Unit` is a piece of distinct code: a kernel with its tile and its compile-time arguments. Many variants share one
 (the gradients of keys do not depend on sinks), so units are found first, by running the launchers without launching,
@@ -32,7 +32,7 @@ from apt_kernels.ops.validation import make_inputs
 
 @dataclass(frozen=True)
 class Chip:
-    """What a chip has: bytes of shared memory for a block and for a multiprocessor, warps, lanes of a warp.
+    """The limits of a chip: bytes of shared memory for a block and for a multiprocessor, warps, lanes of a warp.
 
     ``like``: the chip for which Triton writes the same PTX, which is then only assembled for this one.
     """
@@ -60,7 +60,7 @@ CHIPS = {
     "gfx942": [Chip("gfx942", 65536, 65536, 32, 64)],
 }
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
-# Another number where `Facts`, or how they are found, change.
+# Increased when `Facts`, or the way they are determined, change.
 _FORM_OF_CACHE = 1
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
@@ -222,7 +222,7 @@ def make_job_inputs(job: Job, batch: int = 2, queries: int | None = None, keys: 
 
 
 class _Driver:
-    """What Triton asks of a driver in order to compile."""
+    """The methods of a driver that Triton needs to compile."""
 
     def __init__(self, target):
         self.target = target
@@ -239,7 +239,7 @@ class _Driver:
 
 @contextmanager
 def driver_of(driver) -> Iterator[None]:
-    """Triton's active driver is ``driver`` within it, and the one before afterwards."""
+    """Within this context, Triton's active driver is ``driver``; it is restored afterwards."""
     from triton.runtime import driver as config
 
     before = dict(vars(config))
@@ -252,7 +252,7 @@ def driver_of(driver) -> Iterator[None]:
 
 @contextmanager
 def _matmul_precision(name: str) -> Iterator[None]:
-    """PyTorch's precision of float32 products is ``name`` within it, and the one before afterwards."""
+    """Within this context, PyTorch's precision of float32 products is ``name``; it is restored afterwards."""
     settings = torch.backends.cuda.matmul
     before, settings.fp32_precision = settings.fp32_precision, name
     try:
@@ -310,7 +310,7 @@ def run_launchers(job: Job, execute: Callable, wanted: Collection[str] | None = 
 
 
 def _form(argument) -> str:
-    """What Triton compiles in of a run-time argument."""
+    """The part of a run-time argument on which compiled code depends."""
     if isinstance(argument, Tensor):
         return str(argument.dtype)
     if isinstance(argument, tuple):
@@ -319,7 +319,7 @@ def _form(argument) -> str:
 
 
 def _key(kernel, lowered: int | str, args: tuple, named: dict) -> str:
-    """What the compiled code depends on, but for Triton's version."""
+    """Everything on which the compiled code depends, except Triton's version."""
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     options = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
     settings = {name: str(it) if name in constants | options else _form(it) for name, it in sorted(named.items())}
@@ -353,14 +353,14 @@ def _cache_file(unit: Unit) -> Path:
 
 
 def cached(unit: Unit) -> dict[int | str, Facts] | None:
-    """What a unit compiled to before, by chip; None: it was not compiled for all its chips."""
+    """The cached results of a unit, by chip; None: it was not compiled for all its chips."""
     file = _cache_file(unit)
     known = pickle.loads(file.read_bytes()) if file.exists() else {}
     return known if all(chip.target in known for chip in unit.chips) else None
 
 
 def compile_cached(unit: Unit) -> dict[int | str, Facts]:
-    """`compile_unit`, or what it gave before."""
+    """`compile_unit` with a cache."""
     known = cached(unit)
     if known is None:
         known, file = compile_unit(unit), _cache_file(unit)

@@ -164,7 +164,7 @@ def passes(architecture: str | None = None, shapes=SHAPES) -> Iterator[tuple[Sha
 
 
 def table(counted_passes: Iterable[tuple[Shape, str, Counted]]) -> str:
-    """Every launch of every shape, and each pass against its floor."""
+    """Every launch of every shape, and each pass relative to its lower bound."""
     header = ["case", "pass", "launch", "programs", "MFLOP", "/ floor", "MiB read", "MiB written", "bytes / floor"]
     lines = []
     for shape, which, found in counted_passes:
@@ -182,7 +182,7 @@ def _floor(shape: Shape, which: str) -> tuple[float, int]:
 
 
 def record(architecture: str, counted_passes: Iterable[tuple[Shape, str, Counted]]) -> dict:
-    """What `RECORD` holds: launches, arithmetic and bytes of every pass, the last two by their floors."""
+    """The contents of `RECORD`: launches, arithmetic and bytes of every pass, the last two relative to lower bounds."""
     rows = []
     for shape, which, found in counted_passes:
         flops, least = _floor(shape, which)

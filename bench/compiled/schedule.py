@@ -1,4 +1,4 @@
-"""How evenly the programs of the Triton kernels share the multiprocessors of a chip: list scheduling, simulated.
+"""Load balance of the Triton kernels' programs on the multiprocessors of a chip: simulated list scheduling.
 
     python -m bench compiled schedule [--architecture sm_90]
 
@@ -74,7 +74,7 @@ def lengths(shape: Shape, kernel: str, architecture: str) -> list[float]:
 
 
 def balances(shape: Shape, architecture: str = "sm_90") -> list[Balance]:
-    """That of the forward, of dq, and of dk and dv."""
+    """The balance of the forward, of dq, and of dk and dv."""
     found = []
     for kernel in ("forward", "query", "key_value"):
         head = next(head for head in tiles.HEADS if shape.dim <= head)

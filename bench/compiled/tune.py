@@ -1,4 +1,4 @@
-"""Find the tiles of the Triton kernels: candidates are enumerated, compiled, held to the reference and timed.
+"""Search for tiles of the Triton kernels: candidates are enumerated, compiled, checked by the reference and timed.
 
     python -m bench compiled tune --seconds 240                                   # on this machine's GPU
     python -m bench compiled tune --compile-only --architecture sm_90 --head 128  # no GPU: what does not spill
@@ -221,7 +221,7 @@ def _measured(trial: Trial, width: int) -> dict:
         if not error <= TOLERANCE[width]:
             return {"fault": f"off by {error:.2e} relative"}
         return {"fault": None, "error": error, "milliseconds": trial.milliseconds()}
-    except Exception as failure:  # whatever the compiler or the device says of a tile is its result
+    except Exception as failure:  # any error of the compiler or the device is the result for this tile
         return {"fault": f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"}
 
 

@@ -1,4 +1,4 @@
-"""Experiments on a trained model: probing, pruning against closed gates, and ours against naive attention."""
+"""Experiments on a trained model: probing, pruning compared with gates of 0, and ours compared with naive attention."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def centre(weights: Sequence[float]) -> float:
-    """The layer at which the weights balance, counted from 0."""
+    """The weighted mean of the layer index, counted from 0."""
     return sum(i * w for i, w in enumerate(weights)) / sum(weights)
 
 

@@ -110,7 +110,7 @@ class _Block:
     queries: slice
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """The block's part of a tensor, as a view; all of it where every block uses all."""
+        """The block's part of a tensor, as a view; the whole tensor if every block uses all of it."""
         if name in ("query", "out"):
             return tensor[self.rows, self.heads, self.queries]
         if name in ("key", "value"):

@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of the op, counted from a shape: what has to be done, whoever does it.
+"""Floating-point operations and bytes that the op needs, counted from a shape, for any implementation.
 
 Sources: attention's forward is ``2 * B * Hq * T * columns * (D + Dv)`` and its backward 2.5 times that (five products
 instead of two); the gate's product is ``2 * rows * d * M`` forward and twice that backward. Bytes: every tensor once,

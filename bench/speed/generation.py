@@ -167,7 +167,7 @@ def _error(peer: str, base: nn.Module, shape: Decoding) -> float:
     _same_cache(exact, eager)
     results = ({"logits": decoder()} for decoder in (GENERATION_PEERS[peer](base, shape), exact, eager))
     shifted = torch.finfo(torch.float32).eps * (shape.tokens + shape.length)
-    # A cache turned to later positions is rounded once more.
+    # A cache rotated to later positions is rounded a second time.
     slack = torch.finfo(base.dtype).eps * (2 if peer == "in_cache" else 1) + (shifted if peer == "in_cache" else 0)
     return within(*results, slack)
 
@@ -180,7 +180,7 @@ def with_own_weights(base: nn.Module) -> nn.Module:
 
 
 def _same_cache(exact: Decoder, eager: Decoder) -> None:
-    """The float64 cache holds what the other was rounded to."""
+    """Copy the rounded values of the other cache into the float64 cache."""
     for wide, narrow in zip(exact.cache.layers, eager.cache.layers):
         wide.keys.copy_(narrow.keys)
         wide.values.copy_(narrow.values)

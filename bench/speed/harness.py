@@ -57,7 +57,7 @@ class Measurements:
                 self.current = name, Measured(left_out=f"no time was left after {elapsed:.0f} s of the stage")
             else:
                 self.say(counted)
-                # What earlier cases left unused goes to the later ones.
+                # Later cases get the time that earlier ones did not use.
                 left = self.settings.seconds - elapsed
                 self.current = name, measure(max(0.0, left) / max(1, self.total - self.done))
             self.done += 1

@@ -67,7 +67,7 @@ class ModelShape:
 
 
 def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model with weights drawn on the device, nothing dropped out."""
+    """The model with random weights, initialised on the device, without dropout."""
     import transformers
 
     family, layers, width, heads, kv_heads, inner, vocabulary = SIZES[shape.size]

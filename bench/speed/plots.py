@@ -1,6 +1,6 @@
 """Figures of results: time and memory against length, decoding, and whole models in one chart.
 
-Lines join cases that differ in length alone. A peer that was not measured is named in the panel, with the reason.
+Lines connect cases that differ in length alone. A panel names the peers that were not measured, with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_PANELS = 4
 
 
 def series(results: Results) -> dict:
-    """Everything that is drawn, as plain numbers; `fingerprint` is computed from it."""
+    """The plotted numbers; `fingerprint` is computed from them."""
     reasons = {(entry["case"], entry["peer"]): entry["reason"] for entry in results.skipped}
     groups: dict[tuple, list[Row]] = {}
     for row in main_rows(results):
@@ -166,7 +166,7 @@ def _draw_bars(part, cases: list[dict]) -> None:
 
 
 def model_ratios(results: Results) -> list[tuple[str, float, float | None]]:
-    """For each whole-model case: its name in words, and naive's time and peak memory as multiples of ours."""
+    """For each whole-model case: its title, and naive's time and peak memory as multiples of ours."""
     found = []
     for row in main_rows(results):
         if row.stage not in ("training", "compiled", "generation") or row.against("naive") is None:
@@ -177,7 +177,7 @@ def model_ratios(results: Results) -> list[tuple[str, float, float | None]]:
 
 
 def draw_models(results: Results, path: Path) -> None:
-    """Bars: what the usual implementation takes for whole models, as multiples of ours."""
+    """Bars: time and memory of the usual implementation for whole models, as multiples of ours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

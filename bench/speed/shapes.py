@@ -66,7 +66,7 @@ class Shape:
         return Mask(causal=self.causal, key_padding=padding) if self.causal or padding is not None else None
 
     def leaves(self, device, dtype, seed: int) -> dict[str, Tensor]:
-        """Random inputs that require gradients, activations as transformers hands them over (transposed views).
+        """Random inputs that require gradients; activations are transposed views, as transformers passes them.
 
         ``hidden`` and ``gate_weight`` are there for gates that are computed from hidden states, ``gate`` for static
         ones. ``layer_scale`` always; every gate but ``"none"`` has logits near N(0, 1).

@@ -70,7 +70,7 @@ def _against(*peers: str) -> Callable[[Row], float | None]:
 
 
 def _ratio(one: str, other: str) -> Callable[[Row], float | None]:
-    """One peer's time by another's, whichever the op chooses by itself."""
+    """One peer's time divided by another's, for any choice of the op."""
 
     def figure(row: Row) -> float | None:
         found = row.peers.get(one), row.peers.get(other)

@@ -53,7 +53,7 @@ def _runners(names: list[str], shape: ModelShape, device, dtype, found: Measured
         try:
             for round_ in range(2):  # compiles
                 runner(round_)
-        except Exception as error:  # whatever compiling a model may raise is a line of the table
+        except Exception as error:  # any error of the compilation is a line of the table
             found.skipped[peer] = said(error)
             del found.figures[peer]
             continue
@@ -130,10 +130,10 @@ def checked(peer: str, check: Callable[[], float], found: Measured) -> str | Non
     try:
         found.figures[peer] = {"error": check()}
     except Wrong as error:
-        if peer not in ("peft", "cartridge"):  # theirs to be wrong, where they train on in silence
+        if peer not in ("peft", "cartridge"):  # a peer may compute wrong results without an error
             found.wrong[peer] = str(error)
         return f"wrong: {error}"
-    except Exception as error:  # what a peer's own code raises is why it cannot run
+    except Exception as error:  # any error of a peer is the reason why it is not timed
         if peer == "ours":
             found.wrong[peer] = said(error)
         return said(error)

@@ -241,7 +241,7 @@ def fsdp1(family: str, folder: Path) -> None:
             agree((loss, grads, after), expected, averaged=True)
             saved_as(wrapped, twin, folder, given)
     saving_alone_raises(wrapped, folder)
-    with pytest.raises(apt_kernels.PatchError, match="hand over the FullyShardedDataParallel"):
+    with pytest.raises(apt_kernels.PatchError, match="pass the FullyShardedDataParallel"):
         apt_kernels.save(model, folder / "inner")
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
     refused(lambda: apt_kernels.summary(wrapped))

@@ -159,7 +159,7 @@ class ReadDocuments:
             )
         if self.inline is not None:
             raise PatchError(
-                f"cu_seq_lens_q is given, but {self.inline} writes its attention out and does not read it; use padded "
+                f"cu_seq_lens_q is given, but {self.inline} computes attention inline and does not read it; use padded "
                 "batches"
             )
         tokens = next(

@@ -105,7 +105,7 @@ def _refuse(model) -> None:
             )
     inline = next((site.name for site in model._apt_state.sites if site.inline is not None), None)
     if inline is not None:
-        raise PatchError(f"{inline} writes its attention out and cannot read a paged cache; use model.generate")
+        raise PatchError(f"{inline} computes attention inline and cannot read a paged cache; use model.generate")
 
 
 def _install(model) -> None:

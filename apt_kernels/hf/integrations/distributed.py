@@ -30,7 +30,7 @@ class Distributed(events.Integration):
 def _refuse_wrapped(model) -> None:
     """Raise `PatchError` if a wrapper of ``model`` has fixed its list of parameters."""
     for module in model.modules():
-        if isinstance(module, _settled()):
+        if isinstance(module, _fixing_parameters()):
             name = type(module).__name__
             raise PatchError(
                 f"the model is already wrapped for training on several processes ({name}), which would leave the "
@@ -44,8 +44,8 @@ def _refuse_to_undo(model) -> None:
     for module in model.modules():
         if isinstance(module, _wrappers()):
             raise PatchError(
-                f"{type(module).__name__} has settled which parameters it keeps equal between the processes: the base "
-                "model's, which would train again, are not among them. Hand over the model inside, before it is wrapped"
+                f"{type(module).__name__} has fixed which parameters it synchronises between the processes: the base "
+                "model's, which would train again, are not among them. Pass the model inside, before it is wrapped"
             )
 
 
@@ -60,7 +60,7 @@ def _refuse_spread(model) -> None:
         )
 
 
-def _settled() -> tuple[type, ...]:
+def _fixing_parameters() -> tuple[type, ...]:
     module = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return (*_wrappers(), *([] if module is None else [module]))
 
