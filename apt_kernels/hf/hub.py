@@ -63,7 +63,6 @@ def publish(
 
     A README.md that the repository has is kept.
     """
-    place = {} if subfolder is None else {"path_in_repo": inside(subfolder)}
     try:
         made = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
         repo_id = getattr(made, "repo_id", repo_id)
@@ -74,7 +73,7 @@ def publish(
             folder_path=folder,
             allow_patterns=files,
             commit_message=message or "Upload an apt_kernels adapter",
-            **place,
+            path_in_repo=inside(subfolder) or None,
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise AdapterError(

@@ -30,10 +30,11 @@ def hub(tmp_path, monkeypatch):
     def file_exists(repo_id, filename):
         return (there.root / repo_id / "main" / filename).exists()
 
-    def upload_folder(*, repo_id, folder_path, allow_patterns, commit_message, path_in_repo=""):
-        (there.root / repo_id / "main" / path_in_repo).mkdir(parents=True, exist_ok=True)
+    def upload_folder(*, repo_id, folder_path, allow_patterns, commit_message, path_in_repo=None):
+        place = there.root / repo_id / "main" / (path_in_repo or "")
+        place.mkdir(parents=True, exist_ok=True)
         for name in allow_patterns:
-            shutil.copy(Path(folder_path) / name, there.root / repo_id / "main" / path_in_repo / name)
+            shutil.copy(Path(folder_path) / name, place / name)
         there.commits.append((repo_id, commit_message))
 
     def snapshot_download(repo_id, *, revision=None, allow_patterns):
