@@ -151,7 +151,7 @@ def _refuse_exchanged(state: State) -> None:
 
 
 def _known(state: State, name: str) -> None:
-    if name not in state.parked:
+    if not isinstance(name, str) or name not in state.parked:
         names = ", ".join(map(repr, [state.adapter, *state.parked]))
         raise ConfigError(f"name is {name!r}; the model has the adapters {names}")
 

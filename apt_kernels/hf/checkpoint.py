@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import patterns
 from ..config import AptConfig
@@ -28,7 +29,7 @@ from .model_card import card
 from .patching import patch_checked
 from .state import Model, State, inner, is_as_made, is_patched, named_parameters, own_name, state_of
 from .trainable import trainable_names
-from .transaction import atomic
+from .transaction import atomic, undisturbed
 from .untrusted import shown
 
 
@@ -79,6 +80,8 @@ def save(
     """
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
+    if folder is not None:
+        _check_path(folder)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         hub.inside(subfolder)
         settings = _write(model, Path(place), adapter, state_dict)
@@ -88,6 +91,11 @@ def save(
                 readme.write_text(card(settings, repo_id, subfolder, metrics), encoding="utf-8")
             files = [WEIGHTS, CONFIG, hub.README]
             hub.publish(Path(place), files, repo_id, subfolder, private, commit_message)
+
+
+def _check_path(folder) -> None:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError(f"folder is a {type(folder).__name__}; it needs a path")
 
 
 def _is_first_process() -> bool:
@@ -115,7 +123,7 @@ class _Adapter:
 
 def _adapter(state: State, name: str | None = None) -> _Adapter:
     weights.reshard(state.model)
-    if name is not None and name not in adapters(state.model):
+    if name is not None and (not isinstance(name, str) or name not in adapters(state.model)):
         names = ", ".join(map(repr, adapters(state.model)))
         raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")
     held = None if name is None else state.parked.get(name)
@@ -138,18 +146,25 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
 
 def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] | None) -> dict:
     """Write the adapter; returns its settings."""
-    state = state_of(model)
-    saved = _adapter(state, name)
-    if state_dict is not None and name not in (None, state.adapter):
-        raise AdapterError(f"state_dict holds the weights of {state.adapter!r}, the active adapter, not of {name!r}")
-    found = _gathered(model, saved) if state_dict is None else _given(saved, state_dict)
-    tensors = _folded(saved.prefixes, found)
+    tensors, settings = _collected(model, name, state_dict)
     broken = next((n for n, tensor in tensors.items() if not _is_finite(tensor)), None)
     if broken is not None:
         warnings.warn(f"{broken} has values that are not finite; load refuses them by default", stacklevel=4)
-    settings = _settings(state, saved, name or state.adapter)
     write_adapter(folder, tensors, settings)
     return settings
+
+
+@undisturbed
+def _collected(model, name: str | None, state_dict: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict]:
+    """The weights and the settings to write."""
+    state = state_of(model)
+    saved = _adapter(state, name)
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        raise AdapterError(f"state_dict is a {type(state_dict).__name__}; it needs weights by the model's names")
+    if state_dict is not None and name not in (None, state.adapter):
+        raise AdapterError(f"state_dict holds the weights of {state.adapter!r}, the active adapter, not of {name!r}")
+    found = _gathered(model, saved) if state_dict is None else _given(saved, state_dict)
+    return _folded(saved.prefixes, found), _settings(state, saved, name or state.adapter)
 
 
 def _settings(state: State, saved: _Adapter, name: str) -> dict:
@@ -176,6 +191,7 @@ def _settings(state: State, saved: _Adapter, name: str) -> dict:
     }
 
 
+@undisturbed
 def trained_weights(model) -> dict[str, Tensor]:
     """Copies of the active adapter's weights on the CPU, by name, gathered: all that hold a part have to call this."""
     return _gathered(model, _adapter(state_of(model)))
@@ -293,6 +309,9 @@ def load(
     name = "default" if adapter is None else adapter
     if not isinstance(name, str) or not name:
         raise ConfigError(f"adapter is {adapter!r}; it needs a string that is not empty, or None")
+    _check_path(folder)
+    if not isinstance(inner(model), PreTrainedModel):
+        raise PatchError(f"the model is a {type(model).__name__}; load needs a transformers.PreTrainedModel")
     if hub.is_repository(folder):
         folder = hub.fetch(str(folder), [WEIGHTS, CONFIG], revision, subfolder)
     else:

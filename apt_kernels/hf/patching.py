@@ -128,6 +128,8 @@ def make_config(config: AptConfig | None, settings: Mapping[str, Any]) -> AptCon
     unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
     if unknown:
         raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
+    if config is not None and not isinstance(config, AptConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; it needs an AptConfig, or settings as keywords")
     return AptConfig(**settings) if config is None else replace(config, **settings)
 
 

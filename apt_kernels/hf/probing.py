@@ -304,6 +304,10 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
         >>> print(found.table())
     """
     state = state_of(model)
+    if not isinstance(batches, Iterable):
+        raise ArgumentError(
+            f"batches is a {type(batches).__name__}; it needs dicts of the forward's arguments, in a list"
+        )
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
     examples, device = 0, offload.device(state.model)
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -359,6 +363,8 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     state = state_of(model)
     events.check("prune", model)
     names = pruning.modules(state)
+    if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        raise ConfigError(f"lengths is a {type(lengths).__name__}; it needs a list of {len(names)} ints")
     if len(lengths) != len(names):
         raise ConfigError(f"lengths has {len(lengths)} entries; the model has {len(names)} attention modules")
     if not any(lengths):

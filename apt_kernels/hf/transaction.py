@@ -69,6 +69,21 @@ def exclusive(lock: Any) -> Callable[[Function], Function]:
     return decorate
 
 
+def undisturbed(function: Function) -> Function:
+    """Decorator of a function that reads a model: meanwhile no other thread's `atomic` call changes it."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        outermost = not _one_at_a_time._is_owned()
+        try:
+            with _one_at_a_time:
+                return function(*args, **kwargs)
+        finally:
+            _release(_one_at_a_time, outermost)
+
+    return cast(Function, call)
+
+
 def _release(lock: Any, outermost: bool) -> None:
     """Give the lock back where an interrupt as `with` ended skipped its `__exit__`."""
     while outermost and lock._is_owned():

@@ -53,7 +53,7 @@ def names() -> list[str]:
 
 def load(name: str) -> Backend:
     """The implementation of a name; `ImplementationError` if there is none."""
-    backend = _BACKENDS.get(name)
+    backend = _BACKENDS.get(name) if isinstance(name, str) else None
     if backend is None:
         raise ImplementationError(f"implementation is {name!r}; it needs 'auto' or one of {sorted(_BACKENDS)}")
     return backend

@@ -1,6 +1,7 @@
 """Saving and loading: trained weights only, whole or not at all, never unpickled."""
 
 import json
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -371,3 +372,64 @@ def test_weights_keep_the_models_dtype(tmp_path):
     model = apt_kernels.patch(models.build("bert")).to(torch.bfloat16)
     apt_kernels.load(model, tmp_path)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_a_save_beside_threads_that_switch_adapters_holds_one_of_them(tmp_path):
+    model = trained("bert", prefix_length=3, init_seed=0)
+    apt_kernels.add_adapter(model, "b", prefix_length=2)
+    randomise(model, seed=5)
+    stop = threading.Event()
+
+    def switch():
+        while not stop.is_set():
+            for name in ("default", "b"):
+                apt_kernels.set_adapter(model, name)
+
+    wanted = {}
+    for name in ("default", "b"):
+        apt_kernels.save(model, tmp_path / name, adapter=name)
+        wanted[name] = load_file(tmp_path / name / "adapter.safetensors")
+    thread = threading.Thread(target=switch)
+    thread.start()
+    try:
+        for _ in range(20):
+            apt_kernels.save(model, tmp_path / "c")
+            name = json.loads((tmp_path / "c" / "apt_config.json").read_text())["adapter"]
+            found = load_file(tmp_path / "c" / "adapter.safetensors")
+            assert found.keys() == wanted[name].keys()
+            assert all(torch.equal(found[each], wanted[name][each]) for each in found)
+    finally:
+        stop.set()
+        thread.join()
+
+
+OTHERS = [3, 1.5, b"x", ["a"], {"a": 1}, object(), torch.ones(2)]
+
+
+@pytest.mark.parametrize("value", OTHERS, ids=lambda v: type(v).__name__)
+def test_arguments_of_another_type_are_named(value, tmp_path):
+    """None of them may end in an error that Python or torch raises."""
+    model = trained("bert", prefix_length=3, gate="static")
+    apt_kernels.save(model, tmp_path)
+    before = snapshot(model)
+    calls = {
+        "folder is": [lambda: apt_kernels.load(model, value), lambda: apt_kernels.save(model, value)],
+        "adapter is": [lambda: apt_kernels.load(model, tmp_path, adapter=value)],
+        "state_dict": [lambda: apt_kernels.save(model, tmp_path, state_dict=value)],
+        "name is": [lambda: apt_kernels.set_adapter(model, value), lambda: apt_kernels.delete_adapter(model, value)],
+        "lengths ": [lambda: apt_kernels.prune(model, value)],
+        "batch": [lambda: apt_kernels.probe(model, value)],
+        "config is a": [lambda: apt_kernels.patch(models.build("bert"), value)],
+        "the model is a": [lambda: apt_kernels.load(value, tmp_path), lambda: apt_kernels.patch(value)],
+        "is not patched": [lambda: apt_kernels.save(value, tmp_path), lambda: apt_kernels.unpatch(value)],
+    }
+    ours = (apt_kernels.ConfigError, apt_kernels.AdapterError, apt_kernels.PatchError, apt_kernels.ArgumentError)
+    for message, each in calls.items():
+        for call in each:
+            with pytest.raises(ours, match=message):
+                call()
+    with pytest.raises(apt_kernels.ConfigError, match="adapter is"):
+        apt_kernels.save(model, tmp_path, adapter=value)
+    with pytest.raises(apt_kernels.ImplementationError, match="implementation is"):
+        apt_kernels.attention(*torch.randn(3, 1, 2, 5, 16), *torch.randn(2, 2, 3, 16), implementation=value)
+    assert_unchanged(model, before)
