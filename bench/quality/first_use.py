@@ -90,20 +90,21 @@ def smollm2() -> list[dict]:
 
 def _compare(name: str, task: Callable[[], packaged.Task]) -> list[dict]:
     model, rows, measure = task()
-    found = [{"method": "none", "rate": None, "gate_rate": None, "metric": measure(model)}]
+    found = [{"method": "none", "rate": None, "metric": measure(model)}]
     start = {key: value.clone() for key, value in model.state_dict().items()}
     for rate in FULL_RATES[name]:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         train(model, torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0), rows)
-        found.append({"method": "full", "rate": rate, "gate_rate": None, "metric": measure(model)})
+        found.append({"method": "full", "rate": rate, "metric": measure(model)})
         print(found[-1], flush=True)
         model.load_state_dict(start)
     for gate_rate in GATE_RATES:
         apt_kernels.patch(model, prefix_length=16, init_seed=0)
         groups = apt_kernels.parameter_groups(model, gate_lr=gate_rate)
+        rates = {"rate": groups[0]["lr"], **{f"{group['name']}_rate": group["lr"] for group in groups}}
         train(model, torch.optim.AdamW(groups), rows)
-        found.append({"method": "apt", "rate": groups[0]["lr"], "gate_rate": gate_rate, "metric": measure(model)})
+        found.append({"method": "apt", **rates, "metric": measure(model)})
         print(found[-1], flush=True)
         apt_kernels.unpatch(model)
     return found
@@ -138,6 +139,7 @@ def report(found: dict) -> str:
         lines += _starts(found[part]["rows"]) if part == "start" else _trained(found[part]["rows"])
         note = found[part]["commit"]
         dirty = ", with changes" if note["dirty"] else ""
+        dirty += f"; {found[part]['note']}" if "note" in found[part] else ""
         lines += ["", f"{machine.line(found[part]['machine'])}; commit {note['id'][:12]}{dirty}.", ""]
     return "\n".join(lines)
 
@@ -155,10 +157,11 @@ def _starts(rows: list[dict]) -> list[str]:
 
 
 def _trained(rows: list[dict]) -> list[str]:
-    lines = ["One seed, M = 16, linear decay of the rates.", "", "| method | rate | gate's rate | metric |"]
-    lines.append("| --- | --- | --- | --- |")
+    lines = ["One seed, M = 16, linear decay of the rates.", ""]
+    lines += ["| method | rate | gate's rate | head's rate | metric |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        rates = ("-" if row[key] is None else f"{row[key]:g}" for key in ("rate", "gate_rate"))
+        found = (row.get(key) for key in ("rate", "gate_rate", "head_rate"))
+        rates = ("-" if rate is None else f"{rate:g}" for rate in found)
         lines.append(f"| {row['method']} | {' | '.join(rates)} | {row['metric']:.3f} |")
     return lines
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import apt_kernels
+from bench.quality import first_use
 from helpers import models, pretrained
 from helpers.patched import assert_unchanged, snapshot
 
@@ -74,7 +75,9 @@ def run_snippet(task, folder, monkeypatch):
 def test_the_trainer_snippet_of_the_readme_trains_minilm(tmp_path, monkeypatch):
     before, accuracy = run_snippet(pretrained.minilm_task(), tmp_path, monkeypatch)
     assert before < 0.4, "chance is 1/4"
-    assert accuracy > 0.6, accuracy
+    # At least 60% of what full fine-tuning gains over chance; 160 rows have a standard error of 4 points.
+    full = first_use.best_full("MiniLM")
+    assert accuracy - 0.25 > 0.6 * (full - 0.25), (accuracy, full)
 
 
 @pytest.mark.slow
