@@ -144,7 +144,7 @@ def attention(
     )
     plan, tensors = choose.choose(x, implementation), x.tensors()
     results: tuple
-    if transforms.active():
+    if transforms.active() or _decomposes(plan):
         results = choose.load(plan.name).attend(x)
     elif _is_plain(tensors):
         # Fast path: the same result as the registered operator's without about 20 us of dispatch.
@@ -153,6 +153,11 @@ def attention(
     else:
         results = torch.ops.apt_kernels.attention.default(*x.flat(), plan.text)
     return (results[0], results[1]) if return_logsumexp else results[0]
+
+
+def _decomposes(plan: Plan) -> bool:
+    """Whether `torch.export` records torch's own operators, which every runtime has, in place of the registered one."""
+    return torch.compiler.is_exporting() and choose.load(plan.name).composite
 
 
 def _is_plain(tensors: list[Tensor]) -> bool:

@@ -19,8 +19,9 @@ def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
         rows = hidden_states.flatten(0, -2)
-        # torch.func can transform torch's own operators only.
-        logits = _composite(rows, weight) if transforms.active() else _GateProduct.apply(rows, weight)
+        # torch.func can transform, and torch.jit.save can write, torch's own operators only.
+        composite = transforms.active() or torch.jit.is_tracing()
+        logits = _composite(rows, weight) if composite else _GateProduct.apply(rows, weight)
         return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
 
 

@@ -129,7 +129,7 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
         return None
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    tracing = torch.compiler.is_compiling() or type(padding) is not Tensor
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(padding) is not Tensor
     if not tracing and padding.device.type == "cpu" and bool(padding.all()):
         return None
     return padding

@@ -1,0 +1,95 @@
+"""Patched models through torch.export and ONNX: the exported program's outputs are the model's, at other sizes, too."""
+
+import pytest
+import torch
+
+import apt_kernels
+from helpers import models
+from helpers.patched import randomise
+
+CASES = [("llama", "token"), ("qwen3", "static"), ("bert", "first"), ("bert", "mean"), ("t5", "auto"), ("gpt2", "none")]
+
+
+def patched(family, gate):
+    model = models.build(family)
+    apt_kernels.patch(model, prefix_length=5, gate=gate)
+    randomise(model)
+    return model
+
+
+def arguments(family, padding=None, **sizes):
+    given = models.inputs(family, padding, **sizes)
+    return given if family == "bert" else {**given, "use_cache": False}
+
+
+def dynamic(given):
+    """Batch and lengths are free; the decoder has a length of its own."""
+    batch = torch.export.Dim("batch", min=2, max=64)
+    length, own = torch.export.Dim("length", min=2, max=40), torch.export.Dim("decoder_length", min=2, max=40)
+    shapes = {name: {0: batch, 1: own if name.startswith("decoder") else length} for name in given}
+    return {**shapes, "use_cache": None} if "use_cache" in given else shapes
+
+
+@torch.no_grad()
+def check(run, model, family):
+    """``run(**given)`` gives the model's logits at sizes other than those of the export; the prefix matters there."""
+    for sizes in ({"batch": 2, "length": 20}, {"batch": 5, "length": 7}):
+        given = arguments(family, "right", **sizes)
+        expected, found = model(**given).logits, run(**given)
+        real = given["attention_mask"].bool() if family != "t5" else torch.ones(expected.shape[:2], dtype=torch.bool)
+        with apt_kernels.disabled(model):
+            assert (model(**given).logits - expected)[real].abs().max() > 1e-2
+        # Two orders of summation in float32, of logits up to some tens.
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "gate"), CASES)
+def test_torch_export(family, gate):
+    model, given = patched(family, gate), arguments(family)
+    program = torch.export.export(model, (), given, dynamic_shapes=dynamic(given), strict=False)
+    assert not [node for node in program.graph.nodes if "apt_kernels" in str(node.target)]
+    exported = program.module()
+    check(lambda **given: exported(**given).logits, model, family)
+
+
+class Logits(torch.nn.Module):
+    """Positional arguments and one tensor, as torch.jit.trace takes them."""
+
+    def __init__(self, model, family):
+        super().__init__()
+        self.model, self.options = model, {} if family == "bert" else {"use_cache": False}
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids=None):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **self.options}
+        if decoder_input_ids is not None:
+            given["decoder_input_ids"] = decoder_input_ids
+        return self.model(**given).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("family", "gate"), [*(case for case in CASES if case[0] != "t5"), ("llama", "static")])
+def test_torch_jit_trace(family, gate, tmp_path):
+    """Traced without padding, saved, loaded, and run with padding at other sizes."""
+    model = patched(family, gate)
+    traced = torch.jit.trace(Logits(model, family), tuple(models.inputs(family).values()), check_trace=False)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    check(lambda use_cache=None, **given: loaded(*given.values()), model, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "gate"), [("llama", "token"), ("bert", "first")])
+def test_onnx(family, gate, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    import onnxruntime
+
+    model, given = patched(family, gate), arguments(family)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (), kwargs=given, dynamic_shapes=dynamic(given), dynamo=True).save(path)
+    session = onnxruntime.InferenceSession(path)
+
+    def run(**given):
+        return torch.from_numpy(session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})[0])
+
+    check(run, model, family)
