@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import events, offload
+from . import calls, events, offload
 from .state import State, inner
 from .weights import fsdp1, reshard
 
@@ -153,16 +153,18 @@ class _Snapshot:
 
 
 def _modes() -> tuple:
-    """The modes of torch in this thread: an interrupt as a `with` statement ends skips its `__exit__`."""
-    return torch.is_grad_enabled(), torch._C._len_torch_function_stack(), _C._get_torch_function_state()
+    """The modes of torch and of the calls in this thread: an interrupt as a `with` statement ends skips its end."""
+    torch_modes = torch.is_grad_enabled(), torch._C._len_torch_function_stack(), _C._get_torch_function_state()
+    return torch_modes, dict(calls.local.__dict__)
 
 
 def _restore_modes(modes: tuple) -> None:
-    grad_enabled, depth, function_state = modes
+    (grad_enabled, depth, function_state), local = modes
     torch.set_grad_enabled(grad_enabled)
     _C._set_torch_function_state(function_state)
     while torch._C._len_torch_function_stack() > depth:
         torch._C._pop_torch_function_stack()
+    calls.local.__dict__.update(local)
 
 
 class _Value:

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import apt_kernels
+from apt_kernels.hf import calls
 from helpers.patched import randomise
 
 PACKAGE = str(Path(apt_kernels.__file__).parent)
@@ -185,6 +186,7 @@ def test_interrupted_at_every_line_the_model_is_as_it_was(call, build, tmp_path)
             CALLS[call](model, tmp_path)
         assert equal(everything(model), before), stop
         assert torch.is_grad_enabled()
+        assert not calls.local.disabled
         assert torch._C._is_torch_function_enabled()
         assert not torch._C._len_torch_function_stack()
         tried += 1
