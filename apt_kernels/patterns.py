@@ -24,7 +24,7 @@ except ImportError:  # Python 3.10
 
 # Limits of a pattern from a file: its characters, and the instructions to which its repetitions expand.
 LONGEST, _PROGRAM = 1000, 4000
-# Limit of all patterns of a file on all names of a model: steps of `_run`, about a microsecond each.
+# Limit for all patterns of a file and all names of a model together: steps of `_run`, about a microsecond each.
 WORK = 1_000_000
 _CATEGORY_TEXTS = {
     _op.CATEGORY_DIGIT: r"\d",
@@ -47,12 +47,12 @@ _PLACES = {place: re.compile(text).match for place, text in _PLACE_TEXTS.items()
 
 
 class TooMuchWork(ConfigError):
-    """The patterns and names need more steps than the budget has."""
+    """The patterns and names need more steps than the budget allows."""
 
 
 @dataclass
 class Budget:
-    """How many steps are left for all searches together."""
+    """The number of steps that remain for all searches together."""
 
     left: int = WORK
 
@@ -155,7 +155,7 @@ def _repeat(program: _Program, least, most, items) -> None:
         raise _Refused("it has too many repetitions")
     for _ in range(least):
         _sequence(program, items)
-        program.add("jump", len(program.code) + 1)  # so that repetitions of nothing are counted
+        program.add("jump", len(program.code) + 1)  # so that repetitions of an empty item are counted
     if most is _op.MAXREPEAT:
         fork = program.add("fork")
         _sequence(program, items)
@@ -222,7 +222,7 @@ def _holds(assertion: tuple, text: str, position: int, tried: set[tuple], at: in
     begin, end = (position, None) if behind is None else (position - behind, position)
     own: set[tuple] = set()
     accepted = begin >= 0 and _run(inside, text, begin, end, own, limit - len(tried))
-    tried.update((at, place, step) for step, place in own)  # counted as work; no state of the program
+    tried.update((at, place, step) for step, place in own)  # counted as work; these are not states of the program
     return accepted is wanted
 
 

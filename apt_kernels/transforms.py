@@ -1,4 +1,4 @@
-"""Transforms of torch that need more of an operator than one forward and one backward."""
+"""Detection of torch's transforms that need more of an operator than one forward and one backward."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap and those made of them) or forward-mode
+    """Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap and their combinations) or forward-mode
     differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 # As `torch.compiler.assume_constant_result` does, without importing the compiler. Dynamo enters the transforms that it
-# traces and guards on their state, but takes the None of `peek_interpreter_stack` for an object.
+# traces and guards on their state, but treats the None that `peek_interpreter_stack` returns as an object.
 active.__dict__["_dynamo_marked_constant"] = True

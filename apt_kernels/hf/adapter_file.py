@@ -1,6 +1,6 @@
-"""An adapter on disk: ``adapter.safetensors``, which is the adapter, and ``apt_config.json``, a copy of its settings.
+"""An adapter on disk: ``adapter.safetensors``, the complete adapter, and ``apt_config.json``, a copy of its settings.
 
-docs/adapter-format.md describes both. A save is one rename: a reader has the old adapter or the new one.
+docs/adapter-format.md describes both. A save is one rename: a reader gets the old adapter or the new one.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def read_config(settings: dict, path: Path) -> AptConfig:
     try:
         if settings.get("reparameterisation") is not None:
             raise ConfigError("reparameterisation is set; a saved adapter has none")
-        # Before they are compiled, which may itself take long.
+        # Checked before `AptConfig` compiles them, which may take long.
         for name in ("layers", "trainable"):
             entries = settings.get(name)
             for entry in entries if isinstance(entries, list) else [entries]:
@@ -177,7 +177,7 @@ def read_config(settings: dict, path: Path) -> AptConfig:
 
 
 def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The entries and the metadata; afterwards the file's position is its first tensor."""
+    """The entries and the metadata; afterwards the file is positioned at its first tensor."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise AdapterError(f"{path} is damaged: it has {size} bytes")
@@ -272,7 +272,7 @@ def _serialise(file, tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU; the tensor has to outlive it."""
+    """The memory of a contiguous tensor on the CPU; the tensor has to outlive the view."""
     count = tensor.numel() * tensor.element_size()
     if not count:
         return memoryview(b"")
@@ -288,7 +288,7 @@ def _swapped(tensor: Tensor) -> Tensor:
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the settings, and of every tensor's name, dtype, shape and bytes, whatever their order in the file."""
+    """The checksum of the settings and of every tensor's name, dtype, shape and bytes, independent of their order."""
     found = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         found.update(f"\0{json.dumps(name)}{_NAMES.get(tensor.dtype)}{list(tensor.shape)}".encode())
@@ -314,7 +314,7 @@ def replacing(path: Path) -> Iterator:
             os.chmod(temporary, 0o666 & ~_umask())
             if fcntl is not None:
                 os.replace(temporary, path)
-        if fcntl is None:  # an open file is not renamed there
+        if fcntl is None:  # Windows does not rename an open file
             os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -27,14 +27,15 @@ _SIZES = (
     "encoder_attention_heads",
     "decoder_attention_heads",
 )
-# The number of sampled weights with at least two dimensions, with one, and of elements at either end of each.
+# How many weights are sampled of those with at least two dimensions, and of those with one; how many elements at either
+# end of each.
 _SAMPLED, _ELEMENTS = 6, 16
 # A float32 model and its cast to a narrower dtype have the same hash in that dtype.
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def of(state: State) -> dict:
-    """The record of the base model: its type, sizes, name, revision and a fingerprint of its weights. JSON-ready."""
+    """The record of the base model: its type, sizes, name, revision and a fingerprint of its weights. For JSON."""
     config = state.model.config
     return {
         "model_type": getattr(config, "model_type", None) or None,
@@ -117,7 +118,7 @@ def refuse_other(model, record, path: Path) -> None:
 
 
 def refuse_other_config(config, record, path: Path) -> None:
-    """`refuse_other` for a model of which only the transformers config is there."""
+    """`refuse_other` for a transformers config in place of a model."""
     record = _checked(record, path)
     theirs, ours = record["model_type"], getattr(config, "model_type", None) or None
     if theirs is not None and ours is not None and theirs != ours:

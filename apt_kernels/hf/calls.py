@@ -1,8 +1,8 @@
 """The state of running forwards, per thread: no state of a call is stored on a module, on a config or in a global.
 
 Everything here is set in a ``try`` and reset in its ``finally``, so that an exception or an interrupt at any point
-leaves no state. It is a ``threading.local`` and not a ``ContextVar``, since Dynamo traces and guards the former; where
-a task called `disabling`, a ``ContextVar`` distinguishes the asyncio tasks of a thread.
+leaves no state. It is a ``threading.local`` and not a ``ContextVar``, since Dynamo traces and guards the former. If an
+asyncio task called `disabling`, a ``ContextVar`` distinguishes the tasks of a thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Token:
     def __init__(self):
         # A string, since Dynamo guards the value of a string but not the identity of an object.
         self.number = f"model {next(_numbers)}"
-        self.warned = False  # that there are no attention weights
+        self.warned = False  # whether the warning about missing attention weights was given
 
     def __deepcopy__(self, memo):
         made = memo[id(self)] = Token()
@@ -54,7 +54,7 @@ class Disabling:
 
     def __init__(self, number: str, in_task: bool, implementation: str | None = None):
         self.number, self.in_task, self.open = number, in_task, True
-        # The attention implementation to use meanwhile; None: the one from before the patch.
+        # The attention implementation to use while disabled; None: the one from before the patch.
         self.implementation = implementation
 
 
@@ -100,9 +100,9 @@ def _in_this_task(entry: Disabling) -> bool:
 
 @contextmanager
 def disabling(token: Token, implementation: str | None = None) -> Iterator[None]:
-    """Disable the model of ``token`` in this thread; where an asyncio task enters, in it and the tasks it creates.
+    """Disable the model of ``token`` in this thread; if an asyncio task enters, in it and the tasks that it creates.
 
-    ``implementation``: as of `Disabling`.
+    ``implementation``: as for `Disabling`.
     """
     entry = Disabling(token.number, _in_a_task(), implementation)
     try:
@@ -125,7 +125,7 @@ def _in_a_task() -> bool:
 
 
 class Held:
-    """The state of a thread, captured to be applied in another one: that of a replica, or of a backward."""
+    """The state of a thread, captured to be applied in another one, such as that of a replica or of a backward."""
 
     __slots__ = ("disabled", "documents", "observe")
 

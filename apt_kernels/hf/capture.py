@@ -1,7 +1,8 @@
-"""What a model's attention modules are given for some tokens, and keys rotated to other positions.
+"""The inputs of a model's attention modules for some tokens, and keys rotated to other positions.
 
-A prefix of ours takes no positions; one in a key/value cache takes those from 0 to M - 1, and the tokens follow. A
-rotary embedding depends on differences alone: one becomes the other by rotating its keys by M.
+In a patched model the prefix has no positions, and tokens start at position 0. A prefix in a key/value cache has the
+positions 0 to M - 1, and tokens start at M. A rotary embedding depends on position differences only, so rotating the
+keys by M positions converts one into the other.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from .discovery.recording import evaluating
 from .state import is_patched, state_of
 
 _CAPTURE = "apt_kernels_capture"
-# A larger difference of outputs, relative to the prefix's influence, is not rounding (in bfloat16 neither).
+# A larger difference of outputs, relative to the prefix's influence, is not rounding, not even in bfloat16.
 SAME = 0.05
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class Captured(NamedTuple):
-    """What an attention module was given: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, its mask and rotary, query
-    ``[B, Hq, T, D]``, and the factor of the logits."""
+    """The inputs of an attention module: key ``[B, Hkv, S, D]``, value ``[B, Hkv, S, Dv]``, mask, rotary embedding (cos
+    and sin), query ``[B, Hq, T, D]``, and the factor of the logits."""
 
     key: Tensor
     value: Tensor
@@ -54,7 +55,7 @@ def refuse_no_decoder(model) -> None:
 
 
 def refuse_lengths(model) -> None:
-    """Raise `PatchError` where the rotary frequencies depend on the length."""
+    """Raise `PatchError` if the rotary frequencies depend on the length."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope.get("rope_type")] + [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
     found = next((kind for kind in kinds if kind in _LENGTH_DEPENDENT), None)
@@ -66,7 +67,7 @@ def refuse_lengths(model) -> None:
 
 
 def at_positions(model, ids: Tensor, position: int) -> tuple[dict[str, Captured], dict[str, Captured]]:
-    """Single tokens at position 0 and at ``position``; refuse a model whose hidden states depend on the position."""
+    """Inputs for single tokens at position 0 and at ``position``; `PatchError` if values depend on the position."""
     ids = ids.reshape(-1, 1)[:4]
     here, near = (capture(model, ids, torch.full_like(ids, at)) for at in (0, 1))
     apart = sees_positions(here, near)
@@ -116,7 +117,7 @@ AttentionMaskInterface.register(_CAPTURE, describe)
 
 @contextmanager
 def _capturing(model) -> Iterator[None]:
-    """Within, the model attends by `_attend`, without a prefix; a patched one in this thread alone."""
+    """Within this context `_attend` computes attention, without a prefix; of a patched model, in this thread only."""
     if is_patched(model):
         with calls.disabling(state_of(model).token, _CAPTURE):
             yield
@@ -130,7 +131,7 @@ def _capturing(model) -> Iterator[None]:
 
 
 def capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
-    """Run ``ids`` at ``positions`` without a prefix; by the attention modules' names, in model order."""
+    """The inputs for ``ids`` at ``positions``, without a prefix, by the attention modules' names, in model order."""
     return capture_forward(model, model, input_ids=ids, position_ids=positions, use_cache=False)
 
 
@@ -157,7 +158,7 @@ def capture_forward(model, part: nn.Module, **inputs) -> dict[str, Captured]:
 
 
 def window_of(name: str, mask) -> int | None:
-    """How many tokens a causal module sees, itself included; None: all. `PatchError` where it is not causal."""
+    """To how many tokens a query of a causal module attends, with its own; None: all. `PatchError` if not causal."""
     plain = isinstance(mask, AttentionMask) and mask.mask.dense is None and mask.mask.causal
     if not plain:
         raise PatchError(f"{name} does not attend causally; what a text gives there depends on what follows it")
@@ -186,7 +187,7 @@ def rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: Ca
 def _whole(apply, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     try:
         return apply(key, key, cos, sin)[1].to(key.dtype)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # made for other arguments
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes other arguments
         return None
 
 

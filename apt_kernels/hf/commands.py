@@ -1,4 +1,4 @@
-"""What the command line does with adapters: describe one, compare it with a base model, convert it."""
+"""The commands for adapters: describe one, compare it with a base model, convert it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .initialise import patch_from_peft
 
 
 def inspect(folder: Path) -> str:
-    """What is in an adapter folder, after its checksum is checked. `AdapterError` if it is damaged or no adapter."""
+    """The contents of an adapter folder as text. `AdapterError` if it is damaged or not an adapter."""
     with open_adapter(folder) as file:
         tensors = file.tensors()
         lines = [*_described(file), f"base       {_base(file.settings.get('base'))}"]
@@ -35,7 +35,7 @@ def inspect(folder: Path) -> str:
 
 
 def check(base: str, folder: Path, *, model_class: str | None = None, revision: str | None = None) -> list[str]:
-    """What differs between ``base`` and the model that the adapter was trained on; empty: nothing that is recorded.
+    """What differs between ``base`` and the model that the adapter was trained on, as far as it is recorded.
 
     The base model and the adapter are loaded. Raises `AdapterError` or `PatchError` if the adapter does not fit.
     """

@@ -1,4 +1,4 @@
-"""Adapters for other programs: PEFT checkpoints, and key/value caches from which an unpatched base model continues."""
+"""Export of an adapter: PEFT checkpoints, and key/value caches for an unpatched base model."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Difference:
 
     Attributes:
         largest, mean: between the exported prefix and the patched model.
-        influence: the mean between the patched model and the model without its prefix.
-        examples: how many there were.
+        influence: the mean difference between the patched model and the model without its prefix.
+        examples: the number of examples (rows) in the batches.
     """
 
     largest: float
@@ -54,7 +54,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote; ``str()`` of it is a sentence. ``difference`` is None where the export is exact."""
+    """What `export` wrote; ``str()`` gives a summary of one line. ``difference`` is None if the export is exact."""
 
     folder: Path
     format: str
@@ -68,7 +68,7 @@ class Exported:
 
 
 class _Layer(NamedTuple):
-    """One layer of the cache: its number, key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]``, where the layer computes."""
+    """One layer of the cache: its number, its module's name, key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]``."""
 
     number: int
     name: str
@@ -85,17 +85,17 @@ def export(
     approximate: Literal["mean"] | None = None,
     batches: Iterable[dict[str, Tensor]] | None = None,
 ) -> Exported:
-    """Write the active adapter as a PEFT checkpoint of prefix tuning, or of a cartridge; PEFT loads it beside the base.
+    """Write the active adapter as a PEFT checkpoint, prefix tuning or CARTRIDGE, for use with the unpatched base.
 
     PEFT puts the prefix into the key/value cache, so keys are rotated by M where the base has rotary embeddings. The
     logits are compared with the model's before anything is written. `patch_from_peft` is the inverse.
 
     Args:
         model: a patched causal language model whose layers all have a prefix of one length.
-        folder: where to write ``adapter_config.json`` and ``adapter_model.safetensors``; it is made if need be.
+        folder: where to write ``adapter_config.json`` and ``adapter_model.safetensors``; it is created if needed.
         format: ``"peft"`` (prefix tuning) or ``"cartridge"``.
-        max_length: the most tokens, prompt and generated together, that the checkpoint will serve. Needed where layers
-            have a sliding window, out of which a cached prefix would slide.
+        max_length: the largest number of tokens, prompt and generated together, with which the checkpoint will be used.
+            Needed if layers have a sliding window, because a cached prefix has to stay inside it.
         approximate: ``"mean"``: gates that depend on the input become their mean over ``batches``. None: they are
             refused.
         batches: dicts of keyword arguments of the model's forward, as a data loader yields them; read twice.
@@ -137,7 +137,7 @@ def export(
 def as_past_key_values(
     model: nn.Module, batch_size: int = 1, *, first_position: int | None = None, max_length: int | None = None
 ) -> DynamicCache:
-    """The active adapter as a transformers cache of M tokens, from which any unpatched copy of the base continues.
+    """The active adapter as a transformers cache of M tokens, for use with any unpatched copy of the base model.
 
     ``base(input_ids, past_key_values=cache)`` then gives the logits of ``model(input_ids)``; an ``attention_mask`` has
     M ones in front. A forward adds its tokens to the cache, so make one for each sequence.
@@ -177,7 +177,7 @@ def as_past_key_values(
 def _layers(
     model, first: int | None, max_length: int | None, weights: Mapping[str, list[float]] | None = None
 ) -> list[_Layer]:
-    """The prefix as layers of a cache, in their order there; `PatchError` where it would not be exact."""
+    """The prefix as layers of a cache, in the order of the cache; `PatchError` if it would not be exact."""
     compat.require("export")
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise ArgumentError(f"max_length is {max_length!r}; it needs an int >= 1, or None")
@@ -210,7 +210,7 @@ def _layers(
 
 
 def _common_length(state: State, exact: bool) -> int:
-    """The length of all prefixes. `PatchError` where a cache cannot hold them; those that need no forward."""
+    """The common length of all prefixes. `PatchError` if a cache cannot hold them; only checks that need no forward."""
     prefixes = state.prefixes
     for site in state.sites:
         if site.name in prefixes and not (site.causal and not site.cross):
@@ -268,7 +268,7 @@ def _cache(state: State, layers: list[_Layer], batch_size: int) -> DynamicCache:
 
 
 def _check_copy(state: State, layers: list[_Layer], ids: Tensor, first: int) -> None:
-    """Raise `PatchError` unless the base with the cache computes what the model does."""
+    """Raise `PatchError` unless the base with the cache gives the logits of the patched model."""
     base: Any = state.model
     with evaluating(base), torch.no_grad():
         expected = base(input_ids=ids, use_cache=False).logits
@@ -285,7 +285,7 @@ def _check_copy(state: State, layers: list[_Layer], ids: Tensor, first: int) -> 
 
 
 def _refuse_more(model, state: State) -> None:
-    """Raise `PatchError` where the checkpoint would leave out something that was trained."""
+    """Raise `PatchError` if the checkpoint would leave out trained parameters."""
     beside = trained_beside(model)
     if beside:
         raise PatchError(f"{beside[0]} was trained beside the prefix; a prefix-tuning checkpoint cannot hold it")
@@ -297,7 +297,7 @@ def _refuse_more(model, state: State) -> None:
 
 
 def _flat(layers: list[_Layer]) -> Tensor:
-    """``[M, L * 2 * Hkv * D]``, as PEFT holds it."""
+    """``[M, L * 2 * Hkv * D]``, the layout of PEFT's checkpoints."""
     first = layers[0]
     for layer in layers:
         if layer.key.shape != first.key.shape or layer.value.shape != first.key.shape:
@@ -328,7 +328,7 @@ def _settings(state: State, layers: list[_Layer], kind: str) -> dict:
 
 
 def _mean_weights(state: State, approximate, batches) -> tuple[dict[str, list[float]] | None, Iterable | None]:
-    """The mean factor of every prefix token over the batches, and the batches to read again; None: exact."""
+    """The mean factor of every prefix token over the batches, and the batches to read again; None: export is exact."""
     if approximate is None:
         if batches is not None:
             raise ArgumentError("batches is given without approximate; it needs approximate='mean'")

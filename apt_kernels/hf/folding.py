@@ -1,4 +1,4 @@
-"""Prefixes as plain keys and values: gate and layer scale multiplied in, so that ordinary attention can read them."""
+"""Prefixes as plain keys and values, multiplied by gate and layer scale, for ordinary attention."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .state import state_of
 def fold(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """The keys and values that ordinary attention over ``[prefix ; tokens]`` needs to compute the same outputs.
 
-    The gate's weights and the layer scale are multiplied in, an MLP reparameterisation is computed, and tensors that
-    processes share are gathered (every process has to call). The model is left unchanged.
+    Keys and values are multiplied by the gate's weights and the layer scale. An MLP reparameterisation is evaluated.
+    Tensors sharded over processes are gathered, so every process has to call. The model is not changed.
 
     Args:
         model: a patched model whose gates do not depend on its input: ``"none"`` or ``"static"``.
 
     Returns:
         By the attention modules' names, in model order: key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]`` of the active
-        adapter, float32 copies on the CPU. Keys are unrotated, for tokens at positions from 0 on.
+        adapter, float32 copies on the CPU. Keys are for use without rotary embedding; token positions start at 0.
 
     Raises:
         PatchError: the model is not patched, or a gate depends on the input; the message names the module.
@@ -43,7 +43,7 @@ def fold(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 def folded(
     model: nn.Module, dtype: torch.dtype, weights: Mapping[str, Sequence[float]] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`fold` in another dtype. ``weights``: for each module the M factors to take in place of its gate and scale."""
+    """`fold` in another dtype. ``weights``: for each module the M factors to use instead of its gate and scale."""
     prefixes = state_of(model).prefixes
     if weights is None:
         refuse_gates(prefixes)
@@ -56,7 +56,7 @@ def folded(
 
 
 def refuse_gates(prefixes: Mapping[str, AdaptivePrefix]) -> None:
-    """Raise `PatchError` where a gate depends on the model's input."""
+    """Raise `PatchError` if a gate depends on the model's input."""
     for name, prefix in prefixes.items():
         if prefix.gate_entry.reads_hidden_states:
             raise PatchError(

@@ -17,7 +17,7 @@ README = "README.md"
 
 
 def is_repository(source) -> bool:
-    """Whether ``source`` is of the form ``owner/name`` or ``owner/name@revision``, and no local path."""
+    """Whether ``source`` is of the form ``owner/name`` or ``owner/name@revision``, and not a local path."""
     found = isinstance(source, str) and _REPOSITORY.fullmatch(source) is not None
     return found and source[0] != "." and not Path(source).exists()
 
@@ -61,7 +61,7 @@ def publish(
 ) -> None:
     """Upload ``files`` of ``folder`` to the repository in one commit; it is created if it does not exist.
 
-    A README.md that the repository has is kept.
+    An existing README.md of the repository is kept.
     """
     try:
         made = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)

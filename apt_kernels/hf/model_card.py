@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import AptConfig
 
-# How a model class ends -> the hub's name of its task.
+# The ending of a model class's name, and the hub's name of its task.
 _TASKS = {
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
@@ -21,7 +21,7 @@ _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def card(settings: Mapping[str, Any], repo_id: str, subfolder: str | None, metrics: Mapping[str, float] | None) -> str:
-    """The text of the card. The licence is left to the user. A local path of the base model is not disclosed."""
+    """The text of the card. It names no licence, which the user chooses, and no local path of the base model."""
     record = settings.get("base") or {}
     base = _on_the_hub(record.get("name_or_path"))
     config = AptConfig.from_json(dict(settings))
@@ -75,7 +75,7 @@ def _metadata(model: str, base: str | None, metrics: Mapping[str, float] | None)
 
 
 def _on_the_hub(name) -> str | None:
-    """The base model's name where it has the form of one on the hub."""
+    """The base model's name if it has the form of a name on the hub."""
     return name if isinstance(name, str) and _REPOSITORY.fullmatch(name) and name[0] != "." else None
 
 

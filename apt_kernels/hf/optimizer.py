@@ -1,4 +1,4 @@
-"""What trains in a patched model, in groups with a learning rate each, for any optimizer."""
+"""The trainable parameters of a patched model in groups, each with a learning rate, for any optimizer."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def parameter_groups(
     """The trainable parameters of a patched model in groups for an optimizer, each parameter in one of them.
 
     Prefixes need a higher learning rate than the usual defaults for fine-tuning: at 5e-5, Trainer's default, they
-    learn next to nothing.
+    hardly change.
 
     Args:
-        model: a patched model; of several adapters, the active one is meant.
-        lr: of the prefixes' keys and values, or of the MLP that makes them. None: 1e-2.
+        model: a patched model; if it has several adapters, the active one's parameters are returned.
+        lr: of the prefixes' keys and values, or of the MLP that produces them. None: 1e-2.
         gate_lr: of the gates. None: as ``lr``.
         scale_lr: of the layer scales. None: as ``lr``.
-        head_lr: of all else that is trainable: new task heads, PEFT's adapters, what ``trainable`` names. None: 1e-2.
-        weight_decay: of all parameters but the layer scales, which decay would pull towards switching the prefix off.
+        head_lr: of everything else: new task heads, PEFT's adapters, parameters that ``trainable`` names. None: 1e-2.
+        weight_decay: of all parameters except the layer scales, which it would move towards 0, that is, no prefix.
 
     Returns:
         Dicts with ``name`` (``"prefix"``, ``"gate"``, ``"scale"``, ``"head"``), ``params``, ``lr`` and
@@ -81,7 +81,7 @@ _KINDS = {"gate_weight": "gate", "gate_logits": "gate", "layer_scale": "scale"}
 
 @memoise
 def log_rates() -> None:
-    """Say once in a process which learning rates prefixes need."""
+    """Log once per process which learning rate prefixes need."""
     logger.warning(
         "prefixes need a learning rate of about %g, more than the usual default of an optimizer or of Trainer (5e-5): "
         "use torch.optim.AdamW(apt_kernels.parameter_groups(model))",

@@ -1,9 +1,10 @@
-"""Parameters of a half-precision base model that train: float32 copies, read in the base's dtype.
+"""Trainable parameters of a half-precision base model: float32 copies, cast to the base's dtype in a forward.
 
 A step of 2e-5 is less than the spacing of most bfloat16 weights, and `torch.amp.GradScaler` refuses float16 gradients.
-`patch` therefore replaces each half-precision parameter that trains by a float32 copy. Within the forward of its
-module, and of the modules around that, the copy is read cast to the base's dtype, so that the outputs before the first
-step equal the base's bit for bit; its gradient is float32. Outside of a forward it is an ordinary parameter.
+`patch` therefore replaces each half-precision parameter that trains by a float32 copy. Within a forward of its module,
+or of a module that contains that one, reading the attribute gives the copy cast to the base's dtype. The outputs before
+the first step therefore equal the base's bit for bit, and the gradient is float32. Outside of a forward the copy is an
+ordinary parameter.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Widened(subclass.Mixin):
-    """Added to the class of a module that holds float32 copies, and of the modules around it.
+    """Mixin for a module that holds float32 copies, and for the modules that contain it.
 
-    ``apt_dtypes``: the base's dtype by the name of the parameter, as ``model.to(dtype)`` changes it.
+    ``apt_dtypes``: the base's dtype by the name of the parameter; ``model.to(dtype)`` changes it.
     """
 
-    # Of the class: where FSDP2 made a class of this one, it stays after `put_back`.
+    # A default on the class, because a class that FSDP2 derived from this one remains after `put_back`.
     apt_dtypes: Mapping[str, torch.dtype] = types.MappingProxyType({})
 
     def __getattr__(self, name):
@@ -59,7 +60,7 @@ class Widened(subclass.Mixin):
 
 
 def _with_plain_tensors(module, forward, args, kwargs):
-    """Parameters that are plain attributes meanwhile: of `nn.DataParallel`'s replicas, and in the first FSDP."""
+    """Run ``forward`` where parameters are plain attributes: in `nn.DataParallel`'s replicas and in FSDP1."""
     held = {name: module.__dict__[name] for name in module.apt_dtypes if name in module.__dict__}
     try:
         module.__dict__.update({name: tensor.to(module.apt_dtypes[name]) for name, tensor in held.items()})
@@ -71,7 +72,7 @@ def _with_plain_tensors(module, forward, args, kwargs):
 def widen(model: nn.Module, names: Iterable[str]) -> list[Original]:
     """Replace the half-precision parameters ``names`` by float32 copies, in every module that shares them.
 
-    ZeRO-3 keeps float32 copies itself; its parameters stay.
+    ZeRO-3 has float32 copies of its own, so its parameters are not replaced.
     """
     copies = {}
     for parameter in map(model.get_parameter, sorted(names)):
@@ -82,7 +83,7 @@ def widen(model: nn.Module, names: Iterable[str]) -> list[Original]:
     done: list[Original] = []
     for module in model.modules() if copies else ():
         ours = {key: copies[id(p)] for key, p in module._parameters.items() if id(p) in copies}
-        if ours and isinstance(module, nn.RNNBase):  # its forward reads a list of its own
+        if ours and isinstance(module, nn.RNNBase):  # its forward reads its own list of weights
             dtype = next(iter(ours.values()))[0].dtype
             warnings.warn(f"a {type(module).__name__} trains in {dtype}: it cannot hold float32 copies", stacklevel=6)
             continue
@@ -97,7 +98,7 @@ def widen(model: nn.Module, names: Iterable[str]) -> list[Original]:
 
 
 def _mark(model: nn.Module) -> None:
-    """Make exactly the modules that hold copies, and those around them, `Widened`."""
+    """Make exactly the modules that hold copies, and those that contain them, `Widened`."""
     around = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if module.__dict__.get("apt_dtypes"):
@@ -117,9 +118,9 @@ def _unmark(module: nn.Module) -> None:
 
 
 def put_back(model: nn.Module, originals: list[Original]) -> None:
-    """Undo `widen`: each original is in its place again, on the device and in the dtype that the model has by now.
+    """Undo `widen`: restore each original, on the device and in the dtype that the model has now.
 
-    FSDP2 holds what it sharded: there the copies stay.
+    Parameters that FSDP2 has sharded remain float32 copies.
     """
     names = {module: name for name, module in model.named_modules()}
     for module, key, original in originals:
@@ -137,13 +138,13 @@ def put_back(model: nn.Module, originals: list[Original]) -> None:
                 place[at] = original.detach().to(holder.read().device, dtype, copy=True)
         module.__dict__["apt_dtypes"] = dtypes
         if not dtypes and module not in names:
-            _unmark(module)  # exchanged since
+            _unmark(module)  # the module was replaced since
     if originals:
         _mark(model)
 
 
 def _moved(original: nn.Parameter, now: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """``original``, or a copy of it where the model is by now elsewhere or in another dtype."""
+    """``original``, or a copy of it if the model is now on another device or in another dtype."""
     if original.device == now.device and original.dtype == dtype:
         return original
     value = now if original.device.type == "meta" else original

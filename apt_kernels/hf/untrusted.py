@@ -1,4 +1,4 @@
-"""Untrusted files: opened, measured and parsed within bounds."""
+"""Untrusted files, opened and parsed with bounded time and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import AdapterError
 
 # The longest JSON text that is read: 8 MiB take about half a second to parse at worst.
 JSON_LIMIT = 8 * 2**20
-# No count, size or offset of an adapter has more digits.
+# The largest number of digits in an integer; no count, size or offset of an adapter has more.
 _DIGITS = 18
 _SHOWN = 120
 

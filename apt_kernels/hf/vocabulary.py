@@ -1,15 +1,15 @@
-"""The start ``init="vocabulary"``: keys and values of random tokens of the model's own vocabulary.
+"""The initialisation ``init="vocabulary"``: keys and values of random tokens of the model's own vocabulary.
 
-Keys drawn from N(0, 0.02) have logits near 0, where a decoder's own keys are mostly far below: they take softmax mass
-at once. Keys of tokens that the model has read have logits of the right size. Still, M unrelated tokens together take
-more mass than they should: their logits are lowered by log(M) + 1. Adding ``-a u`` to a key lowers its logits by ``a``
-for every query ``q`` with ``q . u = 1``. The queries of trained models have such a direction ``u`` almost exactly; it
-is fitted by least squares on random texts (`_direction`).
+Keys drawn from N(0, 0.02) have logits near 0. Most logits of a decoder's own keys are far lower, so such a prefix takes
+much softmax mass from the start. Keys that the model computes for real tokens have logits of the usual size. M
+unrelated tokens together would still take too much mass, so their logits are lowered by log(M) + 1. Adding ``-a u`` to
+a key lowers its logits by ``a`` for every query ``q`` with ``q . u = 1``. Trained models have a direction ``u`` for
+which this holds almost exactly; it is fitted by least squares on random texts (`_direction`).
 
-The queries of a causal model's first token differ, and its other queries give that token the mass that a head has no
-other use for (an attention sink). With a prefix, the first prefix token takes this part. It is the mean of tokens that
-were each read alone, right before the text: what makes a token the first one is the same in all of them, and their
-meanings cancel.
+In a causal model, the queries of the first token differ from the others, and all other queries give the first token
+the mass for which a head has no other use (an attention sink). With a prefix, the first prefix token receives this
+mass. It is the mean of many tokens, each read alone at the position before the text: what they share as first tokens
+remains, and the differences between them average out.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .site import Site
 
 # Rows and tokens of the random texts on whose queries the direction is fitted.
 _ROWS, _TOKENS = 8, 32
-# Texts of one token, whose mean is the first prefix token of a causal module.
+# The number of single tokens whose mean is the first prefix token of a causal module.
 _ALONE = 64
-# Added to the diagonal of the queries' second moments, in parts of its mean.
+# Added to the diagonal of the queries' second moments, relative to the diagonal's mean.
 _RIDGE = 1e-3
-# Longest text that is read at once where positions are learned and the config does not say how many there are.
+# The longest text that is read at once if positions are learned and the config does not give their number.
 _LONGEST = 512
 
 Tokens = tuple[Tensor, Tensor]  # key [Hkv, M, D] and value [Hkv, M, Dv]
 
 
 class _Readings(NamedTuple):
-    """What each attention module was given for random tokens, by its name."""
+    """The inputs of each attention module for random tokens, by its name."""
 
     text: dict[str, Captured]  # one text
     alone: dict[str, Captured]  # texts of one token
@@ -50,11 +50,11 @@ class _Readings(NamedTuple):
 def vocabulary_tokens(
     model, config: AptConfig, sites: list[Site], lengths: list[int], generator: torch.Generator | None
 ) -> tuple[dict[str, Tokens], dict[str, str]]:
-    """Keys and values to start with, and why there are none, by the name of the attention module.
+    """Initial keys and values, and the reasons of modules that get none, by the name of the attention module.
 
     Args:
         model: the model without prefixes (unpatched, or within `disabled`); it is left as it was.
-        config: the gate and the layer scale tell by what the tokens are multiplied at the start.
+        config: its gate and layer scale determine the factor by which the tokens are multiplied at the start.
         sites: the attention modules, with their prefix ``lengths``.
         generator: draws the tokens, on the CPU; None: torch's global generator.
     """
@@ -66,7 +66,7 @@ def vocabulary_tokens(
     try:
         with torch.autocast(dummy_inputs.device(model).type, enabled=False):
             read = _read(model, max(wanted.values()), generator)
-    except Exception as error:  # whatever the model raises for a text alone: the caller reports it
+    except Exception as error:  # a model may raise any error for a text alone; the caller reports it
         return {}, {**reasons, **{site.name: f"reading random tokens failed: {error}" for site in wanted}}
     found = {}
     for site, length in wanted.items():
@@ -107,12 +107,12 @@ def _mismatch(site: Site, read: _Readings) -> str | None:
 
 
 def _start_weight(config: AptConfig) -> float:
-    """What multiplies a prefix at the start: a gate of 1/2 without the scale of 2."""
+    """The factor of a prefix at the start: 1/2 with a gate and without a layer scale, 1 otherwise."""
     return 0.5 if config.gate != "none" and not config.layer_scale else 1.0
 
 
 def _read(model, length: int, generator: torch.Generator | None) -> _Readings:
-    """Let the model read a random text of ``length`` tokens, single tokens, and texts for their queries."""
+    """Run a random text of ``length`` tokens, single tokens, and texts of which the queries are used."""
     body = getattr(model, "base_model", model)
     accepted = inspect.signature(body.forward).parameters
     if "input_ids" not in accepted and "kwargs" not in accepted:
@@ -143,7 +143,7 @@ def _read(model, length: int, generator: torch.Generator | None) -> _Readings:
             run(single, torch.full(single.shape, -1)),
             run(short, torch.tensor(starts)[:, None] + steps),
         )
-    # Where positions are learned, a long text is read in pieces; the last one is filled up with tokens from the start.
+    # With learned positions, a long text is read in pieces; the last one is padded with tokens of the text's beginning.
     rows = -(-length // most)
     if rows > 1:
         long = long.repeat(1, 2)[:, : rows * most].reshape(rows, most)
@@ -160,7 +160,7 @@ def _can_move(model, accepted, run, ids: Tensor) -> bool:
 
 
 def _vocabulary(model) -> Tensor:
-    """The ids of all tokens without those that the config names for a purpose."""
+    """The ids of all tokens except the special tokens that the config names."""
     config = model.config.get_text_config()
     size = min(model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", 2**31))
     special = {id for name, id in vars(config).items() if name.endswith("_token_id") for id in _ints(id)}
@@ -172,14 +172,15 @@ def _ints(value) -> list[int]:
 
 
 def _positions(model) -> int:
-    """How many positions the model has. Some models need a few for padding."""
+    """The length of the longest text that the positions allow. Some models reserve two positions for padding."""
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     return max(1, most - 2) if isinstance(most, int) and most > 0 else _LONGEST
 
 
 def _tokens(site: Site, length: int, read: _Readings, weight: float) -> Tokens:
-    """The first ``length`` tokens read, with logits lowered by log(length) + 1: together less mass than one token.
+    """The first ``length`` tokens read, with logits lowered by log(length) + 1: together they take less softmax mass
+    than one token.
 
     In a causal module, the first one is the mean of single tokens.
     """

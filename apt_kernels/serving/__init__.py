@@ -1,1 +1,1 @@
-"""Trained adapters in inference servers. One folder for each server; nothing here is imported without it."""
+"""Trained adapters in inference servers. One folder for each server; the rest of the package imports none of them."""

@@ -1,1 +1,1 @@
-"""The demo: train on a real model and real text, and compare with naive prefix tuning."""
+"""The demo: train on a pretrained model and real text, and compare with the usual implementation of prefix tuning."""

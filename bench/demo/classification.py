@@ -23,7 +23,7 @@ from bench.quality.tasks import Collator, Task, encode
 
 METHODS = {"APT": "apt", "prefix tuning": "prefix"}
 _CHECK_STEPS, _WEIGHT_DECAY = 6, 0.01
-# Without dropout both copies compute the same up to rounding; with it they draw different masks.
+# Without dropout both copies compute the same up to rounding. With dropout they draw different masks.
 _CURVE_TOLERANCE, _EPOCH_TOLERANCE = 1e-3, 0.05
 
 
@@ -55,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Comparison:
-    """The tokeniser, the features, and models that start from the same weights."""
+    """The tokeniser, the tokenised texts, and models that start from the same weights."""
 
     def __init__(self, options: argparse.Namespace, task: Task):
         self.options, self.task, self.device = options, task, torch.device(options.device)
@@ -77,7 +77,7 @@ class Comparison:
         return models.fresh_model(self.task, self.settings, self.tokenizer, seed).to(self.device)
 
     def runs(self, method: str) -> dict[str, Run]:
-        """Two patched copies that are equal to the last bit, one for each attention."""
+        """Two patched copies with bitwise equal weights, one for each attention."""
         found, seed = {}, self.options.seed
         for name in ATTENTION:
             model = methods.prepare(self.fresh(seed), METHODS[method], self.settings, seed)

@@ -9,7 +9,7 @@ TASKS = {"document": "bench.demo.document", "docstrings": "bench.demo.classifica
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo that ``--task`` names; the other arguments are that demo's. Returns the exit status."""
+    """Run the demo that ``--task`` names with the other arguments. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench demo", add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="document")
     chosen, rest = parser.parse_known_args(argv)

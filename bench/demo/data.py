@@ -10,13 +10,13 @@ from bench.quality.tasks import Task, build, subset
 
 
 def load(source: str, train: int, test: int, seed: int = 0) -> Task:
-    """A classification task whose development set is the test set; at most ``train`` and ``test`` texts.
+    """A classification task with at most ``train`` and ``test`` texts. Its development set is the test set.
 
     Args:
         source: ``"docstrings"``, a folder with train and test files (.jsonl or .csv), or a hub name.
-        train: number of training texts, drawn by the seed, labels in turn.
+        train: number of training texts, drawn by the seed with alternating labels.
         test: number of test texts, drawn in the same way.
-        seed: see above.
+        seed: seed of the draws.
 
     Raises:
         DataError: a split is missing, or the rows are not texts (or pairs of texts) with labels.

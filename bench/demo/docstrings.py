@@ -1,6 +1,6 @@
-"""A text task that every installation holds: which group of modules does a docstring come from?
+"""A text classification task from installed packages: the group of modules from which a docstring comes.
 
-The sources are parsed, never imported. For one set of installed versions the texts and their split are always the same.
+The sources are parsed, not imported. For one set of installed versions the texts and their split are always the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GROUPS = {
 _STANDARD_LIBRARY = ("text", "system")
 _NOT_LIBRARY = {"test", "tests", "testing", "_testing"}
 _MIN_WORDS = 20
-_SAME_START = 12  # texts that agree in so many first words, numbers aside, are one text
+_SAME_START = 12  # texts whose first words agree, up to this number and without digits, count as one text
 _MASK = "module"
 _NAMES = {name.split(".")[0] for modules in GROUPS.values() for name in modules} | {"np", "pytorch", "python"}
 _NAMED = re.compile(rf"\b(?:{'|'.join(sorted(_NAMES))})\b", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""A decoder reads a document into a prefix, learns to answer questions about it, and answers with and without it.
+"""Train a prefix of a decoder on a document and questions about it, and compare the answers with and without it.
 
 Run it by ``make demo``, or ``python -m bench demo --help``. (``--task docstrings``: the demo of an encoder.)
 """
@@ -80,7 +80,7 @@ class Document:
     """The text, what the prefix trains on, and what is asked."""
 
     text: str
-    train: list[Question]  # empty: it trains on the text's own sentences
+    train: list[Question]  # empty: the prefix trains on the sentences of the text
     asked: list[Question]
 
 
@@ -132,7 +132,7 @@ def _title(name: str) -> str:
 
 
 class Reader:
-    """A model and its tokeniser, with the texts in the format that the model was trained for."""
+    """A model and its tokeniser; texts get the format with which the model was trained."""
 
     def __init__(self, name: str, device: torch.device):
         self.model, self.tokenizer = packaged.smollm2() if name == SMOLLM2 else _load(name)
@@ -142,7 +142,7 @@ class Reader:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def document(self, text: str) -> Tensor:
-        """The tokens of the document, as a system message where the model knows such, ``[M]``."""
+        """The tokens ``[M]`` of the document, as a system message if the tokeniser has a chat template."""
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template([{"role": "system", "content": text}], tokenize=False)
         else:
@@ -152,7 +152,7 @@ class Reader:
     def _prompt(self, question: str) -> list[int]:
         if not self.tokenizer.chat_template:
             return self.tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False).input_ids
-        # The template of a conversation may put a system message of its own in front: cut behind an empty one of ours.
+        # A chat template may add a default system message: pass an empty one, and cut the text after it.
         system = {"role": "system", "content": ""}
         messages = [system, {"role": "user", "content": question}]
         template = self.tokenizer.apply_chat_template
@@ -203,7 +203,7 @@ class Reader:
 
 
 def train(reader: Reader, model: nn.Module, rows: list, options: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Train what trains on drawn rows; losses, and seconds of the steps."""
+    """Train the trainable parameters on randomly drawn rows. Returns the losses and the seconds of the steps."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -280,7 +280,7 @@ def _inputs(reader: Reader, rows: list) -> dict[str, Tensor]:
 
 
 def _reload(reader: Reader, options: argparse.Namespace, document: Document, given: dict) -> list[str]:
-    """Save the adapter, take it off, load it again: the answers have to be the same."""
+    """Save the adapter, remove it, load it again: the answers have to be the same."""
     folder = options.output / "adapter"
     apt_kernels.save(reader.model, folder)
     bare = reader.answers(apt_kernels.unpatch(reader.model), document.asked, options.new_tokens)
@@ -290,7 +290,7 @@ def _reload(reader: Reader, options: argparse.Namespace, document: Document, giv
 
 
 def _right(document: Document, given: dict[str, list[str]]) -> dict[str, int] | None:
-    """How many answers contain what is expected; None where nothing is."""
+    """How many answers contain the expected text, for each time of asking; None if no question has an expected text."""
     if not any(each.expected for each in document.asked):
         return None
     return {

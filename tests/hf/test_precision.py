@@ -1,4 +1,4 @@
-"""What trains beside the prefix on a half-precision base: float32 copies, cast where they are read."""
+"""Parameters that train beside the prefix on a half-precision base: float32 copies, cast when they are read."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def patched(dtype=torch.bfloat16, **settings):
 
 def inputs(family):
     given = models.inputs(family, "right")
-    if family in models.SEQ2SEQ:  # the decoder reads the tokens again; its state at the end token is classified
+    if family in models.SEQ2SEQ:  # the decoder gets the same tokens; its state at the end token is classified
         del given["decoder_input_ids"]
         ends = given["attention_mask"].sum(1, keepdim=True) - 1
         given["input_ids"].scatter_(1, ends, {"t5": 1, "bart": 2}[family])
@@ -141,7 +141,7 @@ def test_weights_that_are_tied_stay_tied(family, dtype):
     ],
 )
 def test_any_part_of_the_base_may_train(family, pattern):
-    """Beside parameters of the same module that are frozen, in half precision."""
+    """Other parameters of the same module may be frozen, in half precision."""
     head = None if family in ("llama", "gpt2") else HEAD
     plain = base(family=family, head=head)
     model = copy.deepcopy(plain)
@@ -157,7 +157,7 @@ def test_any_part_of_the_base_may_train(family, pattern):
 
 
 def test_a_parameter_of_the_model_itself():
-    """Wav2Vec2's weighted sum of layers: the module that holds it holds the base as well."""
+    """Wav2Vec2's weights of the sum of layers belong to the module that also contains the base model."""
     config = transformers.Wav2Vec2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=(16, 16),
         conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
@@ -279,7 +279,7 @@ def test_an_error_within_the_forward_leaves_nothing_behind():
 @pytest.mark.parametrize("autocast", HALF, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_under_autocast(dtype, autocast):
-    """Llama: on the CPU, LayerNorm of one half-precision dtype fails under autocast to the other, patched or not."""
+    """Llama has no LayerNorm, which on the CPU fails in one half-precision dtype under autocast to the other."""
     model = apt_kernels.patch(base(dtype, "llama"), prefix_length=3)
     randomise(model)
     exact = copy.deepcopy(model).float()
@@ -303,7 +303,7 @@ def test_replicas_of_data_parallel():
 
 
 def _replicas(model, count):
-    """As nn.DataParallel makes them, on one device."""
+    """Replicas as nn.DataParallel creates them, on one device."""
     for _ in range(count):
         made = {module: module._replicate_for_data_parallel() for module in model.modules()}
         for module, replica in made.items():
@@ -337,7 +337,7 @@ def test_a_recurrent_layer_is_named():
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
 def test_offloaded_models(offload, tmp_path):
-    """Offloaded before the patch, what trains stays on its device; offloaded after it, the hooks hold the copies."""
+    """Offloaded before the patch, trained parameters stay on the device; after it, the hooks store the copies."""
     accelerate = pytest.importorskip("accelerate", reason="the package accelerate is not installed")
 
     def offloaded(model, name):
@@ -373,7 +373,7 @@ def test_offloaded_models(offload, tmp_path):
 
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_modules_that_peft_saves(first, tmp_path):
-    """The copy that PEFT makes of a head that was patched trains in float32 as well."""
+    """If the model was patched first, the copy that PEFT makes of a head also trains in float32."""
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
 

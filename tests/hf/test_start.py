@@ -1,4 +1,4 @@
-"""What a patched model starts from: near the base model; and that the README's snippet trains it."""
+"""The initialisation: a patched model starts close to the base model, and the README's snippet trains it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def trainer_snippet() -> str:
 
 
 def run_snippet(task, folder, monkeypatch):
-    """The README's code as it is printed, for the task's model and rows; its metric before and after."""
+    """Run the README's code unchanged on the task's model and rows; return the metric before and after."""
     before = task.measure(task.model)
     monkeypatch.chdir(folder)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_seed_gives_the_same_tokens_of_the_vocabulary(family):
 @pytest.mark.parametrize("gate", ["auto", "none"])
 @pytest.mark.parametrize("layer_scale", [True, False])
 def test_one_token_of_the_vocabulary_is_that_token_read_before_the_text(gate, layer_scale, monkeypatch):
-    """With one token there is nothing to lower: the start is the copy that `patch_from_text` makes."""
+    """With one token no logits are lowered: the prefix is the exact copy that `patch_from_text` also creates."""
     from apt_kernels.hf import vocabulary
 
     monkeypatch.setattr(vocabulary, "_vocabulary", lambda model: torch.tensor([31]))

@@ -1,4 +1,4 @@
-"""Patched models through torch.export and ONNX: the exported program's outputs are the model's, at other sizes, too."""
+"""torch.export, torch.jit.trace and ONNX: the exported program gives the model's outputs, also at other sizes."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def arguments(family, padding=None, **sizes):
 
 
 def dynamic(given):
-    """Batch and lengths are free; the decoder has a length of its own."""
+    """Dynamic batch and lengths; a decoder has a separate length."""
     batch = torch.export.Dim("batch", min=2, max=64)
     length, own = torch.export.Dim("length", min=2, max=40), torch.export.Dim("decoder_length", min=2, max=40)
     shapes = {name: {0: batch, 1: own if name.startswith("decoder") else length} for name in given}
@@ -32,14 +32,14 @@ def dynamic(given):
 
 @torch.no_grad()
 def check(run, model, family):
-    """``run(**given)`` gives the model's logits at sizes other than those of the export; the prefix matters there."""
+    """``run(**given)`` gives the model's logits at other sizes than the export, where the prefix has an influence."""
     for sizes in ({"batch": 2, "length": 20}, {"batch": 5, "length": 7}):
         given = arguments(family, "right", **sizes)
         expected, found = model(**given).logits, run(**given)
         real = given["attention_mask"].bool() if family != "t5" else torch.ones(expected.shape[:2], dtype=torch.bool)
         with apt_kernels.disabled(model):
             assert (model(**given).logits - expected)[real].abs().max() > 1e-2
-        # Two orders of summation in float32, of logits up to some tens.
+        # The orders of summation differ, in float32; logits reach some tens.
         torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
@@ -53,7 +53,7 @@ def test_torch_export(family, gate):
 
 
 class Logits(torch.nn.Module):
-    """Positional arguments and one tensor, as torch.jit.trace takes them."""
+    """Takes positional arguments and returns one tensor, as torch.jit.trace requires."""
 
     def __init__(self, model, family):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The marker on a stand-in kernel: exact attention over prefix and keys from a kernel that has neither. No vLLM."""
+"""The marker with a stand-in kernel that takes no prefix: exact attention over prefix and keys. Runs without vLLM."""
 
 import math
 
@@ -27,7 +27,7 @@ def kernel(query, key, value, scale):
 
 
 def case(gate, length, dtype=torch.float32, layer_scale=True, size=1.0):
-    """Query, keys, values, hidden states of the last `TOKENS` of `KEYS` tokens, and an adapter's tensors."""
+    """Queries and hidden states of the last `TOKENS` of `KEYS` tokens, keys and values of all; an adapter's tensors."""
     draw = torch.Generator().manual_seed(length)
 
     def normal(*shape):
@@ -64,7 +64,7 @@ def served(states, tensors, gate, scale):
 
 
 def check(states, tensors, gate, scale):
-    """Hold the output to the error rule of the op with the same inputs."""
+    """Compare the output with the specification by the error rule of the op."""
     out = served(states, tensors, gate, scale)
     query, key, value = (part.transpose(0, 1)[None] for part in states[:3])
     logits = gate_product(states[3], tensors["gate_weight"])[None] if gate == "token" else tensors.get("gate_logits")

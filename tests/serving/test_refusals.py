@@ -1,4 +1,4 @@
-"""What is refused before the base model is loaded, and adapters that cannot be served. No vLLM."""
+"""Errors for engine settings, layers and adapters that cannot be served. Runs without vLLM."""
 
 from types import SimpleNamespace
 

@@ -17,7 +17,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["token", "first"])
 def adapted(llama, tmp_path_factory, request):
-    """An adapter with a gate for each token, or for each request; the second layer has another prefix length."""
+    """An adapter with one gate per token or per request. The two layers have different prefix lengths."""
     return served.adapter(llama, tmp_path_factory.mktemp("adapter"), prefix_length=(10, 37), gate=request.param)
 
 
@@ -50,7 +50,7 @@ def test_chunked_prompts_and_cached_prefixes(llama, adapted, caching):
     options = {"max_num_batched_tokens": 48, "enable_chunked_prefill": True, "enable_prefix_caching": caching}
     with engine(llama, adapted, **options) as llm:
         assert_same(generate(llm, prompts, prompt_logprobs=2), answers)
-        # One after the other, and again all at once: the second time their first blocks are in the cache.
+        # One prompt at a time, and again all at once: each prompt's first blocks are in the cache by now.
         for prompt, answer in zip(prompts, answers.each):
             (out,) = generate(llm, [prompt])
             assert_same([out], served.Answers([answer], answers.allowed))
@@ -74,7 +74,7 @@ def test_preempted_requests(llama, adapted, monkeypatch):
 
 @pytest.mark.parametrize(("gate", "heads"), [("token", 2), ("first", 1)])
 def test_two_processes(gate, heads, tmp_path):
-    """Tensor parallel: each process has its heads of the prefix; a single key head is on both."""
+    """Tensor parallelism: each process has its own heads of the prefix; a single key head is on both."""
     model = served.base("llama", tmp_path / "base", num_key_value_heads=heads)
     adapter = served.adapter(model, tmp_path / "adapter", prefix_length=12, gate=gate)
     check(model, adapter, tensor_parallel_size=2)
@@ -99,7 +99,7 @@ def test_without_an_adapter_the_load_format_is_refused(llama):
 
 
 def test_other_load_formats_are_as_they_were(llama):
-    """With the plugin installed, and an engine that has no adapter."""
+    """The plugin is installed, and the engine has no adapter."""
     prompts = served.prompts(LENGTHS)
     with engine(llama, None) as llm:
         assert_same(generate(llm, prompts, prompt_logprobs=2), served.answers(llama, None, prompts, NEW))

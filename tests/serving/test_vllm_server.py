@@ -1,4 +1,4 @@
-"""`make test-vllm`: vLLM's OpenAI-compatible server with an adapter, in processes of its own, over loopback."""
+"""`make test-vllm`: vLLM's OpenAI-compatible server with an adapter, in separate processes, over loopback."""
 
 import json
 import os
@@ -43,8 +43,9 @@ def folders(tmp_path_factory):
 
 
 def command(model, adapter, port: int) -> list[str]:
-    """The documented command, on a tiny base, with the adapter's real path and little memory."""
-    # Wheels for the CPU have another name than "vllm", for which its command line asks.
+    """The documented command with a tiny base model, the adapter's real path and little memory."""
+    # The command `vllm` looks for a package named "vllm", which is not the name of the CPU package. The server's module
+    # is started instead.
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     assert documented("vllm")[:3] == ["vllm", "serve", BASE]
     for word in documented("vllm")[3:]:
@@ -66,7 +67,7 @@ def start(model, adapter, port: int, log) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def address(folders, tmp_path_factory):
-    """Where the server answers."""
+    """The address of a running server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -106,7 +107,7 @@ def wait(server, address, log, seconds=300):
 
 
 def documented_answer(folders) -> list[str]:
-    """The words that answer the page's prompt, three words that the tiny tokenizer does not have."""
+    """The expected answer to the page's prompt, whose three words are unknown to the tiny tokenizer."""
     assert "What is attention?" in PAGE
     (tokens,) = served.answers(*folders, [[served.UNKNOWN] * 3], 8).tokens
     tokens = tokens[: tokens.index(served.END)] if served.END in tokens else tokens

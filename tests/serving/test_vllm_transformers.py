@@ -1,7 +1,7 @@
-"""`make test-vllm`: models of transformers inside vLLM (``model_impl="transformers"``). The last of these tests.
+"""`make test-vllm`: models of transformers inside vLLM (``model_impl="transformers"``). These tests have to run last.
 
-vLLM changes classes of transformers for such a model, in the whole process: transformers answers first, and no test of
-models of transformers comes after this file.
+For such a model, vLLM changes classes of transformers in the whole process. The expected answers are therefore computed
+before the first engine starts, and no test that uses transformers' models runs after this file.
 """
 
 import pytest
@@ -17,7 +17,7 @@ FAMILIES = {"llama": "token", "qwen3": "first"}
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
-    """By family: the base model, the adapter, and what transformers answers."""
+    """By family: the base model, the adapter, and the answers of transformers."""
     found = {}
     for family, gate in FAMILIES.items():
         root = tmp_path_factory.mktemp(family)

@@ -1,4 +1,4 @@
-"""The attention functions from before a patch: kept in layers without a prefix, checked elsewhere."""
+"""The attention functions from before a patch: layers without a prefix keep them; in the others they are checked."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def function_of(module: nn.Module, name: str | None) -> Callable:
 
 
 def mask_of(described: AttentionMask, name: str):
-    """The mask that the implementation ``name`` would have made; None where it takes none."""
+    """The mask that the implementation ``name`` would have created; None if it takes none."""
     if name not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     if name not in described.others:
@@ -49,10 +49,11 @@ def mask_of(described: AttentionMask, name: str):
 
 
 def check(sites: list[Site], module_of: Callable[[str], Any]) -> None:
-    """Raise `PatchError` where a prefix would replace an attention function that is not plain attention.
+    """Raise `PatchError` if a prefix would replace an attention function that is not plain attention.
 
-    ``module_of(name)`` gives a site's module, whose ``apt_before`` names the function. One of the user's
-    is called once for each name, with random tensors; where it is plain attention, a warning names it.
+    ``module_of(name)`` gives a site's module, whose ``apt_before`` names the function. A function that the user
+    registered is called once for each name, with random tensors; if it computes plain attention, a warning says that it
+    is replaced.
     """
     found: dict[str, list[Site]] = {}
     for site in sites:

@@ -1,7 +1,7 @@
-"""Changing the behaviour of one object by its class: a dynamic subclass with a mixin before the base.
+"""Change the behaviour of one object through its class: a dynamic subclass with a mixin before the base.
 
-Unlike a method that is set on the object, it follows copies, pickles and `nn.DataParallel`'s replicas, which share the
-object's ``__dict__``. Name, module and signature stay those of the base, for everything that looks them up.
+Unlike a method that is set on the object, this also works for copies, pickles and `nn.DataParallel`'s replicas, which
+share the object's ``__dict__``. Name, module and signature remain those of the base, for code that inspects them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build(base: type, mixins) -> type:
     """The subclass of ``base`` with the mixins."""
     for mixin in mixins:
         made = _made.get((mixin, base))
-        # No lock, which an interrupt could leave taken: of two threads that make one, the first to store it wins.
+        # No lock, which an interrupt could leave locked: if two threads create a class, both use the one stored first.
         base = _made.setdefault((mixin, base), _make(mixin, base)) if made is None else made
     return base
 
@@ -60,7 +60,7 @@ def _make(mixin: Any, base: Any) -> type:
 
 
 def _like(function, original):
-    """A copy of ``function`` that shows the signature of ``original``, with code of its own: Dynamo counts by code."""
+    """A copy of ``function`` with the signature of ``original`` and its own code object, by which Dynamo counts."""
     code = function.__code__.replace()
     made = types.FunctionType(code, function.__globals__, original.__name__, None, function.__closure__)
     made.__doc__ = original.__doc__
@@ -78,12 +78,12 @@ class _OwnForward(Mixin):
 
 
 def add(thing, mixin: type) -> None:
-    """Put ``mixin`` on the class of ``thing``, once."""
+    """Add ``mixin`` to the class of ``thing``, unless it is there."""
     if isinstance(thing, mixin):  # FSDP2 may have derived a class from ours since
         return
     base, mixins = parts(type(thing))
     _change(thing, build(base, (*mixins, mixin)))
-    # accelerate's hook calls `_old_forward`, which is ours now: it may stay in front, it moves the inputs.
+    # accelerate's hook moves the inputs and then calls `_old_forward`, which is ours now: the hook remains outermost.
     if "forward" in thing.__dict__ and not _is_ours(thing, "forward") and not _is_ours(thing, "_old_forward"):
         thing.__dict__["apt_forward"] = thing.__dict__.pop("forward")
         base, mixins = parts(type(thing))
@@ -91,7 +91,7 @@ def add(thing, mixin: type) -> None:
 
 
 def remove(thing, mixin: type) -> None:
-    """Undo `add`. Where a class was made of ours since (FSDP2's), it stays and does nothing any more."""
+    """Undo `add`. A class that was derived from ours since (by FSDP2) remains, and its mixin has no effect."""
     base, mixins = parts(type(thing))
     if mixin not in mixins:
         return
@@ -110,5 +110,5 @@ def _is_ours(thing, name: str) -> bool:
 def _change(thing, cls: Any) -> None:
     ours = [name for name in ("forward", "_old_forward") if _is_ours(thing, name)]
     thing.__class__ = cls
-    for name in ours:  # accelerate and its like keep the bound method
+    for name in ours:  # libraries such as accelerate store the bound method
         thing.__dict__[name] = types.MethodType(cls.forward, thing)

@@ -17,7 +17,7 @@ from ...hf import base_record, hub
 from ...hf.adapter_file import CONFIG, WEIGHTS, open_adapter
 from ...prefix import gates
 
-# Not "mean": it needs tokens that a causal model has not seen.
+# Not "mean": it needs later tokens, which a causal model has not computed yet.
 GATES = ("first", "token", "static", "none")
 
 
@@ -30,7 +30,7 @@ class Adapter:
         config: its settings.
         layers: its tensors, by the name of the attention module in the Hugging Face model and then by field; modules
             without a prefix are left out.
-        digest: of its settings and weights; two adapters that differ have different ones.
+        digest: a hash of its settings and weights.
     """
 
     path: Path
@@ -49,12 +49,13 @@ def read(source: Any, config) -> Adapter:
     """The adapter in ``source``, for a base model with a transformers ``config``.
 
     Args:
-        source: where `apt_kernels.save` wrote, or a repository of the Hugging Face hub, ``owner/name``.
+        source: a folder that `apt_kernels.save` wrote, or a repository of the Hugging Face hub, ``owner/name`` or
+            ``owner/name@revision``.
         config: the base model's transformers config.
 
     Raises:
-        AdapterError: no adapter, a damaged one, one of another base model, or one that trains more than prefixes.
-        ConfigError: ``source`` is no string; or the adapter's gate cannot be served.
+        AdapterError: there is no adapter, or it is damaged, of another base model, or contains more than prefixes.
+        ConfigError: ``source`` is not a string, or the adapter's gate cannot be served.
     """
     if not isinstance(source, str) or not source:
         raise ConfigError(f"adapter is {source!r}; it needs a folder that apt_kernels.save wrote, or 'owner/name'")

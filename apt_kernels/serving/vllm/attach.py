@@ -1,4 +1,4 @@
-"""Prefixes on a model that vLLM has loaded: each layer of the adapter found, checked, then all of them changed."""
+"""Add the prefixes to a model that vLLM has loaded. All layers are found and checked before any is changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import layers, marker, refusals
 from .adapter import Adapter
 from .prefix import ServedPrefix
 
-# Head sizes of kernels are multiples of this.
+# The head sizes that kernels support are multiples of this.
 _STEP = 8
 
 
@@ -39,7 +39,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _by_site(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module, Attention]]:
-    """The attention layer, and the module around it, of each attention module of the adapter."""
+    """For each attention module of the adapter: the module in vLLM's model, and the attention layer inside it."""
     here: dict[str, tuple[nn.Module, list[Attention]]] = {}
     for name, module in model.named_modules():
         inside = [child for child in module.children() if isinstance(child, Attention)]
@@ -67,7 +67,7 @@ def _name_here(model: nn.Module, site: str) -> str:
 
 
 def _heads(layer: Attention, total: int) -> slice:
-    """Which of the adapter's key heads this process has; a head is on several processes if there are fewer heads."""
+    """The adapter's key heads of this process. With fewer heads than processes, processes have the same head."""
     first = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
     return slice(first, first + layer.num_kv_heads)
 
@@ -93,7 +93,7 @@ def _check(adapter: Adapter, site: str, layer: Attention, fields: Mapping[str, T
 
 
 def _size(layer: Attention, site: str) -> int:
-    """The smallest head size of vLLM's kernel with room for the marker."""
+    """The smallest head size of vLLM's kernel that has the marker's additional dimensions."""
     sizes = range(-(-(layer.head_size + marker.SPARE) // _STEP) * _STEP, 4 * layer.head_size + 1, _STEP)
     found = next((size for size in sizes if layer.attn_backend.supports_head_size(size)), None)
     if found is None:

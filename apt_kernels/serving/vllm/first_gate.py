@@ -1,8 +1,8 @@
-"""Gate ``first``: the gate of a request's first token, for all of its tokens, in whichever step they are computed.
+"""Gate ``first``: all tokens of a request use the gate of its first token, in whichever step they are computed.
 
-The logits are kept by the block of the key/value cache that holds the request's first token. They are a function of
-that token, as the block's keys are, so whoever shares the block (prefix caching) has the same logits, and they are
-computed anew whenever the block is (preemption, a block that another request takes over).
+The logits are stored per block of the key/value cache, for the block that contains the request's first token. Like the
+block's keys, they depend on that token only. Requests that share the block (prefix caching) therefore have the same
+logits, and whenever the block is computed again (preemption, reuse by another request), so are the logits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OPERATOR = "apt_kernels_vllm::first_gate"
 
 
 class Memory:
-    """The logits of one layer by block, ``[blocks, M]``, NaN where no request has begun; part of its cache."""
+    """The logits of one layer by cache block, ``[blocks, M]``; NaN in blocks with which no request has begun."""
 
     def __init__(self) -> None:
         self.logits = torch.empty(0, 0)
@@ -23,13 +23,13 @@ class Memory:
     def of_requests(
         self, logits: Tensor, starts: Tensor, lengths: Tensor, computed: Tensor, blocks: Tensor, total: int
     ) -> Tensor:
-        """Keep the logits of the requests that begin in this step; return those of every request.
+        """Store the logits of the requests that begin in this step; return the logits of every request.
 
         Args:
-            logits: ``[N, M]``, of this step's tokens.
+            logits: ``[N, M]``, for the tokens of this step.
             starts: ``[R]``, the first row of each request.
             lengths: ``[R]``, its number of rows; 0 for padding of the batch.
-            computed: ``[R]``, how many of its tokens earlier steps computed, or the cache had.
+            computed: ``[R]``, how many of its tokens were computed in earlier steps or found in the cache.
             blocks: ``[R]``, the block of its first token.
             total: number of blocks of the cache.
 
@@ -41,12 +41,12 @@ class Memory:
         begins = (lengths > 0) & (computed == 0)
         mine = logits[starts.clamp(max=logits.shape[0] - 1)]
         found = torch.where(begins[:, None], mine, self.logits[blocks])
-        # Rows of padding write what is there to their block.
+        # Padding rows write back the stored value of their block.
         self.logits[blocks] = torch.where((lengths > 0)[:, None], found, self.logits[blocks])
         return found
 
 
-# The metadata of a step are no arguments of the model: an operator that torch.compile does not look into.
+# The metadata of a step is not an argument of the model. It is read in an operator, which torch.compile does not trace.
 @torch.library.custom_op(OPERATOR, mutates_args=())
 def first_gate(logits: Tensor, layer_name: str) -> Tensor:
     """Each token's logits ``[N, M]`` replaced by those of its request's first token."""
@@ -55,13 +55,13 @@ def first_gate(logits: Tensor, layer_name: str) -> Tensor:
         return logits.clone()
     starts = metadata.query_start_loc.long()
     lengths = starts[1:] - starts[:-1]
-    # The marker's block is in front of each request's.
+    # The marker's block is in front of each request's blocks.
     computed = metadata.seq_lens.long() - layer.apt_block_size - lengths
     blocks = metadata.block_table[: lengths.shape[0], 1].long()
     found = layer.apt_first.of_requests(logits, starts[:-1], lengths, computed, blocks, kv_cache.shape[0])
     rows = torch.arange(logits.shape[0], device=logits.device)
     request = torch.searchsorted(starts[1:], rows, right=True)
-    inside = request < lengths.shape[0]  # rows behind the last request are padding
+    inside = request < lengths.shape[0]  # rows after the last request are padding
     return torch.where(inside[:, None], found[request.clamp(max=lengths.shape[0] - 1)], logits)
 
 

@@ -1,7 +1,8 @@
-"""vLLM's attention layer with a prefix: subclasses of whatever layer, implementation and backend the model chose.
+"""vLLM's attention layer with a prefix: subclasses of the layer, implementation and backend that vLLM selected.
 
-The marker (`marker`) is in vLLM's null block, block 0, which no request owns. The metadata of a step get it in front of
-each request's blocks, as `block_size` more computed tokens: scheduler, block hashes and token positions do not change.
+The marker (`marker`) is stored in vLLM's null block, block 0, which belongs to no request. In the metadata of each
+step, this block is put in front of each request's blocks, as `block_size` more computed tokens. Scheduler, block hashes
+and token positions do not change.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from . import first_gate, marker
 from .prefix import ServedPrefix
 
 _NULL_BLOCK = 0
-# The classes below are mixed in before classes that vLLM chooses when it loads a model.
+# The classes below are mixed in before classes that vLLM selects when it loads a model.
 _Base: Any = object
 
 
 def add_prefix(layer: Attention, prefix: ServedPrefix, size: int) -> None:
-    """Give ``layer`` a prefix; it then asks for a key/value cache of the head size ``size``."""
+    """Add a prefix to ``layer``, which then requests a key/value cache of the head size ``size``."""
     layer.apt = prefix
     layer.apt_head_dim, layer.apt_hidden_states = layer.head_size, None
     layer.apt_first = first_gate.Memory()
     layer.head_size = layer.head_size_v = size
     layer.attn_backend = _marked_backend(layer.attn_backend)
     kind = _marked_impl(layer.impl.__class__)
-    impl = kind.__new__(kind)  # an instance of the implementation does not take another class
+    impl = kind.__new__(kind)  # the class of an existing implementation cannot be changed
     vars(impl).update(vars(layer.impl), head_size=size, apt_head_dim=layer.apt_head_dim, apt_marked=None)
     layer.impl = impl
     layer.__class__ = _prefixed_layer(layer.__class__)
 
 
 def remember_hidden_states(layer: Attention):
-    """A forward pre-hook of the module around ``layer``: keeps that module's input for the layer's call inside it.
+    """A forward pre-hook of the module around ``layer``: stores that module's input for the call of ``layer``.
 
-    The layer is called with query, key and value alone. vLLM runs one forward at a time in a process (`refusals`), and
-    torch.compile traces the attribute away; it does not trace a context variable.
+    The layer itself is called with query, key and value only. An attribute is safe, because vLLM runs one forward at a
+    time in a process (`refusals` rejects microbatches). torch.compile traces it; it would not trace a context variable.
     """
 
     def before(module, args: tuple, kwargs: dict) -> None:
@@ -53,7 +54,7 @@ def remember_hidden_states(layer: Attention):
 
 
 class _Prefixed(_Base):
-    """Before an attention layer's class. torch.compile traces it with the model, up to vLLM's attention operator."""
+    """Mixin before an attention layer's class. torch.compile traces it with the model, up to vLLM's own operator."""
 
     apt_hidden_states: Tensor | None
 
@@ -74,7 +75,7 @@ class _Prefixed(_Base):
 
 
 class _MarkedImpl(_Base):
-    """Before an attention implementation's class: writes the marker into a cache that does not have it yet."""
+    """Mixin before an attention implementation's class: writes the marker into a cache that does not contain it yet."""
 
     def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
         if attn_metadata is not None and self.apt_marked != kv_cache.data_ptr():
@@ -96,9 +97,9 @@ class _MarkedImpl(_Base):
 
 
 class _MarkedBuilder(_Base):
-    """Before a metadata builder's class: the marker's block in front of each request's blocks."""
+    """Mixin before a metadata builder's class: puts the marker's block in front of each request's blocks."""
 
-    # Graphs of a whole step need metadata at fixed addresses; these are new tensors. Piecewise graphs are used.
+    # Full CUDA graphs need metadata at fixed addresses. `build` creates new tensors, so graphs are piecewise.
     _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
 
@@ -106,7 +107,7 @@ class _MarkedBuilder(_Base):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
         layers = vllm_config.compilation_config.static_forward_context
         for name in layer_names:
-            # The kernel's block size, of which the cache manager's may be a multiple.
+            # The block size of the kernel. The cache manager's block size may be a multiple of it.
             layers[name].apt_block_size = kv_cache_spec.block_size
 
     @classmethod
@@ -136,7 +137,7 @@ class _MarkedBuilder(_Base):
         )
 
 
-# One class for each that it is made of: vLLM groups layers by their backend's name.
+# One derived class per original class (cached), because vLLM groups layers by the name of their backend.
 @functools.cache
 def _prefixed_layer(kind: Any) -> Any:
     return type(f"Prefixed{kind.__name__}", (_Prefixed, kind), {})

@@ -1,4 +1,4 @@
-"""vLLM's load format ``apt_kernels``: the base model by another load format, then the adapter's prefixes on it."""
+"""vLLM's load format ``apt_kernels``: loads the base model with another format and adds the adapter's prefixes."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ class PrefixModelLoader(BaseModelLoader):
         self._base.load_weights(model, model_config)
 
     def load_model(self, vllm_config, model_config, prefix: str = "") -> nn.Module:
-        # Before the base model, which may take minutes.
+        # Checked before the base model is loaded, which may take minutes.
         refusals.check_engine(vllm_config)
         adapter = adapters.read(self._source, model_config.hf_config)
         model = self._base.load_model(vllm_config, model_config, prefix)
         attach(model, adapter)
         _split_at(vllm_config.compilation_config, first_gate.OPERATOR)
-        # vLLM's compiled graphs are cached by the settings: those of one adapter do not fit another.
+        # vLLM caches compiled graphs by its settings. Graphs of one adapter cannot be used with another one.
         vllm_config.additional_config = {**vllm_config.additional_config, LOAD_FORMAT: adapter.digest}
         return model
 
 
 def _split_at(config, operator: str) -> None:
-    """Leave an operator out of captured CUDA graphs, as vLLM does its attention: it reads the step's metadata."""
+    """Exclude an operator from captured CUDA graphs, like vLLM's attention: it reads the step's metadata."""
     if config.splitting_ops and operator not in config.splitting_ops:
         config.splitting_ops = [*config.splitting_ops, operator]

@@ -1,13 +1,15 @@
-"""A prefix in front of an attention kernel that takes no prefix and returns no log-sum-exp: one more key, the marker.
+"""A prefix for an attention kernel that takes no prefix and returns no log-sum-exp: one additional key, the marker.
 
-For one query, a prefix is two things: the log-sum-exp ``L`` of its logits, and its own attention output ``O``. Exactly,
+For one query, the effect of a prefix is determined by the log-sum-exp ``L`` of its logits and by ``O``, the output of
+attention over the prefix alone:
 
     attention over prefix and keys  =  (attention over the keys and a key with the logit L and the value 0)  +  s O
 
-where ``s`` is the softmax weight of that one key. The marker is that key. `SPARE` further dimensions of query, key and
-value carry it. There the query holds ``L / scale``, in pieces of its dtype that sum to it, and the marker's key ones.
-The marker's value is a one in the first further dimension, where all other values are zero: the kernel returns ``s``
-there. The marker does not depend on the adapter, the gate or the request; the query does.
+where ``s`` is the softmax weight of the additional key. This equation is exact. The marker is that key. It uses `SPARE`
+additional dimensions of query, key and value. There, the query contains ``L / scale``, split into numbers of its dtype
+that sum to it, and the marker's key contains ones. The marker's value is 1 in the first additional dimension, where all
+other values are 0, so the kernel returns ``s`` there. The marker does not depend on the adapter, the gate or the
+request; only the query does.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Pieces that carry L / scale: three of bfloat16 have the 24 bits of a float32.
+# The number of pieces into which L / scale is split: three of bfloat16 have the 24 bits of a float32.
 _PIECES = 3
-# One dimension more: it hides the slots beside the marker in its cache block.
+# One more dimension hides the other slots of the marker's cache block.
 SPARE = _PIECES + 1
-# The logit, before the scale, of what is hidden: within float16, and far below any logit that has a weight in float32.
+# The logit of hidden slots, before the scale: a float16 number, far below any logit whose weight is not 0 in float32.
 _HIDDEN = -60000.0
 
 
 def pad_query(query: Tensor, logsumexp: Tensor, scale: float, size: int) -> Tensor:
-    """The query with the prefix's log-sum-exp in its further dimensions.
+    """The query with the prefix's log-sum-exp in the additional dimensions.
 
     Args:
         query: ``[N, Hq, D]``.
         logsumexp: ``[N, Hq]``, float32: of the prefix's logits, scale included.
-        scale: by which the kernel multiplies ``query . key``.
+        scale: the factor by which the kernel multiplies ``query . key``.
         size: the kernel's head size, at least ``D + SPARE``.
 
     Returns:
@@ -50,7 +52,7 @@ def pad_zeros(states: Tensor, size: int) -> Tensor:
 
 
 def block(length: int, heads: int, head_dim: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value of a cache block with the marker in its first slot; no query sees the other slots.
+    """Key and value of a cache block with the marker in its first slot; the other slots are hidden from all queries.
 
     Args:
         length: slots of a block.

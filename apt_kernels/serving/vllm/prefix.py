@@ -13,14 +13,14 @@ from ...prefix import gates
 class ServedPrefix(nn.Module):
     """The prefix of one attention layer, on the heads of this process.
 
-    Its tensors are buffers: vLLM looks in checkpoints for the values of every parameter. They are float32.
+    Its tensors are float32 buffers, not parameters: vLLM expects every parameter in the base model's checkpoint.
 
     Args:
         gate: the gate's name: ``"none"``, ``"static"``, ``"token"`` or ``"first"``.
         tensors: the adapter's tensors of the layer by field: ``key [Hkv, M, D]``, ``value``, and where they apply
             ``gate_weight [M, d]``, ``gate_logits [M]`` and ``layer_scale [1]``.
         heads: the slice of ``Hkv`` that this process has.
-        scale: by which the model multiplies ``query . key``.
+        scale: the factor by which the model multiplies ``query . key``.
     """
 
     key: Tensor
@@ -32,7 +32,7 @@ class ServedPrefix(nn.Module):
         super().__init__()
         self.scale, self.entry = scale, gates.find(gate)
         key, value = (tensors[name][heads].float() for name in ("key", "value"))
-        weights = torch.ones(key.shape[1])  # what multiplies the gate's sigmoid, or all of the weights
+        weights = torch.ones(key.shape[1])  # the factor of the gate's sigmoid; without a sigmoid, the weights
         if "layer_scale" in tensors:
             weights = weights * tensors["layer_scale"].float()
         if self.entry.parameter == "gate_logits":
@@ -42,10 +42,10 @@ class ServedPrefix(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def logits(self, hidden_states: Tensor | None) -> Tensor | None:
-        """The gate's logits ``[N, M]``, float32, of hidden states ``[N, d]``; None where it reads none."""
+        """The gate's logits ``[N, M]``, float32, for hidden states ``[N, d]``; None if the gate reads none."""
         if hidden_states is None or self.gate_weight is None:
             return None
-        # The operands in the model's dtype, the sum in float32, as where the adapter was trained.
+        # The operands in the model's dtype, the sum in float32, as in training.
         return hidden_states.float() @ self.gate_weight.to(hidden_states.dtype).float().T
 
     def forward(self, query: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class ServedPrefix(nn.Module):
 
         Args:
             query: ``[N, Hq, D]``, positions (rotary embedding) applied.
-            logits: ``[N, M]``, what `logits` returns, of the token that each query's gate is of.
+            logits: ``[N, M]``, from `logits`: for each query, those of the token that determines its gate.
 
         Returns:
             The output ``[N, Hq, D]`` and the log-sum-exp of the logits ``[N, Hq]``, float32.

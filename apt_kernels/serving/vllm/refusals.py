@@ -1,4 +1,4 @@
-"""What is not served. Each is one error while the engine starts, not an answer without the prefix."""
+"""Checks for what cannot be served: an error when the engine starts, instead of output without the prefix."""
 
 from __future__ import annotations
 
