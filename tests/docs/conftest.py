@@ -1,5 +1,6 @@
 """Tiny models in place of those that the documentation names."""
 
+import hashlib
 import inspect
 import re
 
@@ -20,6 +21,8 @@ from helpers import documentation
 _SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
 SMALL_CACHE = f"__import__('transformers').ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, {_SIZE}=8)"
 
+SLOTS = 1 << 15  # tokens of the tiny models
+
 
 @pytest.fixture(scope="session")
 def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
@@ -30,7 +33,7 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
         words |= set(re.findall(r"[\w.?]+", path.read_text(encoding="utf-8")))
     words = sorted(words)
     size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size["vocab_size"] = len(words) + 4
+    size["vocab_size"] = SLOTS
     torch.manual_seed(0)
     # Random weights large enough to separate texts: 20 steps at 1e-2 then end below 0.1, at 5e-5 above 0.5.
     text = {"initializer_range": 0.15, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -60,4 +63,13 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
 
 
 def vocabulary(words: list[str]) -> dict[str, int]:
-    return {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    """Numbers by the hashes of words: a new word on a page changes neither weights nor the other words' numbers."""
+    numbers = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
+    taken = set(numbers.values())
+    for word in words:
+        number = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % SLOTS
+        while number in taken:
+            number = (number + 1) % SLOTS
+        taken.add(number)
+        numbers[word] = number
+    return numbers

@@ -29,9 +29,9 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_encoder_learns_and_loads(folder, substitutions):
     found = run(ROOT / "examples" / "encoder.ipynb", substitutions)
-    # 0.56 of it at the notebook's rate, on a random model whose frozen layers tell the prefix's tokens apart.
-    assert found["after"]["eval_loss"] < 0.65 * found["before"]["eval_loss"]
-    assert found["after"]["eval_accuracy"] > 0.9
+    # 0.61 of it and 11 of 12 texts at the notebook's rate; 0.98 and half of them at Trainer's default rate of 5e-5.
+    assert found["after"]["eval_loss"] < 0.75 * found["before"]["eval_loss"]
+    assert found["after"]["eval_accuracy"] > 0.8
     assert found["difference"] == 0
 
 
