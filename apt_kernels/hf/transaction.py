@@ -69,19 +69,8 @@ def exclusive(lock: Any) -> Callable[[Function], Function]:
     return decorate
 
 
-def undisturbed(function: Function) -> Function:
-    """Decorator of a function that reads a model: meanwhile no other thread's `atomic` call changes it."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        outermost = not _one_at_a_time._is_owned()
-        try:
-            with _one_at_a_time:
-                return function(*args, **kwargs)
-        finally:
-            _release(_one_at_a_time, outermost)
-
-    return cast(Function, call)
+# Of a function that reads a model: meanwhile no other thread's `atomic` call changes it.
+undisturbed = exclusive(_one_at_a_time)
 
 
 def _release(lock: Any, outermost: bool) -> None:

@@ -92,7 +92,7 @@ def test_probes_that_overlap_leave_mode_and_compiler_as_they_were():
 
     def first_batches():
         yield given
-        second_began.wait(0.5)  # in vain where the second call waits for the end of this one
+        second_began.wait(0.5)  # times out where the second call begins after this one
 
     def second_batches():
         second_began.set()
