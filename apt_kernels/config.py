@@ -55,10 +55,11 @@ class AptConfig:
         init: the prefix's initial keys and values. ``"vocabulary"``: those of random tokens of the model's vocabulary,
             read by the model as one text before position 0, with logits lowered so that a long prefix takes the
             softmax mass of about one token; the patched model starts close to the base model. ``"normal"``: drawn from
-            N(0, ``init_std``). ``"zero"``: keys drawn as with "normal", values of zero. ``"auto"``: ``"vocabulary"``
-            for each attention module where it is possible, ``"normal"`` for the others (named by a warning in the log
-            where they read text) and for all of them where ``init_std`` is not its default or
-            ``reparameterisation`` is set. A loaded adapter overwrites any initial values.
+            a normal distribution with mean 0 and standard deviation ``init_std``. ``"zero"``: keys drawn as with
+            "normal", values of zero. ``"auto"``: ``"vocabulary"`` for each attention module where it is possible,
+            ``"normal"`` for the others (named by a warning in the log where they read text) and for all of them where
+            ``init_std`` is not its default or ``reparameterisation`` is set. A loaded adapter overwrites any initial
+            values.
         init_std: standard deviation of the normal initialisation.
         init_seed: seed of every initialisation; None: torch's global generator.
         reparameterisation: width of a two-layer tanh MLP that computes key and value from an embedding while training;

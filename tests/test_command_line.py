@@ -48,7 +48,7 @@ def test_inspect(folders, capsys):
     for part in ("'default', format 2", "static, with a layer scale", "2 attention modules, 5 tokens each"):
         assert part in said
     assert f"llama, {root / 'base'} (hidden_size 32" in said
-    assert "checksum   right" in said
+    assert "checksum   matches" in said
 
 
 def test_inspect_names_what_is_wrong(folders, capsys):
@@ -60,7 +60,7 @@ def test_inspect_names_what_is_wrong(folders, capsys):
     data[-1] ^= 1
     path.write_bytes(data)
     assert main(["inspect", str(root / "adapter")]) == 1
-    assert "its checksum is not that of its contents" in capsys.readouterr().err
+    assert "its contents do not match its checksum" in capsys.readouterr().err
 
 
 def test_check_tells_what_differs(folders, capsys):

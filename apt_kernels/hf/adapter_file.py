@@ -92,7 +92,7 @@ class AdapterFile:
             read_exactly(self._file, entry.end - entry.start, self.path, _bytes(tensor))
             found[name] = _swapped(tensor)
         if self._checksum is not None and not hmac.compare_digest(_digest(self._text, found), self._checksum):
-            raise AdapterError(f"{self.path} is damaged: its checksum is not that of its contents")
+            raise AdapterError(f"{self.path} is damaged: its contents do not match its checksum")
         return found
 
 
@@ -119,10 +119,10 @@ def _read(folder: Path, path: Path, file) -> AdapterFile:
         settings = _old_settings(folder / CONFIG)
         return AdapterFile(path, file, entries, settings, "", None)
     if not text or not checksum:
-        raise AdapterError(f"{path} is damaged: its metadata has only one of {_SETTINGS} and {_CHECKSUM}")
+        raise AdapterError(f"{path} is damaged: its metadata needs {_SETTINGS} and {_CHECKSUM}, or neither")
     settings = parse_json(text, f"{path}: its settings")
     if not isinstance(settings, dict) or not isinstance(settings.get("save_id"), str):
-        raise AdapterError(f"{path}: its settings need a JSON object with a save_id")
+        raise AdapterError(f"{path}: its settings are not a JSON object with a save_id")
     _check_copy(folder / CONFIG, settings)
     return AdapterFile(path, file, entries, settings, text, checksum)
 
@@ -136,7 +136,9 @@ def _old_settings(path: Path) -> dict:
     if not isinstance(settings, dict):
         raise AdapterError(f"{path}: the config is a {type(settings).__name__}; it needs a JSON object")
     if "save_id" in settings:
-        raise AdapterError(f"{path} belongs to other weights than {path.with_name(WEIGHTS).name} beside it")
+        raise AdapterError(
+            f"{path} was saved with other weights than {path.with_name(WEIGHTS).name} in the same folder"
+        )
     return settings
 
 
@@ -194,7 +196,7 @@ def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:
     if metadata.get("format", "pt") != "pt":
         raise AdapterError(f"{path} is damaged: its metadata has the format {shown(metadata['format'])}, not 'pt'")
     if unknown := sorted(set(metadata) - known):
-        raise AdapterError(f"{path} is damaged: its metadata has {shown(unknown[0])}")
+        raise AdapterError(f"{path} is damaged: its metadata has the unknown key {shown(unknown[0])}")
     entries = {name: _entry(path, name, given) for name, given in header.items()}
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -158,7 +158,7 @@ def warn_if_changed(state: State, record, path: Path) -> None:
 
 
 def _named(name: str | None, revision: str | None) -> str:
-    text = "a model without a name" if name is None else shown(name)
+    text = "a model whose name is not recorded" if name is None else shown(name)
     return text if revision is None else f"{text} at revision {shown(revision)}"
 
 

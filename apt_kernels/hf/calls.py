@@ -78,7 +78,9 @@ def call_of(module) -> Call:
     while call is not None and call.module is not module:
         call = call.outer
     if call is None:
-        raise PatchError(f"{module.apt.name} attends outside its module's forward; its hidden states are unknown")
+        raise PatchError(
+            f"{module.apt.name} attends outside the forward of its module, so the gate's hidden states are unknown"
+        )
     return call
 
 
@@ -93,7 +95,9 @@ def disabling_of(token: Token | None) -> Disabling | None:
     return None
 
 
-@torch.compiler.disable(reason="apt_kernels.disabled was entered by an asyncio task, of which a graph sees nothing")
+@torch.compiler.disable(
+    reason="an asyncio task entered apt_kernels.disabled; a compiled graph cannot check which task runs"
+)
 def _in_this_task(entry: Disabling) -> bool:
     return entry in _of_task.get()
 

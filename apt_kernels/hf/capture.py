@@ -48,10 +48,11 @@ def refuse_no_decoder(model) -> None:
     """Raise `PatchError` unless the model is a causal language model that takes position ids."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise PatchError(
-            f"{type(model).__name__} is an encoder-decoder model; a source's prefix cannot be copied there"
+            f"{type(model).__name__} is an encoder-decoder model; keys and values of a text or checkpoint fit "
+            "decoders alone"
         )
     if model.get_output_embeddings() is None or "position_ids" not in inspect.signature(model.forward).parameters:
-        raise PatchError(f"{type(model).__name__} is no causal language model that takes position_ids")
+        raise PatchError(f"{type(model).__name__} is not a causal language model whose forward takes position_ids")
 
 
 def refuse_lengths(model) -> None:
@@ -61,8 +62,8 @@ def refuse_lengths(model) -> None:
     found = next((kind for kind in kinds if kind in _LENGTH_DEPENDENT), None)
     if found:
         raise PatchError(
-            f"{type(model).__name__} has rotary frequencies that depend on the length ({found!r}); a prefix without "
-            "positions of its own cannot be exact"
+            f"{type(model).__name__} has rotary frequencies that depend on the length ({found!r}); copied keys would "
+            "be wrong at other lengths"
         )
 
 
@@ -73,8 +74,8 @@ def at_positions(model, ids: Tensor, position: int) -> tuple[dict[str, Captured]
     apart = sees_positions(here, near)
     if apart:
         raise PatchError(
-            f"{type(model).__name__} has learned absolute positions ({apart} sees them); with its tokens from position "
-            "0 on, a prefix from positions of its own cannot be exact"
+            f"{type(model).__name__} has learned absolute positions: the keys or values of {apart} depend on them, so "
+            "a copy at another position cannot be exact"
         )
     return here, capture(model, ids, torch.full_like(ids, position))
 
@@ -146,7 +147,7 @@ def capture_forward(model, part: nn.Module, **inputs) -> dict[str, Captured]:
             part(**inputs)
     except IndexError as error:
         raise PatchError(
-            f"{type(model).__name__} has learned absolute positions, which do not reach below 0 ({error})"
+            f"{type(model).__name__} has learned absolute positions, and none before position 0 ({error})"
         ) from error
     finally:
         _active.__dict__.pop("capture", None)
@@ -161,7 +162,7 @@ def window_of(name: str, mask) -> int | None:
     """To how many tokens a query of a causal module attends, with its own; None: all. `PatchError` if not causal."""
     plain = isinstance(mask, AttentionMask) and mask.mask.dense is None and mask.mask.causal
     if not plain:
-        raise PatchError(f"{name} does not attend causally; what a text gives there depends on what follows it")
+        raise PatchError(f"{name} is not causal: the keys and values of a text would depend on the tokens after it")
     left = mask.mask.window[0] if mask.mask.window is not None else None
     return None if left is None else left + 1
 
@@ -180,7 +181,7 @@ def rotated(module: nn.Module, name: str, key: Tensor, here: Captured, there: Ca
             if turned is not None and torch.allclose(turned, there.key, rtol=2e-2, atol=2e-2 * float(there.key.std())):
                 return turn(apply, key[None], cos, sin)[0]
     raise PatchError(
-        f"{name}: the rotary embedding of {type(module).__name__} is not known; its keys cannot be rotated"
+        f"{name}: its keys cannot be rotated, because {type(module).__name__} has an unknown rotary embedding"
     )
 
 

@@ -30,7 +30,7 @@ def inspect(folder: Path) -> str:
         count, size = (sum(map(each, tensors.values())) for each in (torch.Tensor.numel, lambda x: x.nbytes))
         dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
         lines.append(f"weights    {len(tensors)} tensors, {count:,} numbers, {size:,} bytes, {dtypes}")
-        lines.append(f"checksum   {'right' if file.has_checksum else 'none (format 1)'}")
+        lines.append(f"checksum   {'matches' if file.has_checksum else 'none (format 1)'}")
     return "\n".join(lines)
 
 
@@ -109,7 +109,7 @@ def _described(file: AdapterFile) -> list[str]:
 def _base(record) -> str:
     if not isinstance(record, dict):
         return "not recorded"
-    name = record.get("name_or_path") or "without a name"
+    name = record.get("name_or_path") or "name not recorded"
     revision = f" at revision {record['revision']}" if record.get("revision") else ""
     sizes = ", ".join(f"{key} {value}" for key, value in (record.get("sizes") or {}).items())
     return f"{record.get('model_type') or 'unknown type'}, {name}{revision} ({sizes})"

@@ -217,8 +217,8 @@ def _common_length(state: State, exact: bool) -> int:
             raise PatchError(f"{site.name} is {site.kind}; a key/value cache holds causal self-attention alone")
     if _has_alibi(state.model):
         raise PatchError(
-            f"{type(state.model).__name__} adds a bias that counts positions (ALiBi); a cached prefix would receive "
-            "one, this one has none"
+            f"{type(state.model).__name__} adds a bias by position (ALiBi) to scores of cached tokens; the prefix was "
+            "trained without one"
         )
     if exact:
         refuse_gates(prefixes)
@@ -255,7 +255,8 @@ def _check_window(name: str, own: Captured, length: int, max_length: int | None)
     room = window - length
     ask = f"pass max_length, at most {room}, to serve no more tokens" if room > 0 else "no token is left beside it"
     raise PatchError(
-        f"{name} has a window of {window} tokens, out of which a cached prefix of {length} would slide: {ask}"
+        f"{name} has a window of {window} tokens, which would not contain a cached prefix of {length} tokens once the "
+        f"sequence is longer: {ask}"
     )
 
 
@@ -279,8 +280,8 @@ def _check_copy(state: State, layers: list[_Layer], ids: Tensor, first: int) -> 
     apart, influence = (found - expected).abs().max(), (expected - bare).abs().max()
     if not apart <= SAME * influence:
         raise PatchError(
-            f"{type(base).__name__} with the prefix in its cache differs by {apart:.2g}, of an influence of "
-            f"{influence:.2g}: its attention depends on positions in a way that a cached prefix cannot copy"
+            f"with the prefix in the cache, the logits of {type(base).__name__} differ by {apart:.2g}; the prefix "
+            f"changes them by {influence:.2g}. Its attention depends on positions in a way that a cache cannot copy"
         )
 
 

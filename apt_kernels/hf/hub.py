@@ -35,7 +35,8 @@ def fetch(source: str, files: list[str], revision: str | None, subfolder: str | 
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise AdapterError(
-            f"{repo_id!r} is no folder here, and could not be read from the Hugging Face hub{at}: {_said(error)}"
+            f"{repo_id!r} is not a folder on this machine, and could not be read from the Hugging Face hub{at}: "
+            f"{_said(error)}"
         ) from error
     _LOG.info("adapter read from the Hugging Face hub: %s", source)
     return Path(folder, subfolder or "")

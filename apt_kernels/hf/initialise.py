@@ -164,9 +164,9 @@ def _token_ids(model, given) -> Tensor:
 
 def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any], length: int) -> AptConfig:
     if "prefix_length" in settings:
-        raise ConfigError("prefix_length is given; it is that of the source")
+        raise ConfigError("prefix_length is given; the source determines it")
     if "init" in settings:
-        raise ConfigError("init is given; the prefix starts as the source")
+        raise ConfigError("init is given; the source determines the initial values")
     if is_patched(model):
         raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
     config = patching.make_config(config, {**settings, "prefix_length": length})
@@ -180,7 +180,9 @@ def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any
 def _check_mask(name: str, mask, length: int) -> None:
     window = window_of(name, mask)
     if window is not None and window <= length:
-        raise PatchError(f"{name} has a window of {window} tokens, shorter than the prefix of {length} and a token")
+        raise PatchError(
+            f"{name} has a window of {window} tokens, too short for a prefix of {length} tokens and a token of the text"
+        )
 
 
 def _read_peft(folder: Path) -> tuple[Tensor, int]:
@@ -226,7 +228,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
         found = prefixes(model)
         missing = next((name for name in found if name not in tokens), None)
         if missing:
-            raise PatchError(f"{missing} was not reached by the text")
+            raise PatchError(f"{missing} did not run in the forward of the text")
         with torch.no_grad():
             for name, prefix in found.items():
                 for part, given in zip((prefix.key, prefix.value), tokens[name]):
@@ -236,8 +238,9 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
         influence = (expected - bare).abs().max()
         if not apart <= SAME * influence:
             raise PatchError(
-                f"{type(model).__name__} with the prefix differs from its source by {apart:.2g}, of an influence of "
-                f"{influence:.2g}: its attention depends on positions in a way that a prefix cannot copy"
+                f"with the prefix, the logits of {type(model).__name__} differ from those of the source by "
+                f"{apart:.2g}; the source changes them by {influence:.2g}. Its attention depends on positions in a way "
+                "that a prefix cannot copy"
             )
     except BaseException:
         patching.unpatch(model)

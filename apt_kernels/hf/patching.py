@@ -202,7 +202,8 @@ def _initialise(
     reading = [site.name for site in sites if site.name in reasons and "text" in site.senses]
     if reading:
         logger.warning(
-            "%d of %d prefixes start from N(0, %g), which may raise the model's loss at first; the first is %s: %s",
+            "%d of %d prefixes start from random values (init_std=%g), which may raise the model's loss at first; the "
+            "first is %s: %s",
             len(reading),
             len(built),
             config.init_std,

@@ -1,10 +1,10 @@
 """The initialisation ``init="vocabulary"``: keys and values of random tokens of the model's own vocabulary.
 
-Keys drawn from N(0, 0.02) have logits near 0. Most logits of a decoder's own keys are far lower, so such a prefix takes
-much softmax mass from the start. Keys that the model computes for real tokens have logits of the usual size. M
-unrelated tokens together would still take too much mass, so their logits are lowered by log(M) + 1. Adding ``-a u`` to
-a key lowers its logits by ``a`` for every query ``q`` with ``q . u = 1``. Trained models have a direction ``u`` for
-which this holds almost exactly; it is fitted by least squares on random texts (`_direction`).
+Keys drawn with the standard deviation 0.02 have logits near 0. Most logits of a decoder's own keys are far lower, so
+such a prefix takes much softmax mass from the start. Keys that the model computes for real tokens have logits of the
+usual size. M unrelated tokens together would still take too much mass, so their logits are lowered by log(M) + 1.
+Adding ``-a u`` to a key lowers its logits by ``a`` for every query ``q`` with ``q . u = 1``. Trained models have a
+direction ``u`` for which this holds almost exactly; it is fitted by least squares on random texts (`_direction`).
 
 In a causal model, the queries of the first token differ from the others, and all other queries give the first token
 the mass for which a head has no other use (an attention sink). With a prefix, the first prefix token receives this

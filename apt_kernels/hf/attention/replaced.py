@@ -107,11 +107,11 @@ def _compare(name: str, site: Site, module: nn.Module) -> None:
             same = out.shape == plain.shape and torch.allclose(out.float(), plain.float(), rtol=_SAME, atol=_SAME)
     except Exception as error:  # a function of the user may raise any error
         raise PatchError(
-            f"{site.name} attends by {name!r}, which is not known and cannot be compared with plain attention "
+            f"{site.name} attends by {name!r}, which could not be compared with softmax attention "
             f"({type(error).__name__}: {error}); a prefix would replace it. {instead}"
         ) from error
     if not same:
         raise PatchError(
-            f"{site.name} attends by {name!r}, which is not plain attention: it changes the scores or what is seen, "
-            f"and a prefix would replace it. {instead}"
+            f"{site.name} attends by {name!r}, which gives other outputs than softmax attention (other scores or "
+            f"another mask), and a prefix would replace it. {instead}"
         )

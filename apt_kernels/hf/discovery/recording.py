@@ -68,11 +68,11 @@ class _Recorder:
     def attend(self, module, query, key, value, attention_mask, is_causal=None, **kwargs):
         unknown = _unknown_tensors(module, kwargs)
         if unknown:
-            raise PatchError(f"attention takes {unknown[0]!r}, which is not known")
+            raise PatchError(f"attention is called with the unknown argument {unknown[0]!r}")
         batch, heads, queries, head_dim = query.shape
         if isinstance(attention_mask, AttentionMask):
             if attention_mask.shape[3] != key.shape[2] and not attention_mask.hides_nothing:
-                raise PatchError(f"a mask for {attention_mask.shape[3]} keys meets {key.shape[2]}")
+                raise PatchError(f"the mask is for {attention_mask.shape[3]} keys; the layer has {key.shape[2]}")
             causal = attention_mask.mask.causal
             if attention_mask.mask.dense is not None:
                 causal = _hides_the_future(attention_mask.mask.dense)
@@ -307,7 +307,7 @@ def _recorded(model, set_implementation, example_inputs: dict | None) -> tuple[_
         )
     if recorder.watch.lost:
         where = next(n for n, module in model.named_modules() if module is recorder.watch.lost[0][-1])
-        raise PatchError(f"{name} cannot be patched: {where} attends in a way that cannot be followed")
+        raise PatchError(f"{name} cannot be patched: {where} attends in a way that apt_kernels does not support")
     return recorder, implementation
 
 

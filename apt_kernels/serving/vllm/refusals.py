@@ -25,7 +25,7 @@ def check_engine(vllm_config) -> None:
         is not None,
         f"the key/value cache is quantised (kv_cache_dtype={cache.cache_dtype!r}), which rounds the marker; use "
         "kv_cache_dtype='auto'": _quantised(cache.cache_dtype),
-        "additional_config is no dict": not isinstance(vllm_config.additional_config, dict),
+        "additional_config is not a dict": not isinstance(vllm_config.additional_config, dict),
         "the base model is an encoder-decoder model": bool(model.is_encoder_decoder),
         "the base model is not run as a decoder that generates (runner)": model.runner_type != "generate",
         "enable_sleep_mode is set; waking up empties the marker's block": bool(
@@ -41,9 +41,9 @@ def check_layer(layer, site: str) -> None:
     """Raise `ConfigError` for an attention layer whose kernel would hide or change the marker."""
     impl = layer.impl
     reasons = {
-        "uses a sliding window, outside of which the marker would be": layer.sliding_window is not None,
-        "caps its logits (soft-cap), the marker's too": bool(getattr(impl, "logits_soft_cap", None)),
-        "adds ALiBi biases, to the marker's logit too": getattr(impl, "alibi_slopes", None) is not None,
+        "uses a sliding window, which would hide the marker": layer.sliding_window is not None,
+        "caps its logits (soft-cap), which would change the marker's": bool(getattr(impl, "logits_soft_cap", None)),
+        "adds ALiBi biases, which would change the marker's logit": getattr(impl, "alibi_slopes", None) is not None,
         "has attention sinks": bool(getattr(layer, "has_sink", False)),
         "is not causal self-attention": layer.attn_type != "decoder",
         "shares the key/value cache of another layer": layer.kv_sharing_target_layer_name is not None,
