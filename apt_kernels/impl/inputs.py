@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ DIFFERENTIABLE = (
     "bias",
 )
 
+# With a prefix for each row, one whose logits are all at most this sees nothing: additive masks hide with the minimum
+# of float32 or of bfloat16.
+NOTHING = torch.finfo(torch.float32).min / 2
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -31,6 +36,9 @@ class Inputs:
     ``layer_scale`` is ``[1]``, ``sinks`` ``[Hq]``; ``bias`` and ``dense`` are 4-D and broadcast to ``[B, Hq, T, S]``.
     ``query_offset`` (int64 ``[1]`` or ``[B]``), where given, replaces ``offset``. Windows: -1 is open.
     ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``.
+
+    With a prefix for each row, ``prefix_index`` (int64 ``[B]``, -1: none) and ``prefix_lengths`` (int64 ``[A]``) are
+    given, ``prefix_key`` and ``prefix_value`` are ``[A, Hkv, M, .]``, and ``layer_scale`` is ``[1]`` or ``[A]``.
     """
 
     query: Tensor
@@ -49,6 +57,8 @@ class Inputs:
     key_segments: Tensor | None
     query_offset: Tensor | None
     seed: Tensor | None
+    prefix_index: Tensor | None
+    prefix_lengths: Tensor | None
     offset: int
     causal: bool
     window_left: int
@@ -75,7 +85,7 @@ class Inputs:
             self.key.shape[1],
             queries,
             self.key.shape[2],
-            self.prefix_key.shape[1],
+            self.prefix_key.shape[-2],
             head_dim,
             self.value.shape[3],
         )
@@ -98,18 +108,44 @@ class Inputs:
 
     def gate_rows(self) -> Tensor | None:
         """The gate's logits as ``[B|1, T|1, M]`` (indexed rows gathered); None without a gate."""
-        if self.gate is None or self.gate_index is None:
-            return self.gate
-        return self.gate[self.gate_index]
+        gate = self.gate
+        if gate is not None and self.gate_index is not None:
+            gate = gate[self.gate_index]
+        if gate is not None and self.prefix_index is not None:
+            gate = gate.masked_fill(~self.prefix_seen()[:, None], 0.0)
+        return gate
 
     def weights(self) -> Tensor | None:
-        """``g = lambda * sigmoid(gate)``, ``[B|1, T|1, M]`` (``[1, 1, 1]`` when there is only a scale), or None."""
-        gate = self.gate_rows()
-        scale = None if self.layer_scale is None else self.layer_scale.to(self.compute_dtype).view(1, 1, 1)
+        """``g = lambda * sigmoid(gate)``, ``[B|1, T|1, M]`` (``[B|1, 1, 1]`` when there is only a scale), or None."""
+        gate, scale = self.gate_rows(), self.scale_rows()
         if gate is None:
             return scale
         weights = torch.sigmoid(gate.to(self.compute_dtype))
         return weights if scale is None else weights * scale
+
+    def scale_rows(self) -> Tensor | None:
+        """lambda as ``[B|1, 1, 1]`` in `compute_dtype`; None without one."""
+        if self.layer_scale is None:
+            return None
+        scale = self.layer_scale.to(self.compute_dtype)
+        if scale.shape[0] > 1:
+            scale = of_index(scale, self.adapter_index())
+        return scale.view(-1, 1, 1)
+
+    def adapter_index(self) -> Tensor:
+        """``prefix_index`` with any valid index, 0, in the rows without a prefix."""
+        return cast("Tensor", self.prefix_index).clamp(min=0)
+
+    def prefix_seen(self) -> Tensor:
+        """bool ``[B, M]``: which prefix columns each row has, where there is a prefix for each row."""
+        index, lengths = cast("Tensor", self.prefix_index), cast("Tensor", self.prefix_lengths)
+        length = torch.where(index < 0, 0, lengths[self.adapter_index()])
+        return torch.arange(self.prefix_key.shape[-2], device=length.device) < length[:, None]
+
+    def prefix_rows(self, prefix: Tensor) -> Tensor:
+        """``prefix_key`` or ``prefix_value`` of each row, ``[B, Hkv, M, .]``, zero in the columns that it has not."""
+        rows = of_index(prefix, self.adapter_index())
+        return rows.masked_fill(~self.prefix_seen()[:, None, :, None], 0.0)
 
     def positions(self) -> Tensor:
         """Position of every query among the keys, int64 ``[B|1, T]``."""
@@ -151,6 +187,11 @@ class Inputs:
 
 
 _NAMES = tuple(field.name for field in fields(Inputs))
+
+
+def of_index(tensor: Tensor, index: Tensor) -> Tensor:
+    """``tensor[index]``, with a deterministic gradient: the usual one is atomic on a CPU, `index_select`'s on a GPU."""
+    return tensor.index_select(0, index) if tensor.device.type == "cpu" else tensor[index]
 
 
 def part_of(tensor: Tensor, rows: slice, keys: slice) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import Backend, Plan, Result
 from .dropout import keep_mask
-from .inputs import DIFFERENTIABLE, Inputs, heads_last
+from .inputs import DIFFERENTIABLE, NOTHING, Inputs, heads_last
 
 
 def attend(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -31,6 +31,8 @@ def attend(x: Inputs) -> tuple[Tensor, Tensor]:
         logits = x.softcap * torch.tanh(logits / x.softcap)
         prefix_logits = x.softcap * torch.tanh(prefix_logits / x.softcap)
     logits, prefix_logits = logits.to(wide), prefix_logits.to(wide)
+    if x.prefix_index is not None:
+        prefix_logits = prefix_logits.masked_fill(~x.prefix_seen()[:, None, None], -torch.inf)
     if x.bias is not None:
         logits = logits + x.bias.to(wide)
     visible = x.visible()
@@ -40,8 +42,16 @@ def attend(x: Inputs) -> tuple[Tensor, Tensor]:
     if x.sinks is not None:
         columns.append(x.sinks.to(wide).view(1, heads, 1, 1).expand(batch, -1, queries, 1))
     joined = torch.cat(columns, dim=-1)
+    empty = None
+    if x.prefix_index is not None:
+        # A row without a prefix may see nothing: output 0, log-sum-exp -inf, no gradients.
+        empty = (joined <= NOTHING).all(-1)
+        joined = joined.masked_fill(empty[..., None], 0.0)
     logsumexp = torch.logsumexp(joined, dim=-1)
     probabilities = torch.softmax(joined, dim=-1)[..., : length + keys]
+    if empty is not None:
+        logsumexp = logsumexp.masked_fill(empty, -torch.inf)
+        probabilities = probabilities.masked_fill(empty[..., None], 0.0)
     if x.dropout_p:
         keep = keep_mask(x.seed, x.dropout_p, batch, heads, 0, queries, 0, length + keys)
         probabilities = probabilities * keep / (1 - x.dropout_p)
@@ -53,13 +63,17 @@ def attend(x: Inputs) -> tuple[Tensor, Tensor]:
 def _prefix(x: Inputs, expand) -> tuple[Tensor, Tensor]:
     """Prefix logits ``[B, Hq, T, M]`` before the soft-cap, and the value ``[., Hq, M, Dv]`` that weighs them."""
     dtype, weights = x.query.dtype, x.weights()
+    prefix = x.prefix_key, x.prefix_value
+    if x.prefix_index is not None:
+        prefix = x.prefix_rows(x.prefix_key), x.prefix_rows(x.prefix_value)
     if weights is None or weights.shape[1] == 1:
         # One gate per row: the scaled prefix P' is materialised, as in the usual implementation.
         column = 1.0 if weights is None else weights.transpose(-1, -2)[:, None]
-        key = (expand(x.prefix_key)[None].to(x.compute_dtype) * column).to(dtype)
-        value = (expand(x.prefix_value)[None].to(x.compute_dtype) * column).to(dtype)
+        prefix_key, prefix_value = (part if part.ndim == 4 else part[None] for part in prefix)
+        key = (expand(prefix_key).to(x.compute_dtype) * column).to(dtype)
+        value = (expand(prefix_value).to(x.compute_dtype) * column).to(dtype)
         return (x.query @ key.transpose(-1, -2)) * x.scale, value
-    key, value = expand(x.prefix_key).to(dtype), expand(x.prefix_value).to(dtype)
+    key, value = (expand(part).to(dtype) for part in prefix)
     return (x.query @ key.transpose(-1, -2)) * (x.scale * weights[:, None]).to(dtype), value
 
 

@@ -13,14 +13,15 @@ from ..impl.backend import Backend, Plan, Result
 from ..impl.inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 from ..mask import Mask
 from . import choose
-from .validation import is_real, make_inputs, refuse
+from .validation import make_inputs, refuse
+from .values import is_real
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? gate, "
     "Tensor? layer_scale, Tensor? sinks, Tensor? bias, Tensor? gate_index, Tensor? dense, Tensor? key_padding, "
-    "Tensor? query_segments, Tensor? key_segments, Tensor? query_offset, Tensor? seed, SymInt offset, bool causal, "
-    "int window_left, int window_right, float scale, float softcap, float dropout_p, "
-    "str implementation"
+    "Tensor? query_segments, Tensor? key_segments, Tensor? query_offset, Tensor? seed, Tensor? prefix_index, "
+    "Tensor? prefix_lengths, SymInt offset, bool causal, int window_left, int window_right, float scale, "
+    "float softcap, float dropout_p, str implementation"
 )
 
 
@@ -36,6 +37,8 @@ def attention(
     *,
     mask: Mask | None = ...,
     gate_index: Tensor | None = ...,
+    prefix_index: Tensor | None = ...,
+    prefix_lengths: Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
@@ -56,6 +59,8 @@ def attention(
     *,
     mask: Mask | None = ...,
     gate_index: Tensor | None = ...,
+    prefix_index: Tensor | None = ...,
+    prefix_lengths: Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
@@ -75,6 +80,8 @@ def attention(
     *,
     mask: Mask | None = None,
     gate_index: Tensor | None = None,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -87,17 +94,25 @@ def attention(
     """Attention over a gated, scaled prefix and the keys: ``softmax(scale q [P'_k ; k]^T) [P'_v ; v]``.
 
     ``P' = layer_scale * sigmoid(gate) * [prefix_key, prefix_value]`` (Adaptive Prefix Tuning, Zhang et al., ACL 2023).
-    Every query sees the whole prefix. Differentiable once in every floating-point tensor.
+    Every query sees the whole prefix. Differentiable once in every floating-point tensor. With ``prefix_index``, each
+    row has a prefix of its own or none, and ``P'`` is that of the row.
 
     Args:
         query: ``[B, Hq, T, D]``, float32, float64, bfloat16 or float16; any strides.
         key, value: ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``, the query's dtype; ``Hq`` is a multiple of ``Hkv``.
         prefix_key, prefix_value: ``[Hkv, M, D]`` and ``[Hkv, M, Dv]``, shared by the batch; float32 or query's dtype.
+            With ``prefix_index``, those of A adapters: ``[A, Hkv, M, D]`` and ``[A, Hkv, M, Dv]``.
         gate: logits: ``[M]``, ``[B, M]``, ``[B, T, M]``, or ``[G, M]`` with ``gate_index``; None: no gate.
-        layer_scale: lambda, a float or a tensor of one element; None: 1.
+            A logit of +inf is a gate of exactly 1. Static gates of A adapters are ``[A, M]`` with ``gate_index``.
+        layer_scale: lambda, a float or a tensor of one element; ``[A]`` with ``prefix_index``; None: 1.
         mask: a `Mask`; None: every query sees every key.
         gate_index: integer ``[B]`` or ``[B, T]``, the row of ``gate`` for each batch row or query, in ``0..G-1``
             (not checked on an accelerator, where that would wait for the device).
+        prefix_index: integer ``[B]``, the adapter of each batch row, in ``0..A-1``, or -1: the row has no prefix, and
+            its gate and its ``gate_index`` are ignored (the range is checked as for ``gate_index``). A row without a
+            prefix that sees no key has the output 0 and the log-sum-exp -inf. None: one prefix for all rows.
+        prefix_lengths: integer ``[A]``, in ``0..M``, the length of each adapter; the columns beyond it are ignored, in
+            prefix and gate. Only with ``prefix_index``; None: M for each.
         scale: softmax scale; default ``1 / sqrt(D)``.
         softcap: logits become ``softcap * tanh(logits / softcap)``, prefix columns included; None or 0: off.
         sinks: ``[Hq]``, the logit of one extra column per head that has no value (never soft-capped).
@@ -123,6 +138,13 @@ def attention(
         >>> out = apt_kernels.attention(query, key, value, prefix_key, prefix_value, gate, 2.0, mask=mask)
         >>> out.shape
         torch.Size([2, 8, 128, 64])
+
+        A prefix for each row, of three adapters of different lengths; the second row has none:
+
+        >>> prefix_key, prefix_value = torch.randn(2, 3, 8, 16, 64)
+        >>> rows = {"prefix_index": torch.tensor([2, -1]), "prefix_lengths": torch.tensor([16, 8, 4])}
+        >>> apt_kernels.attention(query, key, value, prefix_key, prefix_value, mask=mask, **rows).shape
+        torch.Size([2, 8, 128, 64])
     """
     if others:
         refuse(others)
@@ -136,6 +158,8 @@ def attention(
         layer_scale,
         mask=mask,
         gate_index=gate_index,
+        prefix_index=prefix_index,
+        prefix_lengths=prefix_lengths,
         scale=scale,
         softcap=softcap,
         sinks=sinks,

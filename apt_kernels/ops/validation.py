@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from .. import transforms
 from ..errors import ArgumentError
 from ..impl.inputs import Inputs
 from ..mask import Mask
+from . import rows
+from .values import check_integers, check_range
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -41,6 +42,8 @@ def make_inputs(
     *,
     mask=None,
     gate_index=None,
+    prefix_index=None,
+    prefix_lengths=None,
     scale=None,
     softcap=None,
     sinks=None,
@@ -56,13 +59,16 @@ def make_inputs(
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
     query, key, value, prefix_key, prefix_value = _cast(query, key, value, prefix_key, prefix_value)
-    _check_core(query, key, value, prefix_key, prefix_value)
+    _check_core(query, key, value, prefix_key, prefix_value, prefix_index is not None)
     batch, heads, queries, head_dim = query.shape
-    keys, length, device = key.shape[2], prefix_key.shape[1], query.device
+    keys, length, device = key.shape[2], prefix_key.shape[-2], query.device
     mask = Mask() if mask is None else mask
     if not isinstance(mask, Mask):
         raise ArgumentError(f"mask is a {type(mask).__name__}; it needs an apt_kernels.Mask or None")
     mask.check(batch, heads, queries, keys, device)
+    prefix_index, prefix_lengths = rows.check(prefix_index, prefix_lengths, prefix_key, batch, device)
+    adapters = 1 if prefix_index is None else prefix_key.shape[0]
+    gate_index = rows.without_ignored(gate_index, prefix_index)
     gate, gate_index = _gate(gate, gate_index, batch, queries, length, device)
     if sinks is not None:
         _check_float("sinks", sinks, (heads,), device)
@@ -75,7 +81,7 @@ def make_inputs(
         prefix_key=prefix_key,
         prefix_value=prefix_value,
         gate=gate,
-        layer_scale=_layer_scale(layer_scale, device),
+        layer_scale=_layer_scale(layer_scale, adapters, device),
         sinks=sinks,
         bias=_four_d(mask.bias),
         gate_index=gate_index,
@@ -85,6 +91,8 @@ def make_inputs(
         key_segments=mask.key_segments,
         query_offset=offset_tensor,
         seed=_seed(dropout_p, seed, device),
+        prefix_index=prefix_index,
+        prefix_lengths=prefix_lengths,
         offset=offset,
         causal=bool(mask.causal),
         window_left=window_left,
@@ -109,7 +117,7 @@ def _cast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Te
     return [*tokens, *(t.float() if t.dtype in half and t.dtype != tokens[0].dtype else t for t in prefix)]
 
 
-def _check_core(query, key, value, prefix_key, prefix_value) -> None:
+def _check_core(query, key, value, prefix_key, prefix_value, by_row: bool) -> None:
     if query.ndim != 4:
         raise ArgumentError(f"query has shape {list(query.shape)}; it needs [B, Hq, T, D]")
     if query.dtype not in _DTYPES:
@@ -124,13 +132,7 @@ def _check_core(query, key, value, prefix_key, prefix_value) -> None:
         raise ArgumentError(
             f"value has shape {list(value.shape)}; it needs [B, Hkv, S, Dv] = [{batch}, {kv_heads}, {keys}, Dv]"
         )
-    if prefix_key.ndim != 3 or (prefix_key.shape[0], prefix_key.shape[2]) != (kv_heads, head_dim):
-        raise ArgumentError(
-            f"prefix_key has shape {list(prefix_key.shape)}; it needs [Hkv, M, D] = [{kv_heads}, M, {head_dim}]"
-        )
-    need = (kv_heads, prefix_key.shape[1], value.shape[3])
-    if tuple(prefix_value.shape) != need:
-        raise ArgumentError(f"prefix_value has shape {list(prefix_value.shape)}; it needs [Hkv, M, Dv] = {list(need)}")
+    rows.check_prefix(prefix_key, prefix_value, kv_heads, head_dim, value.shape[3], by_row)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key)):
         if 0 in tensor.shape:
             raise ArgumentError(f"{name} has shape {list(tensor.shape)}; every size needs to be at least 1")
@@ -183,43 +185,30 @@ def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tu
 
 
 def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
-        has = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise ArgumentError(f"gate_index is {has}; it needs an integer tensor")
+    check_integers("gate_index", index)
     if tuple(index.shape) not in ((batch,), (batch, queries)):
         raise ArgumentError(
             f"gate_index has shape {list(index.shape)}; it needs [B] = [{batch}] or [B, T] = [{batch}, {queries}]"
         )
     if index.device != device:
         raise ArgumentError(f"gate_index is on {index.device}; it needs the query's device, {device}")
-    if index.device.type == "cpu" and has_values(index):
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= rows:
-            raise ArgumentError(f"gate_index has values {low}..{high}; it needs 0..{rows - 1} (gate has {rows} rows)")
+    check_range("gate_index", index, 0, rows - 1, f"gate has {rows} rows")
     index = index.to(torch.int64)
     return index[:, None] if index.ndim == 1 else index
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether Python can read the values of a tensor: no compiler, transform or subclass is involved."""
-    return not torch.compiler.is_compiling() and is_real(tensor) and not transforms.active()
-
-
-def is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is not of a subclass: neither fake nor distributed nor wrapped by a mode."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
-
-
-def _layer_scale(layer_scale, device) -> Tensor | None:
+def _layer_scale(layer_scale, adapters: int, device) -> Tensor | None:
     if layer_scale is None:
         return None
     if isinstance(layer_scale, (int, float)):
         return torch.full((1,), _finite("layer_scale", layer_scale), device=device)
-    if not isinstance(layer_scale, Tensor) or layer_scale.numel() != 1:
+    by_adapter = isinstance(layer_scale, Tensor) and tuple(layer_scale.shape) == (adapters,)
+    if not isinstance(layer_scale, Tensor) or (layer_scale.numel() != 1 and not by_adapter):
         has = f"has shape {list(layer_scale.shape)}" if isinstance(layer_scale, Tensor) else f"is {layer_scale!r}"
-        raise ArgumentError(f"layer_scale {has}; it needs a number or a tensor of one element")
+        also = f", or [A] = [{adapters}]" if adapters > 1 else ""
+        raise ArgumentError(f"layer_scale {has}; it needs a number or a tensor of one element{also}")
     _check_float("layer_scale", layer_scale, tuple(layer_scale.shape), device)
-    return layer_scale.reshape(1)
+    return layer_scale.reshape(-1)
 
 
 def _four_d(tensor: Tensor | None) -> Tensor | None:

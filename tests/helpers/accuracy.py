@@ -64,7 +64,7 @@ def compare(
     allowances, truth = allowed_errors(x, wanted, grad_out, grad_logsumexp)
     shares = {}
     for name, allowed in allowances.items():
-        error = (ours[name].double() - truth[name]).abs()
+        error = _distance(ours[name], truth[name])
         share = torch.where(error == 0, 0.0, error / allowed).max().item()
         assert share <= 1, f"{name} is off by {error.max():.3g}: {share:.3g} of what is allowed"
         shares[name] = share
@@ -90,8 +90,13 @@ def allowance(x: Inputs, truth: Tensor, eager: Tensor, terms: Tensor) -> Tensor:
     eps = max(torch.finfo(x.query.dtype).eps, torch.finfo(eager.dtype).eps)
     if eps == torch.finfo(torch.float64).eps:
         eps *= 2  # the truth has then been rounded as often as ours
-    worst = (eager.double() - truth).abs().max()
+    worst = _distance(eager, truth).max()
     return 2 * worst + CONSTANT * eps * terms.reshape(truth.shape)
+
+
+def _distance(found: Tensor, truth: Tensor) -> Tensor:
+    """The absolute difference; none between two log-sum-exps over nothing, both -inf."""
+    return torch.where(found == truth, 0.0, (found.double() - truth).abs())
 
 
 def evaluate(
@@ -168,7 +173,8 @@ def absolute_terms(
     group, c = heads // kv_heads, abs(x.scale)
 
     def joined(prefix: Tensor, tokens: Tensor) -> Tensor:
-        return torch.cat([prefix.expand(batch, *prefix.shape), tokens], dim=2).repeat_interleave(group, dim=1)
+        rows = prefix.expand(batch, *prefix.shape) if x.prefix_index is None else x.prefix_rows(prefix)
+        return torch.cat([rows, tokens], dim=2).repeat_interleave(group, dim=1)
 
     def grouped(terms: Tensor) -> Tensor:
         return terms.unflatten(1, (kv_heads, group)).sum(2)
@@ -184,6 +190,7 @@ def absolute_terms(
         z = x.softcap * torch.tanh(z / x.softcap)
         a_z = a_z * slope + z.abs()
     z, a_z = _tokens_masked(x, z, a_z)
+    logsumexp = logsumexp.masked_fill(torch.isneginf(logsumexp), 0.0)  # of a row that sees nothing
     p = torch.exp(z - logsumexp[..., None])
     a_z = torch.where(p > 0, a_z, 0.0)
     a_l = (p * a_z).sum(-1) + logsumexp.abs() + 1
@@ -213,7 +220,8 @@ def absolute_terms(
     terms["query"] = a_ds @ key.abs()
     d_key, d_value = grouped(a_ds.mT @ x.query.abs()), grouped((a_p * g.abs()).mT @ grad_out.abs())
     terms["key"], terms["value"] = d_key[:, :, length:], d_value[:, :, length:]
-    terms["prefix_key"], terms["prefix_value"] = d_key[:, :, :length].sum(0), d_value[:, :, :length].sum(0)
+    for name, rows in (("prefix_key", d_key[:, :, :length]), ("prefix_value", d_value[:, :, :length])):
+        terms[name] = rows.sum(0) if x.prefix_index is None else _by_adapter(x, rows)
     a_dg = (a_dz * s.abs() + dz.abs() * a_s + a_p * r.abs() + p * keep * a_r)[..., :length].sum(1)
     terms.update(_gate_terms(x, a_dg))
     if x.sinks is not None:
@@ -223,13 +231,23 @@ def absolute_terms(
 
 def _tokens_masked(x: Inputs, z: Tensor, a_z: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and their absolute terms with the bias added and hidden tokens at -inf."""
-    length, visible = x.prefix_key.shape[1], x.visible()
+    length, visible = x.prefix_key.shape[-2], x.visible()
     tokens, a_tokens = z[..., length:], a_z[..., length:]
     if x.bias is not None:
         tokens, a_tokens = tokens + x.bias, a_tokens + x.bias.abs()
     if visible is not None:
         tokens = tokens.masked_fill(~visible, -torch.inf)
-    return torch.cat([z[..., :length], tokens], -1), torch.cat([a_z[..., :length], a_tokens], -1)
+    prefix = z[..., :length]
+    if x.prefix_index is not None:
+        prefix = prefix.masked_fill(~x.prefix_seen()[:, None, None], -torch.inf)
+    return torch.cat([prefix, tokens], -1), torch.cat([a_z[..., :length], a_tokens], -1)
+
+
+def _by_adapter(x: Inputs, rows: Tensor) -> Tensor:
+    """``[A, ...]``: the rows ``[B, ...]`` summed by their prefix."""
+    used = x.prefix_index >= 0
+    whole = rows.new_zeros(len(x.prefix_key), *rows.shape[1:])
+    return whole.index_add_(0, x.prefix_index[used], rows[used])
 
 
 def _gate_terms(x: Inputs, a_dg: Tensor) -> dict[str, Tensor]:
@@ -237,7 +255,7 @@ def _gate_terms(x: Inputs, a_dg: Tensor) -> dict[str, Tensor]:
     terms, sigmoid = {}, 1.0
     if x.gate is not None:
         sigmoid = torch.sigmoid(x.gate_rows())
-        factor = sigmoid * (1 - sigmoid) * (1.0 if x.layer_scale is None else x.layer_scale.abs())
+        factor = sigmoid * (1 - sigmoid) * (1.0 if x.layer_scale is None else x.scale_rows().abs())
         if x.gate_index is None:
             terms["gate"] = (a_dg * factor).sum_to_size(x.gate.shape)
         else:
@@ -245,7 +263,8 @@ def _gate_terms(x: Inputs, a_dg: Tensor) -> dict[str, Tensor]:
             index = x.gate_index.expand(a_dg.shape[:2]).flatten()
             terms["gate"] = torch.zeros_like(x.gate).index_add_(0, index, rows)
     if x.layer_scale is not None:
-        terms["layer_scale"] = (a_dg * sigmoid).sum()
+        rows = a_dg * sigmoid
+        terms["layer_scale"] = rows.sum() if len(x.layer_scale) == 1 else _by_adapter(x, rows.sum((1, 2)))
     return terms
 
 

@@ -56,6 +56,8 @@ def small(name: str, **change) -> Case:
     case = CASES[name]
     if name not in ("odd_sizes", "window_tile", "multi_head", "multi_query"):
         sizes = {"kv_heads": 1, "group": 2, "queries": min(case.queries, 6), "length": 3}
+        if case.adapters:
+            sizes["adapters"] = tuple(min(length, 3) for length in case.adapters)
         case = replace(case, **sizes, keys=min(case.keys, 9) if case.keys != case.queries else sizes["queries"])
     return replace(case, **change)
 

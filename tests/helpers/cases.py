@@ -26,6 +26,8 @@ class Case:
     ``gate``: one of `GATES`. ``layer_scale``: its value, as a tensor, or None. ``offset``: None (``S - T``), an int,
     ``"one"`` (a tensor ``[1]``) or ``"row"`` (``[B]``). ``padding``: ``""``, ``"left"``, ``"right"``, ``"random"`` or
     ``"all"`` (at least one row has every key padded). ``bias_fill``: put -inf or the dtype's minimum into some entries.
+    ``adapters``: the length of each of several prefixes, at most ``length``; ``rows``: the adapter of each row (-1:
+    none); what is beyond a length is NaN, and ``layer_scale`` one for each. ``gate_inf``: put +inf into some logits.
     ``heads_last``: query, key and value are transposed views of ``[B, T, H, D]``. ``spread`` scales the queries.
     """
 
@@ -56,6 +58,9 @@ class Case:
     bias: str = ""
     bias_grad: bool = False
     bias_fill: str = ""
+    adapters: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+    gate_inf: bool = False
     seed: int = 0
 
     def inputs(self, device: str = "cpu") -> Inputs:
@@ -77,6 +82,10 @@ class Case:
         prefix_dtype = self.prefix_dtype or self.dtype
         gate, index = self._gate(draw, generator)
         bias = self._bias(draw(*(sizes[c] for c in self.bias)), generator) if self.bias else None
+        lead = (len(self.adapters),) if self.adapters else ()
+        scale = None if self.layer_scale is None else torch.tensor([self.layer_scale], dtype=side_dtype, device=device)
+        if scale is not None and self.adapters:
+            scale = scale * torch.linspace(1.0, 0.5, len(self.adapters), dtype=side_dtype, device=device)
         mask = Mask(
             causal=self.causal,
             window=self.window,
@@ -91,10 +100,10 @@ class Case:
             activation(heads, self.queries, self.head_dim) * self.spread,
             activation(self.kv_heads, self.keys, self.head_dim),
             activation(self.kv_heads, self.keys, self.value_dim),
-            draw(self.kv_heads, self.length, self.head_dim, dtype=prefix_dtype),
-            draw(self.kv_heads, self.length, self.value_dim, dtype=prefix_dtype),
+            self._cut(draw(*lead, self.kv_heads, self.length, self.head_dim, dtype=prefix_dtype)),
+            self._cut(draw(*lead, self.kv_heads, self.length, self.value_dim, dtype=prefix_dtype)),
             gate,
-            None if self.layer_scale is None else torch.tensor([self.layer_scale], dtype=side_dtype, device=device),
+            scale,
             mask=mask,
             gate_index=_to(index, device),
             scale=self.scale,
@@ -102,23 +111,34 @@ class Case:
             sinks=draw(heads) if self.sinks else None,
             dropout_p=self.dropout,
             seed=self.seed if self.dropout else None,
+            prefix_index=torch.tensor(self.rows, device=device) if self.adapters else None,
+            prefix_lengths=torch.tensor(self.adapters, device=device) if self.adapters else None,
         )
 
+    def _cut(self, prefix: Tensor) -> Tensor:
+        for adapter, length in zip(prefix, self.adapters):
+            adapter[:, length:] = torch.nan
+        return prefix
+
     def _gate(self, draw, generator) -> tuple[Tensor | None, Tensor | None]:
+        count = len(self.adapters) or 3
         shapes = {
             "none": None,
             "static": (self.length,),
             "row": (self.batch, self.length),
             "query": (self.batch, self.queries, self.length),
-            "indexed": (3, self.length),
-            "indexed_query": (3, self.length),
+            "indexed": (count, self.length),
+            "indexed_query": (count, self.length),
         }
         shape = shapes[self.gate]
         index_shapes = {"indexed": (self.batch,), "indexed_query": (self.batch, self.queries)}
         index = None
         if self.gate in index_shapes:
-            index = torch.randint(0, 3, index_shapes[self.gate], generator=generator)
-        return (None if shape is None else draw(*shape)), index
+            index = torch.randint(0, count, index_shapes[self.gate], generator=generator)
+        gate = None if shape is None else draw(*shape)
+        if gate is not None and self.gate_inf:
+            gate = gate.masked_fill((torch.rand(shape, generator=generator) < 0.3).to(gate.device), torch.inf)
+        return gate, index
 
     def _offset(self, generator, device) -> int | Tensor | None:
         if not isinstance(self.offset, str):
@@ -229,7 +249,7 @@ def inputs(device: str = "cpu", **only: tuple) -> st.SearchStrategy[Inputs]:
 _PLAIN = Case()
 
 # One case per feature, for tests parametrised by name.
-CASES = {
+CASES: dict[str, Case] = {
     "plain": _PLAIN,
     "gate_none": replace(_PLAIN, gate="none", layer_scale=None),
     "gate_none_scaled": replace(_PLAIN, gate="none"),
@@ -309,6 +329,42 @@ CASES = {
     ),
 }
 
+_MIXED = replace(_PLAIN, batch=4, adapters=(5, 2, 3), rows=(1, -1, 0, 1))
+
+# Cases with a prefix for each row.
+MIXED = {
+    "mixed": _MIXED,
+    "mixed_alone": replace(_MIXED, rows=(1, 1, 1, 1)),
+    "mixed_base_alone": replace(_MIXED, rows=(-1, -1, -1, -1)),
+    "mixed_equal_lengths": replace(_MIXED, adapters=(5, 5, 5), rows=(2, 0, 1, 2)),
+    "mixed_empty_adapter": replace(_MIXED, adapters=(0, 4), rows=(0, 1, 0, 1)),
+    "mixed_gate_none": replace(_MIXED, gate="none", layer_scale=None),
+    "mixed_gate_none_scaled": replace(_MIXED, gate="none"),
+    "mixed_gate_static": replace(_MIXED, gate="static"),
+    "mixed_gate_query": replace(_MIXED, gate="query"),
+    "mixed_gate_indexed": replace(_MIXED, gate="indexed"),
+    "mixed_gate_indexed_query": replace(_MIXED, gate="indexed_query"),
+    "mixed_gate_inf": replace(_MIXED, gate_inf=True),
+    "mixed_gate_query_inf": replace(_MIXED, gate="query", gate_inf=True),
+    "mixed_causal": replace(_MIXED, causal=True, keys=40),
+    "mixed_causal_square": replace(_MIXED, causal=True),
+    "mixed_decode": replace(_MIXED, causal=True, queries=1, keys=40),
+    "mixed_decode_padding": replace(_MIXED, causal=True, queries=1, keys=40, padding="left", gate="query"),
+    "mixed_all_padding": replace(_MIXED, padding="all", rows=(-1, -1, 0, 1)),
+    "mixed_no_keys_seen": replace(_MIXED, causal=True, offset=-5, gate="query"),
+    "mixed_segments": replace(_MIXED, segments=True),
+    "mixed_softcap_bias": replace(_MIXED, softcap=2.0, bias="1HTS", bias_grad=True),
+    "mixed_sinks": replace(_MIXED, sinks=True, padding="all", rows=(-1, -1, 0, 1)),
+    "mixed_dropout": replace(_MIXED, dropout=0.2),
+    "mixed_prefix_float32": replace(_MIXED, dtype=torch.bfloat16, prefix_dtype=torch.float32),
+    "mixed_everything": replace(
+        CASES["everything"], batch=4, adapters=(5, 2, 3), rows=(1, -1, 0, 1), offset="row", gate_inf=True
+    ),
+}
+# Those that implementations with one prefix for all rows compute.
+ONE_PREFIX = dict(CASES)
+CASES |= MIXED
+
 
 SMALL = {"batch": 2, "kv_heads": 1, "group": 2, "queries": 3, "keys": 4, "length": 2, "head_dim": 3, "value_dim": 2}
 
@@ -317,4 +373,6 @@ def small(name: str) -> Case:
     """A named case small enough for numerical differentiation."""
     case = CASES[name]
     sizes = {**SMALL, "queries": 1 if case.queries == 1 else 3}
+    if case.adapters:
+        sizes |= {"batch": len(case.rows), "adapters": tuple(min(length, 2) for length in case.adapters)}
     return replace(case, **sizes, dtype=torch.float64, prefix_dtype=None, spread=1.0)

@@ -32,6 +32,7 @@ def test_every_dtype_or_a_reason(backend, dtype):
 
 
 PROMISES = ("plain", "causal", "causal_gate_query", "causal_decode", "dropout", "bias_gradient", "everything")
+PROMISES += ("mixed", "mixed_gate_query", "mixed_decode", "mixed_everything")
 
 
 def run(x: Inputs, plan: Plan, of_logsumexp: bool, needs: list[bool]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -78,7 +79,8 @@ def test_the_same_bits_twice_and_inputs_are_left_alone(backend, name):
         first, second = (run(x, backend.plan(x), True, needed(x)) for _ in range(2))
     for one, other in zip((*first[0], *first[1]), (*second[0], *second[1])):
         assert torch.equal(one, other)
-    assert all(torch.equal(*pair) for pair in zip(before, x.tensors()))
+    for was, now in zip(before, x.tensors()):  # the columns beyond an adapter's length are NaN
+        assert torch.equal(was.nan_to_num(), now.nan_to_num())
 
 
 @pytest.mark.parametrize("name", ["plain", "causal_gate_query", "dropout"])

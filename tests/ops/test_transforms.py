@@ -211,7 +211,8 @@ def test_second_derivatives_of_the_specification(name):
 
     def function(*parts):
         flat = Inputs(**{**x.__dict__, **dict(zip(names, parts))}).flat()
-        return torch.ops.apt_kernels.attention(*flat, "reference")[:2]
+        out, logsumexp = torch.ops.apt_kernels.attention(*flat, "reference")[:2]
+        return out, logsumexp.nan_to_num(neginf=0.0)  # a difference of infinities is NaN
 
     leaves = [getattr(x, part).detach().requires_grad_() for part in names]
     assert gradcheck(function, leaves, fast_mode=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, Plan, Result
-from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
+from ..inputs import DIFFERENTIABLE, NOTHING, Inputs, heads_last_empty
 from . import blocks, blocks_backward, prefix, stock
 from .scratch import Scratch
 
@@ -37,10 +37,20 @@ class Cpu(Backend):
             return "blockwise"
         if x.gate_per_query or x.query.shape[2] == 1 or (x.causal and not _short_square(x)):
             return "merge"
+        if x.prefix_index is not None:
+            return "merge"  # the columns that a row has not need a mask of the prefix alone
         rows = x.query.shape[2] * x.query.shape[1] // x.key.shape[1]
         return "concat" if rows >= CONCAT_ROWS else "merge"
 
     def forward(self, x: Inputs, plan: Plan) -> Result:
+        result = self._forward(x, plan)
+        if x.prefix_index is not None:
+            nothing = result.logsumexp <= NOTHING
+            result.logsumexp.masked_fill_(nothing, -torch.inf)
+            result.out.masked_fill_(nothing[..., None], 0.0)
+        return result
+
+    def _forward(self, x: Inputs, plan: Plan) -> Result:
         if plan.strategy == "blockwise":
             return Result(*blocks.forward(x))
         per_query = x.gate_per_query
@@ -59,6 +69,10 @@ class Cpu(Backend):
         grad_logsumexp: Tensor | None,
         needs: list[bool],
     ) -> list[Tensor | None]:
+        if x.prefix_index is not None:
+            # Any number for a row that sees nothing, whose probabilities are then zero, not NaN.
+            logsumexp = result.logsumexp.masked_fill(torch.isneginf(result.logsumexp), 0.0)
+            result = result._replace(logsumexp=logsumexp)
         strategy, (out, logsumexp, kept) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
         if strategy != "blockwise" and _is_masked(x) and not _is_bounded(x):
             return self._unbounded_backward(x, plan, result, grad_out, needs)
@@ -98,7 +112,7 @@ class Cpu(Backend):
         concat = _backward_strategy(plan, of_logsumexp, needs) == "concat"
         if name not in self.own_layouts or not concat:
             return super().empty_gradient(x, plan, name, of_logsumexp, needs)
-        like, length = getattr(x, name), x.prefix_key.shape[1]
+        like, length = getattr(x, name), x.prefix_key.shape[-2]
         batch, kv_heads, keys, dim = like.shape
         # A view without the prefix of what the stock kernel returns for the concatenation: not copied.
         whole = heads_last_empty(like, batch, kv_heads, keys + length, dim)[:, :, :keys]

@@ -89,6 +89,7 @@ class Streams:
         self.key = self.joined("key", self.x.prefix_key, self.x.key)
         self.value = self.joined("value", self.x.prefix_value, self.x.value)
         self.weights = self.x.weights()
+        self.seen = None if self.x.prefix_index is None else self.x.prefix_seen()[:, None, None]
         self.limits = key_limits(self.x) if call.tokens else None
         self.row_keys = None if call.row_keys is None else call.row_keys[chunk.batch, chunk.heads]
 
@@ -101,7 +102,7 @@ class Streams:
         """The ungated prefix in front of the chunk's keys, ``[n, M + S, dim]``."""
         batch, kv_heads, _, dim = tokens.shape
         both = self.scratch.take(name, batch, kv_heads, self.length + self.keys, dim)
-        both[:, :, : self.length].copy_(prefix)
+        both[:, :, : self.length].copy_(prefix if self.x.prefix_index is None else self.x.prefix_rows(prefix))
         if self.keys:
             both[:, :, self.length :].copy_(tokens)
         return both.view(self.count, -1, dim)
@@ -159,6 +160,8 @@ class Streams:
         if self.x.softcap:
             tanh = torch.div(logits, self.x.softcap, out=self.scratch.take("tanh", *logits.shape)).tanh_()
             torch.mul(tanh, self.x.softcap, out=logits)
+        if self.seen is not None:
+            self.by_head(logits)[..., : self.length].masked_fill_(~self.seen, -torch.inf)
         tokens = self.by_head(logits)[..., self.length :]
         if self.x.bias is not None and rows.high > rows.low:
             tokens.add_(part_of(self.x.bias, rows.here, rows.there).to(logits.dtype))
@@ -194,11 +197,15 @@ class Streams:
         top = self.by_head(columns.amax(-1, keepdim=True))
         for logit in extra:
             torch.maximum(top, logit, out=top)
+        if self.seen is not None:
+            top.clamp_(min=torch.finfo(top.dtype).min)  # a row without a prefix may see nothing
         total = self.by_head(columns).sub_(top).exp_().sum(-1, keepdim=True)
         extra = [torch.exp(logit - top) for logit in extra]
         for column in extra:
             total.add_(column)
         self.place(logsumexp, rows).copy_(total.log().add_(top)[..., 0])
+        if self.seen is not None:
+            total.masked_fill_(total == 0, 1)
         bits = self.keep(rows, columns)
         if bits is not None:
             columns.view(bits.dtype).bitwise_and_(bits)

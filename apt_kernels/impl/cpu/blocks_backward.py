@@ -63,7 +63,7 @@ class Gradients:
         self.weights = None
         if need["gate"] or need["layer_scale"]:
             weights = x.weights()
-            self.weights = torch.zeros(*weights.shape[:2], x.prefix_key.shape[1], dtype=wide, device="cpu")
+            self.weights = torch.zeros(*weights.shape[:2], x.prefix_key.shape[-2], dtype=wide, device="cpu")
 
     @property
     def of_tokens(self) -> bool:
@@ -113,7 +113,15 @@ class Backward:
             if of_tokens is not None and streams.keys:
                 of_tokens[chunk.batch, chunk.kv_heads].copy_(sums[:, :, streams.length :])
             if of_prefix is not None:
-                of_prefix[chunk.kv_heads].add_(sums[:, :, : streams.length].sum(0))
+                self.add_prefix(of_prefix[..., chunk.kv_heads, :, :], sums[:, :, : streams.length])
+
+    def add_prefix(self, whole: Tensor, rows: Tensor) -> None:
+        """Add ``rows [B, Hkv, M, .]`` to the gradient of the prefix, or each to that of its row's prefix."""
+        index = self.x.prefix_index
+        if index is None:
+            whole.add_(rows.sum(0))
+        else:
+            whole.index_add_(0, index[index >= 0], rows[index >= 0])
 
     def delta(self, grad: Tensor, out: Tensor, grad_logsumexp: Tensor | None) -> Tensor:
         """``sum(dO * O) - dL``, ``[B, Hq, T]``, and from it the gradient of the sinks."""

@@ -37,14 +37,16 @@ def _chunks(x: Inputs, strategy: str) -> list[Chunk]:
 
 
 class _Prefix:
-    """The gated prefix in the query's dtype, rounded once, ``[B, Hkv, M, dim]``, and the calls that use it."""
+    """The gated prefix in the query's dtype, rounded once, ``[B, Hkv, M, dim]``, and the calls that use it.
+
+    Where there is a prefix for each row, the rows of a chunk are gathered when it is computed.
+    """
 
     def __init__(self, x: Inputs, strategy: str, kept: tuple[Tensor, Tensor] | None = None):
-        self.x, self.strategy, self.length, self.weights = x, strategy, x.prefix_key.shape[1], x.weights()
+        self.x, self.strategy, self.length, self.weights = x, strategy, x.prefix_key.shape[-2], x.weights()
         self.scratch, self.kept = Scratch(x.query, x.query.dtype), kept
-        self.gated = (
-            None if kept or strategy == "concat" else [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
-        )
+        later = kept or strategy == "concat" or x.prefix_index is not None
+        self.gated = None if later else [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
 
     def _gated(self, prefix: Tensor, out: Tensor | None = None) -> Tensor:
         batch, dtype, wide = self.x.query.shape[0], self.x.query.dtype, self.x.compute_dtype
@@ -71,6 +73,11 @@ class _Prefix:
 
     def call(self, chunk: Chunk, x: Inputs) -> stock.Call:
         """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, of the tokens as well."""
+        if self.strategy != "concat" and x.prefix_index is not None:
+            weights, wide = x.weights(), x.compute_dtype
+            rows = (x.prefix_rows(part) for part in (x.prefix_key, x.prefix_value))
+            key, value = ((r if weights is None else r.to(wide) * weights.mT[:, None]).to(x.query.dtype) for r in rows)
+            return stock.Call(x.query, key, value, stock.prefix_mask(x), x.scale)
         if self.strategy != "concat":
             key, value = (gated[chunk.batch] for gated in self.gated)
             return stock.Call(x.query, key, value, None, x.scale)
@@ -157,6 +164,8 @@ def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: 
 
     Both sums, over the batch and over heads and dims, are matrix products, one for each prefix position.
     """
+    if x.prefix_index is not None:
+        return _by_adapter(x, weights, d_gated, need)
     _, _, kv_heads, _, _, length, dim, value_dim = x.sizes
     wide, found = x.compute_dtype, {}
     if weights is None or weights.shape[0] == 1:
@@ -172,4 +181,24 @@ def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: 
     parts = d_gated[:, 0].split([kv_heads * dim, kv_heads * value_dim], 1)
     for name, part in zip(("prefix_key", "prefix_value"), parts):
         found[name] = part.unflatten(1, (kv_heads, -1)).transpose(0, 1)
+    return found
+
+
+def _by_adapter(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: dict[str, bool]) -> dict:
+    """`_prefix_gradients` where there is a prefix for each row: each row's part is added to its adapter's, in order."""
+    kv_heads, (dim, value_dim) = x.sizes[2], x.sizes[-2:]
+    wide, found = x.compute_dtype, {}
+    d_gated = d_gated.to(wide)
+    if need["gate"] or need["layer_scale"]:
+        parts = [x.prefix_rows(part).permute(2, 0, 1, 3).flatten(2) for part in (x.prefix_key, x.prefix_value)]
+        d_weights = (torch.cat(parts, 2).to(wide) * d_gated).sum(-1).mT[:, None]
+        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights)
+    if weights is not None:
+        d_gated = d_gated * weights.permute(2, 0, 1)
+    used = x.prefix_index >= 0
+    whole = d_gated.new_zeros(d_gated.shape[0], x.prefix_key.shape[0], d_gated.shape[2])
+    whole.index_add_(1, x.prefix_index[used], d_gated[:, used])
+    parts = whole.split([kv_heads * dim, kv_heads * value_dim], 2)
+    for name, part in zip(("prefix_key", "prefix_value"), parts):
+        found[name] = part.unflatten(2, (kv_heads, -1)).permute(1, 2, 0, 3)
     return found

@@ -34,8 +34,8 @@ class Chunk(NamedTuple):
             query=self.narrow(x.query, batch, heads),
             key=self.narrow(x.key, batch, kv_heads),
             value=self.narrow(x.value, batch, kv_heads),
-            prefix_key=self.narrow(x.prefix_key, kv_heads),
-            prefix_value=self.narrow(x.prefix_value, kv_heads),
+            prefix_key=x.prefix_key[..., kv_heads, :, :],
+            prefix_value=x.prefix_value[..., kv_heads, :, :],
             gate=x.gate if x.gate_index is not None else self.narrow(x.gate, batch),
             sinks=self.narrow(x.sinks, heads),
             bias=self.narrow(x.bias, batch, heads),
@@ -45,6 +45,7 @@ class Chunk(NamedTuple):
             query_segments=self.narrow(x.query_segments, batch),
             key_segments=self.narrow(x.key_segments, batch),
             query_offset=self.narrow(x.query_offset, batch),
+            prefix_index=self.narrow(x.prefix_index, batch),
         )
 
 

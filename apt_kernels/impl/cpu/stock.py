@@ -228,6 +228,14 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | N
     return torch.nn.functional.pad(tokens, (0, prefix)) if prefix else tokens
 
 
+def prefix_mask(x: Inputs) -> Tensor | None:
+    """The additive mask of a prefix for each row, ``[B, 1, 1, M]``, in the dtype of the sums; None: none is needed."""
+    seen = x.prefix_seen()
+    if bool(seen.all()):
+        return None
+    return torch.where(seen, 0.0, -torch.inf).to(x.compute_dtype)[:, None, None]
+
+
 def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Output, stored heads last, and log-sum-exp over the tokens alone, both in the dtype of the sums.
 

@@ -36,7 +36,7 @@ class Cuda(Backend):
             obstacle = self._device_obstacle(device, dtype)
             if obstacle:
                 return obstacle
-        return gpu.head_size_obstacle(x)
+        return gpu.obstacle(x)
 
     def _device_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if torch.version.hip:

@@ -36,7 +36,7 @@ class Triton(Backend):
             return f"the tensors are on {device}; it needs a CUDA device, or the CPU under TRITON_INTERPRET=1"
         if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
             return "the device is older than compute capability 8.0"
-        return gpu.head_size_obstacle(x)
+        return gpu.obstacle(x)
 
     def reserved(self, x: Inputs) -> str | None:
         return "the interpreter runs only when asked for by name" if x.query.device.type == "cpu" else None

@@ -19,7 +19,7 @@ from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.ops import choose
 from helpers import cuda_host
 from helpers.accuracy import check, differentiable
-from helpers.cases import CASES, Case, cases, examples
+from helpers.cases import CASES, ONE_PREFIX, Case, cases, examples
 from helpers.kernels import (
     HIDDEN_BY,
     SEEDS,
@@ -57,13 +57,13 @@ def small(name: str) -> Case:
     return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ONE_PREFIX)
 def test_feature(name):
     hold(CASES[name].inputs())
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ONE_PREFIX)
 def test_feature_in_half_precision(name, dtype):
     hold(replace(small(name), batch=1, dtype=dtype, prefix_dtype=torch.float32).inputs())
 

@@ -1,0 +1,67 @@
+"""Validation of a prefix for each row: ``prefix_index`` and what belongs to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .values import check_integers, check_range
+
+
+def check_prefix(
+    prefix_key: Tensor, prefix_value: Tensor, kv_heads: int, head_dim: int, value_dim: int, by_row: bool
+) -> None:
+    """Raise `ArgumentError` unless the prefix has the shapes of one, or those of A adapters if ``by_row``."""
+    if not by_row and prefix_key.ndim == 4:
+        raise ArgumentError(
+            f"prefix_key has shape {list(prefix_key.shape)}; without prefix_index it needs [Hkv, M, D] = "
+            f"[{kv_heads}, M, {head_dim}]. For prefixes of several adapters, give prefix_index [B]"
+        )
+    lead = "A, " if by_row else ""
+    if prefix_key.ndim != 3 + by_row or (prefix_key.shape[-3], prefix_key.shape[-1]) != (kv_heads, head_dim):
+        raise ArgumentError(
+            f"prefix_key has shape {list(prefix_key.shape)}; it needs [{lead}Hkv, M, D] = "
+            f"[{lead}{kv_heads}, M, {head_dim}]"
+        )
+    need = (*prefix_key.shape[:-1], value_dim)
+    if tuple(prefix_value.shape) != need:
+        raise ArgumentError(
+            f"prefix_value has shape {list(prefix_value.shape)}; it needs [{lead}Hkv, M, Dv] = {list(need)}"
+        )
+
+
+def check(index, lengths, prefix_key: Tensor, batch: int, device) -> tuple[Tensor | None, Tensor | None]:
+    """``prefix_index`` and ``prefix_lengths`` as `Inputs` holds them: both, or None and None."""
+    if index is None:
+        if lengths is not None:
+            raise ArgumentError("prefix_lengths is given without prefix_index; it needs prefix_index [B]")
+        return None, None
+    adapters, length = prefix_key.shape[0], prefix_key.shape[2]
+    check_integers("prefix_index", index)
+    if tuple(index.shape) != (batch,):
+        raise ArgumentError(
+            f"prefix_index has shape {list(index.shape)}; it needs [B] = [{batch}], one adapter for each batch row"
+        )
+    _check_device("prefix_index", index, device)
+    check_range("prefix_index", index, -1, adapters - 1, f"-1: no prefix; prefix_key has {adapters} adapters")
+    if lengths is None:
+        return index.to(torch.int64), torch.full((adapters,), length, dtype=torch.int64, device=device)
+    check_integers("prefix_lengths", lengths)
+    if tuple(lengths.shape) != (adapters,):
+        raise ArgumentError(f"prefix_lengths has shape {list(lengths.shape)}; it needs [A] = [{adapters}]")
+    _check_device("prefix_lengths", lengths, device)
+    check_range("prefix_lengths", lengths, 0, length, f"prefix_key has {length} columns")
+    return index.to(torch.int64), lengths.to(torch.int64)
+
+
+def without_ignored(gate_index, index: Tensor | None):
+    """``gate_index`` with a valid value in the rows without a prefix, where it is ignored."""
+    if index is None or not isinstance(gate_index, Tensor) or gate_index.shape[:1] != index.shape:
+        return gate_index
+    return gate_index.masked_fill((index < 0).view(-1, *[1] * (gate_index.ndim - 1)), 0)
+
+
+def _check_device(name: str, tensor: Tensor, device) -> None:
+    if tensor.device != device:
+        raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {device}")
