@@ -19,6 +19,7 @@ from ..errors import PatchError
 _MADE_FOR = {
     "accelerate": "accelerate 1.15",
     "peft": "peft 0.21",
+    "sentence-transformers": "sentence-transformers 6.2",
     "torch": "torch 2.11 to 2.13",
     "transformers": "transformers 5.17 to 5.23",
 }
@@ -209,6 +210,12 @@ FEATURES = {
         "peft",
         {"peft.peft_model": ("PeftModel.delete_adapter", "PeftModel.set_adapter")},
         without="PEFT switches and deletes its own adapter alone: call apt_kernels.set_adapter, delete_adapter as well",
+    ),
+    "sentence-transformers": Feature(
+        "reading an adapter by SentenceTransformer(folder)",
+        "sentence-transformers",
+        {"sentence_transformers.base.modules.transformer": ("Transformer._load_config", "Transformer._load_model")},
+        without="Load the base model, and the adapter into the transformers model inside with apt_kernels.load",
     ),
     "compiled models": Feature(
         "models that torch.compile wraps", "torch", instances={"torch._dynamo.eval_frame": ("_orig_mod",)}

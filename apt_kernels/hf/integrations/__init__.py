@@ -7,6 +7,7 @@ from .gradient_checkpointing import GradientCheckpointing
 from .offloading import Offloading
 from .packing import Packing
 from .peft import Peft
+from .sentence_transformers import join_sentence_transformers
 from .trainer import Trainer
 
 events.subscribe(
@@ -18,3 +19,5 @@ events.subscribe(
     Packing(),
     ContinuousBatching(),
 )
+
+join_sentence_transformers()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import inspect
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -20,6 +17,7 @@ from ..checkpoint import CONFIG, WEIGHTS, load, save, weights_to_write
 from ..patching import unpatch
 from ..state import inner, is_patched, state_of
 from ..transaction import atomic
+from .wrapping import when_imported, wrap
 
 
 class Peft(events.Integration):
@@ -75,63 +73,24 @@ def join_peft() -> None:
     prefix is saved to and loaded from the same folder. If PEFT is not imported yet, this happens at its import.
     """
     if "peft" not in sys.modules:
-        if not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _WhenImported())
+        when_imported("peft", join_peft)
         return
     tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
     if tuners is None or models is None:
         return
     if compat.available("peft"):
-        _wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
-        _wrap(models.PeftModel, "_setup_prompt_encoder", _setup_prompt_encoder)
+        wrap(tuners.BaseTuner, "inject_adapter", _inject_adapter)
+        wrap(models.PeftModel, "_setup_prompt_encoder", _setup_prompt_encoder)
         for module in (sys.modules["peft.utils.other"], sys.modules["peft.utils"], sys.modules["peft"]):
-            _wrap(module, "prepare_model_for_kbit_training", _keeping_trainable)
+            wrap(module, "prepare_model_for_kbit_training", _keeping_trainable)
     if compat.available("peft, saving"):
-        _wrap(models.PeftModel, "save_pretrained", _save_pretrained)
-        _wrap(models.PeftModel, "load_adapter", _load_adapter)
+        wrap(models.PeftModel, "save_pretrained", _save_pretrained)
+        wrap(models.PeftModel, "load_adapter", _load_adapter)
     if compat.available("peft, merging"):
-        _wrap(tuners.BaseTuner, "merge_and_unload", _merge_and_unload)
+        wrap(tuners.BaseTuner, "merge_and_unload", _merge_and_unload)
     if compat.available("peft, names"):
-        _wrap(models.PeftModel, "set_adapter", _set_adapter)
-        _wrap(models.PeftModel, "delete_adapter", _delete_adapter)
-
-
-class _WhenImported:
-    """An import hook that calls `join_peft` after the package peft has been imported."""
-
-    def find_spec(self, name: str, path=None, target=None):
-        if name != "peft":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            sys.meta_path.insert(0, self)
-            return None
-        loader: Any = spec.loader
-        execute = loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            try:
-                join_peft()
-            except Exception as error:  # an import of PEFT must not fail because of this package
-                warnings.warn(f"apt_kernels cannot work beside this PEFT: {error}", stacklevel=2)
-
-        loader.exec_module = exec_module
-        return spec
-
-
-def _wrap(owner, name: str, around) -> None:
-    original = getattr(owner, name)
-    if hasattr(original, "apt_kernels_wraps"):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        return around(original, *args, **kwargs)
-
-    wrapped.__dict__["apt_kernels_wraps"] = original
-    setattr(owner, name, wrapped)
+        wrap(models.PeftModel, "set_adapter", _set_adapter)
+        wrap(models.PeftModel, "delete_adapter", _delete_adapter)
 
 
 def _keeping_trainable(call, model, *args, **kwargs):

@@ -19,17 +19,14 @@ from ..adapters import adapters, set_adapter
 from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write, whole
 from ..state import named_parameters, state_of
 from ..trainable import trainable_names
+from . import sentence_transformers
+from .sentence_transformers import NO_MODEL
 
 # The files that Trainer needs when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
 _MODEL_WEIGHTS = (TRAINER_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Beside an adapter of another name than "default", an empty tensor of this name and the adapter's.
 _ADAPTER = "apt_kernels.adapter."
-# Instead of a model's config: with one, from_pretrained would create a model with random weights.
-NO_MODEL = {
-    "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
-    "transformers_weights": "an apt_kernels adapter holds no model, apt_kernels.load loads it into one.safetensors",
-}
 # The attributes that `_install` sets on the model and `_remove` restores.
 _ATTRIBUTES = ("save_pretrained", "_keys_to_ignore_on_save", "_hf_peft_config_loaded")
 
@@ -69,7 +66,7 @@ class SavePretrained:
     ) -> None:
         folder = Path(save_directory)
         _refuse_base_model(folder)
-        _refuse_sentence_transformers(folder)
+        sentence_transformers.refuse(self.model, folder)
         theirs = _added_weights(self.model, state_dict)
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
         if theirs:
@@ -130,16 +127,6 @@ def _refuse_base_model(folder: Path) -> None:
         raise AdapterError(
             f"{folder} holds a model, which save_pretrained of a patched model would overwrite; save to another "
             "folder, or call apt_kernels.save, which writes beside it"
-        )
-
-
-def _refuse_sentence_transformers(folder: Path) -> None:
-    """Raise `AdapterError` in a folder of sentence-transformers, which would load it as a model."""
-    if (folder / "config_sentence_transformers.json").exists():
-        raise AdapterError(
-            f"sentence-transformers reads {folder} as a whole model, so it could not load the prefix back. Call "
-            "apt_kernels.save(model, another_folder) with the transformers model inside, and load it into the base "
-            "model with apt_kernels.load; give its trainer save_strategy='no'"
         )
 
 

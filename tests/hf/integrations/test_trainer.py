@@ -152,38 +152,3 @@ def test_a_resumed_checkpoint_goes_into_the_adapter_that_it_was_saved_from(tmp_p
 def randomise_and_return(model, seed):
     randomise(model, seed)
     return model
-
-
-def test_a_folder_of_sentence_transformers_is_refused(tmp_path):
-    """It writes this file, calls save_pretrained of the model inside, and reads the folder as a whole model."""
-    model = fresh("bert")
-    (tmp_path / "config_sentence_transformers.json").write_text("{}")
-    with pytest.raises(apt_kernels.AdapterError, match="could not load the prefix back"):
-        model.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config_sentence_transformers.json"]
-    apt_kernels.save(model, tmp_path / "adapter")
-
-
-def test_sentence_transformers_itself_is_refused_and_goes_on_with_our_files(tmp_path):
-    sentences = pytest.importorskip(
-        "sentence_transformers", reason="the package sentence-transformers is not installed"
-    )
-
-    def made():
-        transformers.AutoModel.from_config(models.config("bert")).save_pretrained(tmp_path / "base")
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
-        (tmp_path / "base" / "vocab.txt").write_text("\n".join(words))
-        transformers.BertTokenizer(str(tmp_path / "base" / "vocab.txt")).save_pretrained(tmp_path / "base")
-        return sentences.SentenceTransformer(str(tmp_path / "base"), device="cpu")
-
-    torch.manual_seed(0)
-    model = made()
-    apt_kernels.patch(model[0].model, prefix_length=3)
-    randomise(model[0].model)
-    expected = model.encode(["a b", "c d e"])
-    with pytest.raises(apt_kernels.AdapterError, match="sentence-transformers reads"):
-        model.save_pretrained(str(tmp_path / "whole"))
-    apt_kernels.save(model[0].model, tmp_path / "adapter")
-    again = sentences.SentenceTransformer(str(tmp_path / "base"), device="cpu")
-    apt_kernels.load(again[0].model, tmp_path / "adapter")
-    assert (again.encode(["a b", "c d e"]) == expected).all()
