@@ -192,6 +192,8 @@ def _patterns(value) -> tuple[str, ...] | None:
 def _check_pattern(name: str, needed: str, pattern) -> None:
     if not isinstance(pattern, str):
         raise ConfigError(f"{name} has {pattern!r}; it needs {needed}")
+    if not pattern:
+        raise ConfigError(f"{name} has '', which matches every name; it needs {needed} ('.' for every name)")
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -202,7 +204,7 @@ def _layers(value) -> tuple[int | str, ...] | None:
     if value is None:
         return None
     entries = (value,) if isinstance(value, (int, str)) else value
-    if not isinstance(entries, Sequence) or not entries:
+    if not isinstance(entries, Sequence) or not entries or isinstance(entries, (bytes, bytearray)):
         raise ConfigError(f"layers is {value!r}; it needs an index, a name's pattern, a kind, or several of them")
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, (int, str)):

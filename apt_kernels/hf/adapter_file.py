@@ -85,15 +85,26 @@ class AdapterFile:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name. Raises `AdapterError` if the checksum is not that of the contents."""
-        found = {}
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
-            tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-            self._file.seek(self._data + entry.start)
-            read_exactly(self._file, entry.end - entry.start, self.path, _bytes(tensor))
-            found[name] = _swapped(tensor)
+        by_position = sorted(self.entries.items(), key=lambda item: item[1].start)
+        found = {name: _tensor(self._file, self._data, entry, self.path) for name, entry in by_position}
         if self._checksum is not None and not hmac.compare_digest(_digest(self._text, found), self._checksum):
             raise AdapterError(f"{self.path} is damaged: its contents do not match its checksum")
         return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor | None:
+    """One tensor of a safetensors file of another library, or None; FileNotFoundError, or `AdapterError` if damaged."""
+    with opened(path) as file:
+        entries, _ = _header(path, file)
+        return _tensor(file, file.tell(), entries[name], path) if name in entries else None
+
+
+def _tensor(file, data: int, entry: Entry, path: Path) -> Tensor:
+    """The tensor of ``entry``, whose file has its data from byte ``data`` on."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    file.seek(data + entry.start)
+    read_exactly(file, entry.end - entry.start, path, _bytes(tensor))
+    return _swapped(tensor)
 
 
 @contextmanager
@@ -114,6 +125,8 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
 
 def _read(folder: Path, path: Path, file) -> AdapterFile:
     entries, metadata = _header(path, file)
+    if unknown := sorted(set(metadata) - {"format", _SETTINGS, _CHECKSUM}):
+        raise AdapterError(f"{path} is damaged: its metadata has the unknown key {shown(unknown[0])}")
     text, checksum = metadata.get(_SETTINGS), metadata.get(_CHECKSUM)
     if text is None and checksum is None:
         settings = _old_settings(folder / CONFIG)
@@ -190,13 +203,10 @@ def _header(path: Path, file) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(header, dict):
         raise AdapterError(f"{path} is damaged: its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    known = {"format", _SETTINGS, _CHECKSUM}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise AdapterError(f"{path} is damaged: its metadata is not a JSON object of strings")
     if metadata.get("format", "pt") != "pt":
         raise AdapterError(f"{path} is damaged: its metadata has the format {shown(metadata['format'])}, not 'pt'")
-    if unknown := sorted(set(metadata) - known):
-        raise AdapterError(f"{path} is damaged: its metadata has the unknown key {shown(unknown[0])}")
     entries = {name: _entry(path, name, given) for name, given in header.items()}
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

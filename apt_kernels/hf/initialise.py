@@ -6,7 +6,6 @@ run at positions -M to -1, and a checkpoint's keys are rotated by -M (hf/capture
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,17 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import AptConfig, Settings
 from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
 from . import compat, patching
+from .adapter_file import read_tensor
 from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
 from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .state import Model, is_patched, prefixes
+from .untrusted import read_json_file, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -188,23 +187,29 @@ def _check_mask(name: str, mask, length: int) -> None:
 def _read_peft(folder: Path) -> tuple[Tensor, int]:
     """The checkpoint's ``[M, L * 2 * Hkv * D]`` and its number of layers L."""
     settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (settings, weights):
-        if not path.is_file():
-            raise AdapterError(f"{folder} has no {path.name}; pickled checkpoints are not read")
     try:
-        given = json.loads(settings.read_text(encoding="utf-8"))
-        tensors = load_file(weights)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder} is damaged: {error}") from error
+        given, flat = read_json_file(settings), read_tensor(weights, "prompt_embeddings")
+    except FileNotFoundError:
+        name = next(path.name for path in (settings, weights) if not path.exists())
+        raise AdapterError(f"{folder} has no {name}; pickled checkpoints are not read") from None
     kind = given.get("peft_type") if isinstance(given, dict) else None
     if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
-        raise AdapterError(f"{folder} has the peft_type {kind!r}; it needs 'PREFIX_TUNING' or 'CARTRIDGE'")
-    flat, layers = tensors.get("prompt_embeddings"), given.get("num_layers")
-    if flat is None or flat.ndim != 2 or type(layers) is not int or layers < 1 or flat.shape[1] % (2 * layers):
+        raise AdapterError(f"{folder} has the peft_type {shown(kind)}; it needs 'PREFIX_TUNING' or 'CARTRIDGE'")
+    layers = given.get("num_layers")
+    if (
+        flat is None
+        or flat.ndim != 2
+        or not len(flat)
+        or type(layers) is not int
+        or layers < 1
+        or flat.shape[1] % (2 * layers)
+    ):
         shape = None if flat is None else list(flat.shape)
         raise AdapterError(
-            f"{folder} has prompt_embeddings of {shape} for {layers} layers; it needs [M, layers * 2 * d]"
+            f"{folder} has prompt_embeddings of {shape} for {shown(layers)} layers; it needs [M, layers * 2 * d]"
         )
+    if not torch.isfinite(flat).all():
+        raise AdapterError(f"{folder} has prompt_embeddings with values that are not finite")
     return flat, layers
 
 

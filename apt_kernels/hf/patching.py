@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import AptConfig, Settings
-from ..errors import ConfigError, PatchError
+from ..errors import ArgumentError, ConfigError, PatchError
 from ..ops import choose
 from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
@@ -58,14 +58,15 @@ def patch(
     Args:
         model: a ``transformers.PreTrainedModel`` whose attention goes through transformers' attention interface.
         config: an `AptConfig`; or give its fields as keywords (``prefix_length=16, gate="auto", ...``).
-        example_inputs: keyword arguments of one small forward, for models whose inputs cannot be guessed. Only modules
-            that this forward runs get a prefix. None: text, vision and audio parts are all run.
+        example_inputs: a dict, the arguments of one small forward, for models whose inputs cannot be guessed. Only
+            modules that this forward runs get a prefix. None: text, vision and audio parts are all run.
 
     Returns:
         The same model.
 
     Raises:
         ConfigError: a setting is out of range, or a gate would let a token see later ones.
+        ArgumentError: ``example_inputs`` is not a dict by the arguments' names.
         PatchError: the model has no attention that can be patched, or is patched with other settings.
         ImplementationError: there is no implementation of that name.
 
@@ -99,6 +100,7 @@ def patch_checked(
             return model
         raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
     _refuse_second(base)
+    _check_example(example_inputs)
     if config.implementation != "auto":
         choose.load(config.implementation)
     events.check("patch", model)
@@ -122,6 +124,14 @@ def _refuse_second(model) -> None:
             raise PatchError(f"{name} inside the model is patched; call apt_kernels.unpatch on it first")
         if isinstance(module, AdaptivePrefix) or "apt_before" in module.__dict__:
             raise PatchError("the model is part of one that is patched; call apt_kernels.unpatch on that first")
+
+
+def _check_example(given) -> None:
+    needs = "it needs the arguments of one small forward by name, {'input_ids': ...}"
+    if given is None or (isinstance(given, Mapping) and given and all(isinstance(name, str) for name in given)):
+        return
+    found = f"is a {type(given).__name__}" if not isinstance(given, Mapping) else f"has the names {list(given)}"
+    raise ArgumentError(f"example_inputs {found}; {needs}")
 
 
 def make_config(config: AptConfig | None, settings: Mapping[str, Any]) -> AptConfig:

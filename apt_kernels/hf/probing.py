@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -18,7 +18,7 @@ from ..errors import ArgumentError, ConfigError
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
 from .discovery.recording import evaluating
-from .state import Model, state_of
+from .state import Model, inner, state_of
 from .transaction import atomic, exclusive
 
 _one_at_a_time = threading.RLock()
@@ -139,8 +139,11 @@ class Probe:
 
     @classmethod
     def from_json(cls, data: dict) -> Probe:
-        """The inverse of `to_json`."""
-        return cls([LayerProbe(**layer) for layer in data["layers"]], data["modules"], data["examples"])
+        """The inverse of `to_json`. `ArgumentError` if ``data`` is something else."""
+        try:
+            return cls([LayerProbe(**layer) for layer in data["layers"]], data["modules"], data["examples"])
+        except (KeyError, TypeError) as error:
+            raise ArgumentError(f"data is not what Probe.to_json returns ({type(error).__name__}: {error})") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `to_json` to a file."""
@@ -297,14 +300,14 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
 
     Raises:
         PatchError: the model is not patched.
-        ArgumentError: there are no batches, or one is not a dict.
+        ArgumentError: there are no batches, or the model cannot run one.
 
     Examples:
         >>> found = apt_kernels.probe(model, [batch])
         >>> print(found.table())
     """
     state = state_of(model)
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
         raise ArgumentError(
             f"batches is a {type(batches).__name__}; it needs dicts of the forward's arguments, in a list"
         )
@@ -316,11 +319,28 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
                 raise ArgumentError(f"a batch is a {type(batch).__name__}; it needs a dict of the forward's arguments")
             batch = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
             with calls.observing(_observer(watches, batch.get("decoder_attention_mask"))):
-                model(**batch)
+                _run(model, batch)
             examples += len(next(iter(batch.values())))
     if not examples:
         raise ArgumentError("batches is empty; probe needs at least one")
     return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(state), examples)
+
+
+def _run(model: nn.Module, batch: dict) -> None:
+    """One forward; `ArgumentError` where the model refuses the batch."""
+    try:
+        model(**batch)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, (ArgumentError, ConfigError)):
+            raise
+        given = ", ".join(
+            f"{name} {list(part.shape)}" if isinstance(part, Tensor) else f"{name} (a {type(part).__name__})"
+            for name, part in batch.items()
+        )
+        raise ArgumentError(
+            f"the {type(inner(model)).__name__} cannot run a batch of {given}: {type(error).__name__}: {error}. "
+            "A batch needs the forward's arguments as tensors: tokenizer(..., padding=True, return_tensors='pt')"
+        ) from error
 
 
 def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
@@ -363,6 +383,8 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     state = state_of(model)
     events.check("prune", model)
     names = pruning.modules(state)
+    if probe is not None and not isinstance(probe, Probe):
+        raise ConfigError(f"probe is a {type(probe).__name__}; it needs what apt_kernels.probe returns, or None")
     if not isinstance(lengths, Sequence) or isinstance(lengths, str):
         raise ConfigError(f"lengths is a {type(lengths).__name__}; it needs a list of {len(names)} ints")
     if len(lengths) != len(names):

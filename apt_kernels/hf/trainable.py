@@ -24,12 +24,25 @@ def trainable_names(model, config: AptConfig) -> set[str]:
     if config.trainable is not None:
         unused = [pattern for pattern in config.trainable if not any(patterns.search(pattern, name) for name in names)]
         if unused:
-            raise ConfigError(f"trainable has {unused[0]!r}; no parameter's name matches it")
+            raise ConfigError(f"trainable has {unused[0]!r}; {_why_unused(model, unused[0])}")
         return {name for name in names if any(patterns.search(pattern, name) for pattern in config.trainable)}
     inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
     # PEFT's `modules_to_save` trains copies of the modules that it names.
     outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
     return {name for name in outside if name in names and ".original_module." not in name}
+
+
+def _why_unused(model, pattern: str) -> str:
+    """Why ``pattern`` names no parameter of its own: the end of a message."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first[id(parameter)] != name and patterns.search(pattern, name):
+            other = first[id(parameter)]
+            return (
+                f"{name} is tied to {other}: they are one parameter. Train both with trainable=[{other!r}], or give "
+                f"the module a weight of its own before the patch: torch.nn.Parameter(model.{name}.detach().clone())"
+            )
+    return "no parameter's name matches it"
 
 
 def refuse_quantised(model, trainable: set[str]) -> None:

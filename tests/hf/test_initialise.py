@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,18 +143,45 @@ def test_a_copy_that_turns_out_wrong_is_taken_back(monkeypatch):
     assert_unchanged(model, before)
 
 
+def replace_by(path, make):
+    path.unlink()
+    make(path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def weights(folder, tensor):
+    save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
         (lambda d: (d / "adapter_model.safetensors").unlink(), "pickled checkpoints are not read"),
         (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 50), "is damaged"),
-        (lambda d: (d / "adapter_config.json").write_text("{"), "is damaged"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is not valid JSON"),
+        (lambda d: (d / "adapter_config.json").write_text("[" * 10**5), "is not valid JSON"),
+        (lambda d: (d / "adapter_config.json").write_text(" " * 2**23 + "{}"), "has 8388610 bytes; settings of more"),
+        (lambda d: (d / "adapter_config.json").write_text('{"a": NaN}'), "which is not finite"),
+        (lambda d: replace_by(d / "adapter_config.json", os.mkfifo), "is a pipe"),
+        (lambda d: replace_by(d / "adapter_model.safetensors", Path.mkdir), "is a folder"),
+        (lambda d: replace_by(d / "adapter_model.safetensors", lambda p: p.symlink_to("/dev/zero")), "is a device"),
+        (lambda d: cut(d / "adapter_model.safetensors"), "is damaged"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\xff" * 64), "is damaged: its header has"),
+        (lambda d: weights(d, torch.zeros(0, 96)), r"prompt_embeddings of \[0, 96\]"),
+        (lambda d: weights(d, torch.zeros(2, 3, 4)), r"prompt_embeddings of \[2, 3, 4\]"),
+        (lambda d: weights(d, torch.zeros(4, 96).long()), "has the dtype 'I64'"),
+        (lambda d: weights(d, torch.full((4, 64), float("nan"))), "values that are not finite"),
+        (lambda d: (d / "adapter_config.json").write_text('{"peft_type": ["LORA"]}'), r"peft_type \['LORA'\]"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "peft_type 'LORA'"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "CARTRIDGE", "num_layers": 5}'), "it needs"),
         (lambda d: checkpoint(d, models.build("qwen3")), "it has|of width 24; model.layers.0.self_attn is layer 0"),
     ],
 )
 def test_a_bad_checkpoint_names_its_fault(harm, message, tmp_path):
+    """Whatever is wrong with a file, nothing is unpickled, and nothing larger than the file is allocated."""
     model = models.build("llama")
     checkpoint(tmp_path, model)
     harm(tmp_path)

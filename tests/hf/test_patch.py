@@ -319,10 +319,37 @@ BAD = [
     ({"layer_scale": 1.0}, apt_kernels.ConfigError, "layer_scale is 1.0"),
     ({"init_std": -1.0}, apt_kernels.ConfigError, "init_std is -1.0"),
     ({"trainable": "("}, apt_kernels.ConfigError, "regular expression"),
+    ({"trainable": ""}, apt_kernels.ConfigError, "trainable has '', which matches every name"),
     ({"trainable": "no_such_name"}, apt_kernels.ConfigError, "no parameter's name matches"),
     ({"implementation": "cuddn"}, apt_kernels.ImplementationError, "implementation is 'cuddn'"),
     ({"lenght": 3}, apt_kernels.ConfigError, "unknown setting 'lenght'"),
 ]
+
+
+def test_a_pattern_that_names_a_tied_weight_says_to_which():
+    model = models.build("llama", tie_word_embeddings=True)
+    before = snapshot(model)
+    message = (
+        r"lm_head.weight is tied to model.embed_tokens.weight: .*trainable=\['model.embed_tokens.weight'\], or give"
+    )
+    with pytest.raises(apt_kernels.ConfigError, match=message):
+        apt_kernels.patch(model, trainable=["lm_head"])
+    assert_unchanged(model, before)
+    # What the message says to do.
+    apt_kernels.unpatch(apt_kernels.patch(model, trainable=["model.embed_tokens.weight"]))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    apt_kernels.patch(model, trainable=["lm_head"])
+    assert model.lm_head.weight.requires_grad
+    assert not model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("given", [torch.ones(1, 3).long(), [1, 2], "text", {}, {1: 2}])
+def test_example_inputs_that_are_no_arguments(given):
+    model = models.build("llama")
+    before = snapshot(model)
+    with pytest.raises(apt_kernels.ArgumentError, match=r"example_inputs (is a|has the names).*arguments of one small"):
+        apt_kernels.patch(model, example_inputs=given)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(("settings", "error", "message"), BAD, ids=lambda v: str(v) if isinstance(v, dict) else "")

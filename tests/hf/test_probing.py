@@ -89,6 +89,12 @@ def test_cross_attention_leaves_the_decoders_padding_out():
         assert layer.gate_mean == pytest.approx(expected.gate_mean, abs=1e-5)
 
 
+@pytest.mark.parametrize("data", [[], {}, {"layers": []}, {"layers": [1], "modules": [], "examples": 1}])
+def test_what_is_no_probe_is_named(data):
+    with pytest.raises(apt_kernels.ArgumentError, match=r"not what Probe\.to_json returns"):
+        apt_kernels.Probe.from_json(data)
+
+
 def test_table_json_and_picture(tmp_path):
     found = apt_kernels.probe(patched(prefix_length=[4, 0]), [models.inputs("bert")])
     assert found.modules == [f"bert.encoder.layer.{i}.attention.self" for i in (0, 1)]
@@ -102,7 +108,21 @@ def test_table_json_and_picture(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([], "batches is empty"), ([torch.ones(1, 2).long()], "a batch is a Tensor")],
+    [
+        ([], "batches is empty"),
+        ([torch.ones(1, 2).long()], "a batch is a Tensor"),
+        ({"input_ids": torch.ones(1, 2).long()}, "batches is a dict; it needs dicts .* in a list"),
+        ("text", "batches is a str"),
+        (
+            [{"labels": torch.ones(1, 2).long()}],
+            r"cannot run a batch of labels \[1, 2\]: .* needs the forward's arguments",
+        ),
+        ([{"input_ids": [[1, 2]]}], r"cannot run a batch of input_ids \(a list\): .* return_tensors='pt'"),
+        (
+            [{"input_ids": torch.tensor([[1, 1000]])}],
+            r"cannot run a batch of input_ids \[1, 2\]: IndexError: index out",
+        ),
+    ],
 )
 def test_batches_that_cannot_be_probed(given, message):
     with pytest.raises(apt_kernels.ArgumentError, match=message):

@@ -230,6 +230,8 @@ def test_layers_by_name_index_and_kind(family, layers, expected, tmp_path):
         ("nowhere", "layers has 'nowhere'"),
         ([], r"layers is \[\]"),
         (True, "layers has True"),
+        ("", "layers has '', which matches every name"),
+        (b"x", "layers is b'x'"),
         ("(", "regular expression"),
         ([0, 1.5], "layers has 1.5"),
     ],
