@@ -24,6 +24,10 @@ class Integration:
         """The ids of the parameters that this library added to ``model``: it trains, freezes and saves them."""
         return set()
 
+    def copies(self, model) -> set[str]:
+        """The names of those among them that it trains in the place of the model's own, of which they are copies."""
+        return set()
+
     def check(self, action: Action, model) -> None:
         """Raise `PatchError` if ``action`` cannot be done on ``model``, as the caller gave it. Change nothing."""
 
@@ -47,6 +51,11 @@ def inside(model):
 def added_parameters(model) -> set[int]:
     """The ids of the parameters that other libraries added to ``model``."""
     return set().union(*(each.parameters(model) for each in _subscribed))
+
+
+def copied_parameters(model) -> set[str]:
+    """The names of the parameters that other libraries copied, to train the copies."""
+    return set().union(*(each.copies(model) for each in _subscribed))
 
 
 def caches() -> set[str]:

@@ -236,13 +236,14 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     """Patch the model; ``needed``: the attention implementation of each part of the model, by its name."""
     model: Any = state.model
     state.requires_grad = {name: parameter.requires_grad for name, parameter in state.parameters.items()}
-    trainable, added = trainable_names(model, state.config), events.added_parameters(model)
+    trainable = trainable_names(model, state.config)
     refuse_quantised(model, trainable)
     state.loaded = offload.load(model, trainable)
     parameters = state.parameters
     state.start = {name: parameters[name].detach().clone() for name in sorted(trainable)}
     state.originals = precision.widen(model, trainable)
-    parameters = state.parameters
+    state.originals += precision.widen(model, events.copied_parameters(model), keep=True)
+    parameters, added = state.parameters, events.added_parameters(model)
     remember(model, state.token)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))

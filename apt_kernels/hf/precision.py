@@ -69,8 +69,10 @@ def _with_plain_tensors(module, forward, args, kwargs):
         module.__dict__.update(held)
 
 
-def widen(model: nn.Module, names: Iterable[str]) -> list[Original]:
+def widen(model: nn.Module, names: Iterable[str], keep: bool = False) -> list[Original]:
     """Replace the half-precision parameters ``names`` by float32 copies, in every module that shares them.
+
+    ``keep``: `put_back` keeps what the copies learned, rounded.
 
     ZeRO-3 has float32 copies of its own, so its parameters are not replaced.
     """
@@ -88,7 +90,7 @@ def widen(model: nn.Module, names: Iterable[str]) -> list[Original]:
             warnings.warn(f"a {type(module).__name__} trains in {dtype}: it cannot hold float32 copies", stacklevel=6)
             continue
         for key, (original, copy) in ours.items():
-            done.append(Original(module, key, original))
+            done.append(Original(module, key, original, keep))
             module._parameters[key] = copy
             dtypes = module.__dict__.get("apt_dtypes", {})
             module.__dict__["apt_dtypes"] = {**dtypes, key: original.dtype}
@@ -123,7 +125,7 @@ def put_back(model: nn.Module, originals: list[Original]) -> None:
     Parameters that FSDP2 has sharded remain float32 copies.
     """
     names = {module: name for name, module in model.named_modules()}
-    for module, key, original in originals:
+    for module, key, original, keep in originals:
         now = module._parameters.get(key)
         if hasattr(now, "device_mesh") and not hasattr(original, "device_mesh"):
             continue
@@ -132,8 +134,11 @@ def put_back(model: nn.Module, originals: list[Original]) -> None:
         if now is not None and now.shape == original.shape:
             held = now.device.type == "meta" and module in names
             holder = offload.holder(model, f"{names[module]}.{key}") if held else None
-            module._parameters[key] = _moved(original, now, dtype)
-            if holder is not None:
+            if keep:
+                module._parameters[key] = nn.Parameter(now.detach().to(dtype), requires_grad=now.requires_grad)
+            else:
+                module._parameters[key] = _moved(original, now, dtype)
+            if holder is not None and not keep:
                 place, at = holder.place()
                 place[at] = original.detach().to(holder.read().device, dtype, copy=True)
         module.__dict__["apt_dtypes"] = dtypes

@@ -33,6 +33,7 @@ class Original(NamedTuple):
     module: nn.Module
     key: str
     parameter: nn.Parameter
+    keep: bool = False  # whether `unpatch` keeps what the copy learned: PEFT's own copies of heads
 
 
 @dataclass

@@ -336,6 +336,43 @@ def keep_saving(folder, value):
         write_adapter(folder, adapter, {**SETTINGS, "lengths": {"x": value + step % 7}})
 
 
+def keep_reading(folder, end, found):
+    """Read until ``end``, and report how many saves were seen, or what was wrong."""
+    torch.set_num_threads(1)  # a forked process has no threads of torch
+    seen = set()
+    try:
+        while time.monotonic() < end:
+            settings, tensors = read(folder)
+            value = settings["lengths"]["x"]
+            if not (tensors["x"].eq(value).all() and tensors["y"].eq(value).all()):
+                raise AssertionError(f"the settings are of save {value}, the tensors are not")
+            seen.add(settings["save_id"])
+        found.put(len(seen))
+    except BaseException as error:
+        found.put(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
+def test_readers_in_several_processes_beside_savers_see_whole_adapters(tmp_path):
+    context, found = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").SimpleQueue()
+    write_adapter(tmp_path, {"x": torch.zeros(50_000), "y": torch.zeros(3)}, {**SETTINGS, "lengths": {"x": 0}})
+    savers = [context.Process(target=keep_saving, args=(tmp_path, value)) for value in (10, 20)]
+    end = time.monotonic() + 3
+    readers = [context.Process(target=keep_reading, args=(tmp_path, end, found)) for _ in range(3)]
+    try:
+        for process in (*savers, *readers):
+            process.start()
+        for reader in readers:
+            reader.join(timeout=30)
+        assert not any(reader.is_alive() for reader in readers)
+        counts = [found.get() for _ in readers]
+    finally:
+        for process in (*savers, *readers):
+            process.kill()
+            process.join()
+    assert all(isinstance(count, int) and count > 5 for count in counts), counts
+
+
 @pytest.mark.slow
 def test_readers_beside_savers_that_are_killed_see_whole_adapters(tmp_path):
     """Two savers, killed at random moments and started again; each read is one save's, settings and tensors."""

@@ -373,7 +373,7 @@ def test_offloaded_models(offload, tmp_path):
 
 @pytest.mark.parametrize("first", ["patch", "peft"])
 def test_modules_that_peft_saves(first, tmp_path):
-    """If the model was patched first, the copy that PEFT makes of a head also trains in float32."""
+    """The copy that PEFT makes of a head trains in float32 as well; `unpatch` keeps what it learned."""
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
 
@@ -389,18 +389,40 @@ def test_modules_that_peft_saves(first, tmp_path):
     model(**inputs("bert"), labels=torch.tensor([0, 1, 1])).loss.backward()
     head = model.base_model.model.classifier.modules_to_save["default"]
     assert head.weight.grad is not None
-    assert head.weight.dtype == (torch.float32 if first == "patch" else torch.bfloat16)
+    assert head.weight.dtype == torch.float32
     with torch.no_grad():
         head.weight.add_(0.01)
     randomise(model)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base(), tmp_path)
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-2, atol=1e-2)  # PEFT chooses its copy's dtype
+    learned = head.weight.detach().clone()
     apt_kernels.unpatch(model)
+    assert torch.equal(head.weight.float(), learned if first == "patch" else learned.bfloat16().float())
+    assert head.weight.requires_grad
     original = model.base_model.model.classifier.original_module
     assert original.weight.dtype == torch.bfloat16
     assert torch.equal(original.weight, base().classifier.weight)
     logits(model)
+
+
+def test_a_head_that_peft_copied_takes_small_steps_also_from_later_adapters():
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    model = apt_kernels.patch(peft.get_peft_model(base(), config), prefix_length=3)
+    expected = logits(model)
+    model.add_adapter("b", config)
+    assert torch.equal(logits(model), expected)
+    heads = model.base_model.model.classifier.modules_to_save
+    assert {p.dtype for p in heads.parameters()} == {torch.float32}
+    for name in ("default", "b"):
+        model.base_model.set_adapter(name)
+        before, weight = heads[name].weight.detach().clone(), heads[name].weight
+        assert weight.requires_grad
+        optimizer = torch.optim.AdamW([weight], lr=2e-5)
+        model(**inputs("bert"), labels=torch.tensor([0, 1, 1])).loss.backward()
+        optimizer.step()
+        assert (weight != before).float().mean() > 0.9
 
 
 def test_trainer_resumes_bit_for_bit(tmp_path):

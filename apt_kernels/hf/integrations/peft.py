@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ...prefix.adaptive import AdaptivePrefix
-from .. import compat, events, hub
+from .. import compat, events, hub, precision
 from ..adapters import adapters, delete_adapter, set_adapter
 from ..checkpoint import CONFIG, WEIGHTS, load, save, weights_to_write
 from ..patching import unpatch
@@ -29,6 +29,12 @@ class Peft(events.Integration):
 
     def parameters(self, model) -> set[int]:
         return peft_parameters(model)
+
+    def copies(self, model) -> set[str]:
+        # `modules_to_save` trains copies of the modules that it names.
+        added = peft_parameters(model)
+        named = model.named_parameters() if added else ()
+        return {name for name, parameter in named if id(parameter) in added and ".modules_to_save." in name}
 
     def check(self, action: events.Action, model) -> None:
         if "peft" in sys.modules and action not in ("delete", "unpatch") and _has_peft(model):
@@ -103,7 +109,11 @@ def _keeping_trainable(call, model, *args, **kwargs):
 
 
 def _inject_adapter(original, self, model, *args, **kwargs):
-    return _keeping_trainable(lambda *given, **options: original(self, *given, **options), model, *args, **kwargs)
+    result = _keeping_trainable(lambda *given, **options: original(self, *given, **options), model, *args, **kwargs)
+    if is_patched(model):
+        base = inner(model)
+        state_of(base).originals += precision.widen(base, events.copied_parameters(base), keep=True)
+    return result
 
 
 def _setup_prompt_encoder(original, self, *args, **kwargs):
