@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
 from . import events, offload, precision
+from .discovery.selection import lengths_of
 from .patching import attach, build, detach, make_config
-from .state import Model, Parked, State, state_of
+from .state import Model, Parked, State, own_name, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
@@ -137,8 +138,21 @@ def _refuse_disabled(state: State) -> None:
         raise PatchError("the adapter cannot be switched while the prefix is disabled")
 
 
+def refuse_detached(state: State) -> None:
+    """Raise `PatchError` if an attention module was replaced or removed since the patch, its prefix with it."""
+    found, modules = state.prefixes, {own_name(name) for name, _ in state.model.named_modules()}
+    for site, length in zip(state.sites, lengths_of(state.config, state.sites)):
+        if site.name not in modules or (length and site.name not in found):
+            what = "has no prefix any more: it was replaced" if site.name in modules else "is no longer there: removed"
+            raise PatchError(
+                f"{site.name} {what} since the patch. Put the old module back, or call apt_kernels.unpatch(model), "
+                "change the model, and patch it then"
+            )
+
+
 def _refuse_exchanged(state: State) -> None:
     """Raise `PatchError` if a module that the adapters train was replaced by another since the patch."""
+    refuse_detached(state)
     parameters = state.parameters
     for name, start in state.start.items():
         now = parameters.get(name)

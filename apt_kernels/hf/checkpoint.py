@@ -23,7 +23,7 @@ from ..errors import AdapterError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from . import base_record, events, hub, offload, weights
 from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adapter, write_tensors
-from .adapters import adapters, add_checked, rename, set_adapter
+from .adapters import adapters, add_checked, refuse_detached, rename, set_adapter
 from .discovery.selection import lengths_of
 from .model_card import card
 from .patching import patch_checked
@@ -127,6 +127,8 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
         names = ", ".join(map(repr, adapters(state.model)))
         raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")
     held = None if name is None else state.parked.get(name)
+    if held is None:
+        refuse_detached(state)
     prefixes = state.prefixes if held is None else held.prefixes
     own = {f"{site}.apt.{n}": p for site, prefix in prefixes.items() for n, p in prefix.named_parameters()}
     if held is not None:

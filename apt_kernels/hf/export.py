@@ -19,6 +19,7 @@ from . import calls, compat, events, offload
 from .adapter_file import replacing, write_tensors
 from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
 from .checkpoint import trained_beside
+from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .folding import folded, refuse_gates
 from .probing import probe
@@ -245,7 +246,7 @@ def _widest(base) -> torch.dtype:
 
 def _probe_ids(base) -> Tensor:
     weight = base.get_input_embeddings().weight
-    return torch.arange(5, 9, device=weight.device)[None] % weight.shape[0]
+    return torch.arange(5, 9, device=dummy_inputs.device(base))[None] % weight.shape[0]
 
 
 def _check_window(name: str, own: Captured, length: int, max_length: int | None) -> None:

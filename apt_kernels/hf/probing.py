@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ConfigError
+from ..errors import ArgumentError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
 from .discovery.recording import evaluating
@@ -299,7 +299,7 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
             to its device.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched, or has no values yet.
         ArgumentError: there are no batches, or the model cannot run one.
 
     Examples:
@@ -313,6 +313,10 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
         )
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
     examples, device = 0, offload.device(state.model)
+    if device.type == "meta":
+        raise PatchError(
+            "the model is on the meta device and has no values; give it values (model.to_empty, its weights)"
+        )
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             if not hasattr(batch, "items"):

@@ -13,6 +13,7 @@ from torch import nn
 import apt_kernels
 from apt_kernels.hf import calls
 from helpers.patched import randomise
+from helpers.workflows import llama
 
 PACKAGE = str(Path(apt_kernels.__file__).parent)
 
@@ -210,6 +211,38 @@ def test_a_module_that_was_exchanged_is_refused_by_name():
     assert torch.equal(model(input_ids=ids).logits, expected)
     apt_kernels.unpatch(model)
     assert model.classifier.out_features == 5
+
+
+def exchanged(model):
+    model.model.layers[1].self_attn = copy.deepcopy(llama().model.layers[1].self_attn)
+
+
+def removed(model):
+    model.model.layers = model.model.layers[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(exchanged, "layers.1.self_attn has no prefix any more"), (removed, "layers.1.self_attn is no longer there")],
+)
+def test_an_attention_module_that_was_exchanged_is_refused_by_name(change, message, tmp_path):
+    """A file with the remaining prefixes would not load, and the others would be lost without a word."""
+    model = apt_kernels.patch(llama(), prefix_length=3)
+    apt_kernels.add_adapter(model, "b", prefix_length=2)
+    change(model)
+    attached = list(apt_kernels.prefixes(model))
+    for call in (
+        lambda: apt_kernels.save(model, tmp_path / "adapter"),
+        lambda: model.save_pretrained(tmp_path / "adapter"),
+        lambda: apt_kernels.set_adapter(model, "default"),
+        lambda: apt_kernels.add_adapter(model, "c", prefix_length=2),
+    ):
+        with pytest.raises(apt_kernels.PatchError, match=message):
+            call()
+        assert list(apt_kernels.prefixes(model)) == attached
+        assert not (tmp_path / "adapter").exists()
+    apt_kernels.unpatch(model)
+    apt_kernels.patch(model, prefix_length=3)
 
 
 def test_an_adapter_that_is_refused_while_disabled_is_not_there():

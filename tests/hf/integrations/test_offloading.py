@@ -208,3 +208,29 @@ def test_a_model_without_values_is_refused_by_name(tmp_path):
     with pytest.raises(apt_kernels.PatchError, match=r"is on the meta device and has no value"):
         apt_kernels.load(model, tmp_path / "a")
     apt_kernels.unpatch(model)
+
+
+def test_an_offloaded_model_is_exported_and_starts_from_a_text(tmp_path):
+    model = models.build("llama")
+    apt_kernels.patch(model, prefix_length=3, gate="static")
+    randomise(model)
+    expected = apt_kernels.as_past_key_values(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    found = apt_kernels.as_past_key_values(model)
+    for layer, wanted in zip(found.layers, expected.layers):
+        assert torch.equal(layer.keys, wanted.keys)
+        assert torch.equal(layer.values, wanted.values)
+    base, plain = models.build("llama"), models.build("llama")
+    accelerate.cpu_offload(base, execution_device="cpu")
+    text, given = [7, 31, 12], models.inputs("llama")
+    apt_kernels.patch_from_text(base, text)
+    apt_kernels.patch_from_text(plain, text)
+    torch.testing.assert_close(base(**given).logits, plain(**given).logits)
+
+
+def test_probe_of_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = models.build("llama")
+    apt_kernels.patch(model, prefix_length=3)
+    with pytest.raises(apt_kernels.PatchError, match="on the meta device and has no values"):
+        apt_kernels.probe(model, [models.inputs("llama")])
