@@ -186,7 +186,7 @@ def _patterns(value) -> tuple[str, ...] | None:
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         _check_pattern("trainable", "a regular expression", pattern)
-    return patterns
+    return tuple(dict.fromkeys(patterns))
 
 
 def _check_pattern(name: str, needed: str, pattern) -> None:
@@ -211,4 +211,4 @@ def _layers(value) -> tuple[int | str, ...] | None:
             raise ConfigError(f"layers has {entry!r}; each entry needs an int or a string")
         if isinstance(entry, str):
             _check_pattern("layers", "a kind or a regular expression", entry)
-    return tuple(entries)
+    return tuple(dict.fromkeys(entries))

@@ -182,10 +182,7 @@ def read_config(settings: dict, path: Path) -> AptConfig:
             raise ConfigError("reparameterisation is set; a saved adapter has none")
         # Checked before `AptConfig` compiles them, which may take long.
         for name in ("layers", "trainable"):
-            entries = settings.get(name)
-            for entry in entries if isinstance(entries, list) else [entries]:
-                if isinstance(entry, str):
-                    patterns.check(name, entry)
+            patterns.check_all(name, settings.get(name))
         return AptConfig.from_json(settings)
     except ConfigError as error:
         raise AdapterError(f"{path}: {shortened(str(error))}") from error

@@ -178,11 +178,8 @@ def _settings(state: State, saved: _Adapter, name: str) -> dict:
     if saved.others:
         # Made trainable by the user, or merged, since the patch: named, so that a load trains and restores them too.
         settings["trainable"] = [f"^{re.escape(each)}$" for each in trained]
-    for pattern in settings["trainable"] or ():
-        patterns.check("trainable", pattern)
-    for entry in settings["layers"] or ():
-        if isinstance(entry, str):
-            patterns.check("layers", entry)
+    for each in ("layers", "trainable"):
+        patterns.check_all(each, settings[each])
     return {
         **settings,
         "model": type(state.model).__name__,

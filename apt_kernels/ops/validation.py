@@ -58,6 +58,8 @@ def make_inputs(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
+        if tensor.layout is not torch.strided:
+            raise ArgumentError(f"{name} has the layout {tensor.layout}; it needs a dense tensor (torch.strided)")
     query, key, value, prefix_key, prefix_value = _cast(query, key, value, prefix_key, prefix_value)
     _check_core(query, key, value, prefix_key, prefix_value, prefix_index is not None)
     batch, heads, queries, head_dim = query.shape

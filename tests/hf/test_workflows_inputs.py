@@ -165,6 +165,23 @@ def test_a_pattern_that_takes_for_ever(name, as_list, tmp_path):
     assert "adapter.safetensors" in refused(adapter(tmp_path, **{name: [EVIL] if as_list else EVIL}))
 
 
+MANY = {
+    "trainable": ["(a|b)*c"] * 5000,
+    "layers": [*[0, 1, 2] * 50_000, "nowhere"],
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_setting_that_repeats_itself(name, tmp_path):
+    refused(adapter(tmp_path, **{name: MANY[name]}), f"{name} has .*; (no parameter's name|the model has no such)")
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_setting_of_very_many_patterns(name, tmp_path):
+    patterns = [f"^model.layers.{number}.x$" for number in range(40_000)]
+    refused(adapter(tmp_path, **{name: patterns}), f"{name} has 40000 patterns; a file has 5000 at most")
+
+
 def test_a_prefix_length_out_of_proportion_to_the_weights(tmp_path):
     refused(adapter(tmp_path, prefix_length=10**7), "prefix_length gives .* 10000000 tokens; its weights there have 4")
 
@@ -207,7 +224,7 @@ def test_a_missing_relative_folder_is_said_to_be_neither_here_nor_on_the_hub(mon
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
     message = refused("runs/adapter")
-    assert "'runs/adapter' is no folder here, and could not be read from the Hugging Face hub" in message
+    assert "'runs/adapter' is not a folder on this machine, and could not be read from the Hugging Face hub" in message
 
 
 # 8. At the edges.

@@ -160,6 +160,7 @@ def ints(*shape):
 
 
 WRONG = {
+    "sparse": ({"query": torch.ones(2, 4, 5, 8).to_sparse()}, "query has the layout torch.sparse_coo"),
     "query shape": ({"query": torch.randn(4, 5, 8)}, r"query has shape \[4, 5, 8\]; it needs \[B, Hq, T, D\]"),
     "query dtype": ({"query": ints(2, 4, 5, 8)}, "query has dtype torch.int64"),
     "query type": ({"query": [1.0]}, "query is a list; it needs a torch.Tensor"),
