@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
 from . import events, offload, precision
+from .attention.rows import BASE
 from .discovery.selection import lengths_of
 from .patching import attach, build, detach, make_config
 from .state import Model, Parked, State, own_name, state_of
@@ -66,6 +67,8 @@ def add_checked(model: Model, name: str, config: AptConfig, *, initialise: bool 
     _refuse_disabled(state)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
+    if name == BASE:
+        raise ConfigError(f"name is {name!r}, which in adapter_names stands for no adapter; use another")
     if name in adapters(model):
         raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
     trained = trainable_names(state.model, config)

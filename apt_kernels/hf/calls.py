@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +42,12 @@ class Token:
 class Call:
     """A running forward of an attention module with a prefix."""
 
-    __slots__ = ("cache", "filled", "hidden_states", "module", "outer", "served")
+    __slots__ = ("cache", "filled", "hidden_states", "mixture", "module", "outer", "served")
 
-    def __init__(self, module, hidden_states: Tensor | None, cache, filled: bool, outer: Call | None):
+    def __init__(self, module, hidden_states: Tensor | None, cache, filled: bool, outer: Call | None, mixture=None):
         self.module, self.hidden_states, self.cache, self.filled = module, hidden_states, cache, filled
         self.outer = outer  # the call in which this one runs
+        self.mixture = mixture  # the prefixes of its rows; None: all rows use the module's
         self.served = False  # whether its attention went through the op
 
 
@@ -62,6 +64,7 @@ class _State(threading.local):
     def __init__(self):
         self.call: Call | None = None
         self.documents = None  # the innermost `packing.Running` model
+        self.rows: Any = None  # the `attention.rows.Rows` of a running batch whose rows use different adapters
         self.disabled: tuple[Disabling, ...] = ()
         self.narrowing = False  # within the forward of a `precision.Widened` module
         self.observe: Callable | None = None  # called with (prefix, gate logits, real tokens) of every attention
@@ -131,10 +134,10 @@ def _in_a_task() -> bool:
 class Held:
     """The state of a thread, captured to be applied in another one, such as that of a replica or of a backward."""
 
-    __slots__ = ("disabled", "documents", "observe")
+    __slots__ = ("disabled", "documents", "observe", "rows")
 
-    def __init__(self, disabled: tuple[Disabling, ...], documents, observe: Callable | None):
-        self.disabled, self.documents, self.observe = disabled, documents, observe
+    def __init__(self, disabled: tuple[Disabling, ...], documents, observe: Callable | None, rows=None):
+        self.disabled, self.documents, self.observe, self.rows = disabled, documents, observe, rows
 
 
 def hold() -> Held:
@@ -146,17 +149,18 @@ def hold() -> Held:
             for entry in disabled
             if entry.open and (not entry.in_task or _in_this_task(entry))
         )
-    return Held(disabled, local.documents, local.observe)
+    return Held(disabled, local.documents, local.observe, local.rows)
 
 
 def applied(held: Held, function: Callable, *args, **kwargs):
     """``function(*args, **kwargs)`` with the captured state."""
-    before = local.disabled, local.documents, local.observe
+    before = local.disabled, local.documents, local.observe, local.rows
     try:
         local.disabled, local.documents, local.observe = held.disabled, held.documents, held.observe
+        local.rows = held.rows
         return function(*args, **kwargs)
     finally:
-        local.disabled, local.documents, local.observe = before
+        local.disabled, local.documents, local.observe, local.rows = before
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ..prefix.adaptive import AdaptivePrefix
 from . import compat, events, offload, precision
 from .attention import attach as attaching
 from .attention import replaced
+from .attention.function import Prefixed
 from .attention.implementations import (
     forget,
     implementations,
@@ -263,12 +264,15 @@ def attach(state: State, built: dict[str, AdaptivePrefix]) -> None:
     for site in sites:
         module = state.model.get_submodule(site.name)
         attaching.attach(module, built[site.name].train(module.training), state.token, site.inline)
+    for site in state.sites:
+        if site.name not in built and any(site.name in parked.prefixes for parked in state.parked.values()):
+            attaching.attach(state.model.get_submodule(site.name), None, state.token, site.inline)
 
 
 def detach(state: State) -> None:
     """Remove the prefixes; the attention modules then compute as before the patch, or with their next prefix."""
     for module in state.model.modules():
-        if isinstance(module._modules.get("apt"), AdaptivePrefix):
+        if isinstance(module._modules.get("apt"), AdaptivePrefix) or isinstance(module, Prefixed):
             attaching.detach(module)
 
 

@@ -13,9 +13,14 @@ from .function import Prefixed
 from .inline import PrefixedInline
 
 
-def attach(module: Any, prefix: nn.Module, token: calls.Token, found: Inline | None) -> None:
-    """Add ``prefix`` to an attention ``module``; ``found``: the properties of its inline attention, or None."""
-    module.apt, module.apt_token = prefix, token
+def attach(module: Any, prefix: nn.Module | None, token: calls.Token, found: Inline | None) -> None:
+    """Add ``prefix`` to an attention ``module``; ``found``: the properties of its inline attention, or None.
+
+    None in the place of a prefix: an adapter that is not active has one there, for the rows of a batch that use it.
+    """
+    module.apt_token = token
+    if prefix is not None:
+        module.apt = prefix
     if found is not None:
         module.apt_inline = found
     subclass.add(module, Prefixed if found is None else PrefixedInline)

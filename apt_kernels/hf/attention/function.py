@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache as memoise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
 from .. import calls
-from . import gate_cache, paged_cache, replaced, subclass
+from . import gate_cache, paged_cache, replaced, rows, subclass
 from .masks import AttentionMask, describe
 
 NAME = "apt_kernels"
@@ -42,15 +43,16 @@ class Prefixed(subclass.Mixin):
 
 def _forward(module, forward, args, kwargs):
     """``forward(*args, **kwargs)``, with what the attention function needs beside its own arguments."""
-    prefix, local = getattr(module, "apt", None), calls.local
-    if prefix is None or (local.disabled and calls.disabling_of(module.apt_token) is not None):
+    (prefix, mixture), local = rows.serving(module), calls.local
+    if prefix is None:
         return forward(*args, **kwargs)
     cache = filled = None
-    if prefix.gate_entry.kept_in_cache:
+    keeping = [each for each in (mixture.prefixes if mixture else [prefix]) if each.gate_entry.kept_in_cache]
+    if keeping:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        filled = cache is not None and _holds_tokens(cache, module)
+        filled = cache is not None and any(_holds_tokens(cache, module, each) for each in keeping)
     hidden_states, outer = kwargs.get("hidden_states", args[0] if args else None), local.call
-    call = calls.Call(module, hidden_states, cache, bool(filled), outer)
+    call = calls.Call(module, hidden_states, cache, bool(filled), outer, mixture)
     try:
         local.call = call
         around = module.apt_around
@@ -65,9 +67,8 @@ def _forward(module, forward, args, kwargs):
     return output
 
 
-def _holds_tokens(cache, module) -> bool:
+def _holds_tokens(cache, module, prefix) -> bool:
     """Whether the cache has tokens of this module from an earlier forward, and therefore has to have its gate."""
-    prefix = module.apt
     if gate_cache.has(cache, (prefix.name, prefix.adapter)):
         return True
     if prefix.cross:
@@ -95,10 +96,10 @@ def attention_forward(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: ``[B, T, Hq, Dv]`` and no attention weights."""
-    prefix = getattr(module, "apt", None)
+    prefix, mixture = rows.serving(module)
     if cache is not None:
         key, value = paged_cache.update(module, cache, key, value, kwargs)
-    if prefix is None or (calls.local.disabled and calls.disabling_of(module.apt_token) is not None):
+    if prefix is None:
         given = dict(is_causal=is_causal, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
         return attend_without_prefix(module, query, key, value, attention_mask, dropout, scaling, given)
     call = calls.local.call
@@ -109,19 +110,19 @@ def attention_forward(
         query,
         key,
         value,
-        *_parts(prefix, call, attention_mask, query),
+        **_parts(prefix, call, attention_mask, query),
         mask=_mask(module, query, key, attention_mask, is_causal, position_bias),
         scale=scaling,
         softcap=softcap,
         sinks=s_aux,
         dropout_p=dropout,
-        implementation=prefix.implementation,
+        implementation=prefix.implementation if mixture is None else mixture.implementation,
     )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _parts(prefix, call: calls.Call, attention_mask, query: Tensor) -> tuple[Tensor | None, ...]:
-    """Prefix key, prefix value, gate logits and layer scale of the running forward."""
+def _parts(prefix, call: calls.Call, attention_mask, query: Tensor) -> dict[str, Any]:
+    """The prefix, gate and layer scale of the running forward, as keywords of the op."""
     real = segments = None
     if isinstance(attention_mask, AttentionMask) and not prefix.cross:
         real, segments = attention_mask.real_tokens(query.shape[2]), attention_mask.mask.query_segments
@@ -131,9 +132,7 @@ def _parts(prefix, call: calls.Call, attention_mask, query: Tensor) -> tuple[Ten
     return _gated(prefix, call, query, real, segments)
 
 
-def parts_inline(
-    prefix, call: calls.Call, seen: Tensor | None, query: Tensor, time_major: bool
-) -> tuple[Tensor | None, ...]:
+def parts_inline(prefix, call: calls.Call, seen: Tensor | None, query: Tensor, time_major: bool) -> dict[str, Any]:
     """`_parts` of a module with inline attention; ``seen [B, H, T, S]`` determines which queries are padding."""
     if seen is not None and call.filled:
         seen = seen[..., -query.shape[2] :]  # the queries follow the keys of the cache
@@ -149,13 +148,28 @@ def _real(seen: Tensor, query: Tensor) -> Tensor:
     return torch.where(by_others.any(dim=1, keepdim=True), by_others, at_all)
 
 
-def _gated(
-    prefix, call: calls.Call, query: Tensor, real, segments, time_major: bool = False
+def _gated(prefix, call: calls.Call, query: Tensor, real, segments, time_major: bool = False) -> dict[str, Any]:
+    if call.mixture is None:
+        key, value, gate, scale = _of_rows(prefix, None, call, query, real, segments, time_major)
+        return {"prefix_key": key, "prefix_value": value, "gate": gate, "layer_scale": scale}
+
+    def part(prefix, chosen):
+        return _of_rows(prefix, chosen, call, query, real, segments, time_major)
+
+    return call.mixture.parts(query.shape[0], query.device, part)
+
+
+def _of_rows(
+    prefix, chosen: Tensor | None, call: calls.Call, query: Tensor, real, segments, time_major: bool
 ) -> tuple[Tensor | None, ...]:
-    cache, owner = call.cache, (prefix.name, prefix.adapter)
+    """Prefix key, prefix value, gate logits and layer scale; the logits of the rows ``chosen`` (None: of all).
+
+    A gate that a cache keeps is that of all rows: generation reorders and repeats them.
+    """
+    cache, owner = (call.cache if prefix.gate_entry.kept_in_cache else None), (prefix.name, prefix.adapter)
     if not prefix.gate_entry.reads_hidden_states:
         key, value, gate, scale = prefix(None)
-    elif call.filled and not gate_cache.waits(cache, owner):
+    elif cache is not None and call.filled and not gate_cache.waits(cache, owner):
         key, value, _, scale = prefix(None)
         return key, value, gate_cache.recall(cache, owner), scale
     else:
@@ -163,6 +177,11 @@ def _gated(
         hidden_states = call.hidden_states.to(query.device)
         hidden_states = hidden_states.transpose(0, 1) if time_major else hidden_states
         hidden_states = hidden_states.reshape(query.shape[0], query.shape[2], -1)
+        if chosen is not None and cache is None:
+            hidden_states, real, segments = (
+                part if part is None or part.shape[0] != query.shape[0] else part.index_select(0, chosen)
+                for part in (hidden_states, real, segments)
+            )
         key, value, gate, scale = prefix(hidden_states, real, segments)
     if calls.local.observe is not None:
         calls.local.observe(prefix, gate, real)

@@ -12,7 +12,7 @@ from ...errors import PatchError
 from ...mask import Mask
 from ...ops.attention import attention
 from .. import calls
-from . import function
+from . import function, rows
 from .lazy_scores import HIDDEN, Deferred, Deferring, Probabilities, Scores
 
 
@@ -129,26 +129,26 @@ def rows_of(scores: Scores, hidden_states: Tensor | None, time_major: bool) -> i
 
 def _serve(module):
     def attend(probabilities: Probabilities, value: Tensor) -> Tensor:
-        prefix, found, call = module.apt, module.apt_inline, calls.call_of(module)
+        (prefix, mixture), found, call = rows.serving(module), module.apt_inline, calls.call_of(module)
         hidden_states, scores = call.hidden_states, probabilities.scores
         batch = rows_of(scores, hidden_states, found.time_major)
         laid = lay_out(probabilities, value, batch)
         call.served = True
-        seen = laid.seen() if prefix.gate_entry.per_sequence and not prefix.cross else None
-        key, value, gate, scale = function.parts_inline(prefix, call, seen, laid.query, found.time_major)
+        prefixes = mixture.prefixes if mixture else [prefix]
+        seen = laid.seen() if not prefix.cross and any(each.gate_entry.per_sequence for each in prefixes) else None
+        parts = function.parts_inline(prefix, call, seen, laid.query, found.time_major)
+        if found.key_factor != 1:
+            parts["prefix_key"] = parts["prefix_key"] * found.key_factor
         out = attention(
             laid.query,
             laid.key,
             laid.value,
-            key if found.key_factor == 1 else key * found.key_factor,
-            value,
-            gate,
-            scale,
+            **parts,
             mask=laid.mask(found.from_end),
             scale=scores.scale,
             softcap=scores.softcap,
             dropout_p=probabilities.dropout_p,
-            implementation=prefix.implementation,
+            implementation=prefix.implementation if mixture is None else mixture.implementation,
         )
         out = out.reshape(*probabilities.lead, *out.shape[-2:])
         return out.clone() if found.changed else out

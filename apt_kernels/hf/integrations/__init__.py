@@ -7,6 +7,7 @@ from .gradient_checkpointing import GradientCheckpointing
 from .offloading import Offloading
 from .packing import Packing
 from .peft import Peft
+from .rows import RowAdapters
 from .sentence_transformers import join_sentence_transformers
 from .trainer import Trainer
 
@@ -17,6 +18,7 @@ events.subscribe(
     Offloading(),
     Trainer(),
     Packing(),
+    RowAdapters(),
     ContinuousBatching(),
 )
 

@@ -185,14 +185,16 @@ def test_the_relative_bias_is_zero_on_prefix_columns_and_its_gradient_flows(name
     with torch.no_grad():
         logits(model, ids())
         assert len(seen) == 2
-        for (query, key, value, prefix_key, *_), options in seen:
+        for (query, key, value), options in seen:
+            prefix_key = options.pop("prefix_key")
+            options |= {"prefix_value": torch.ones_like(prefix_key), "gate": None, "layer_scale": None}
             # The bias has a column for each token and none for the prefix: the op adds zero there.
             assert options["mask"].bias.shape[-1] == key.shape[2] == 11
             assert options["mask"].bias.abs().max() > 1e-2
             keys = torch.cat([prefix_key.to(key.dtype).expand(2, -1, -1, -1), key], dim=2)
             bias = torch.nn.functional.pad(options["mask"].bias, (prefix_key.shape[1], 0))
             scores = query @ keys.mT * options["scale"] + bias
-            alone = original(query, key, value, prefix_key, torch.ones_like(prefix_key), None, None, **options)
+            alone = original(query, key, value, prefix_key, **options)
             share = scores.softmax(-1)[..., : prefix_key.shape[1]].sum(-1, keepdim=True)
             tokens = scores.softmax(-1)[..., prefix_key.shape[1] :] @ value
             torch.testing.assert_close(alone, tokens + share, rtol=1e-5, atol=1e-5)
