@@ -10,8 +10,8 @@ from .patched import randomise
 NEW = 6
 
 
-def tuned(family, gate):
-    model = apt_kernels.patch(models.build(family).double(), prefix_length=4, gate=gate)
+def tuned(family, gate, **settings):
+    model = apt_kernels.patch(models.build(family).double(), prefix_length=4, gate=gate, **settings)
     randomise(model)
     return model
 

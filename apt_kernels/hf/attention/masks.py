@@ -86,6 +86,8 @@ def describe(
     """The mask function registered with transformers; arguments as for ``masking_utils.sdpa_mask``."""
     if isinstance(attention_mask, AttentionMask):
         return attention_mask
+    # A static cache adds to this tensor in place before the mask of another implementation is made from it.
+    q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,

@@ -138,6 +138,18 @@ def test_fixed_caches(family, gate, kind, influence):
     influence(model, given)
 
 
+# The masks of modules without a prefix are made during the forward, after the cache has counted the new tokens.
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding_window"])
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches_beside_modules_without_a_prefix(family, layer, kind):
+    # Gemma 2 itself gives NaN for padded rows in float64.
+    given = prompt(family, None if family == "gemma2" else "left")
+    model = tuned(family, "token", layers=[layer])
+    found = generate(model, given, cache_implementation=kind, disable_compile=True)
+    assert_same(found, generate(model, given, use_cache=False))
+
+
 def longer(model, given, old, use_cache=True, **options):
     """``given`` continued by the tokens of ``old``, the output of an earlier `generate`."""
     ids = old.sequences
