@@ -178,6 +178,7 @@ def _build(config: AptConfig, site: Site, length: int, generator, adapter: str) 
         site.device,
         config.reparameterisation,
         config.prefix_dropout,
+        config.num_frozen_tokens or 0,
     )
     prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
     prefix.adapter = adapter
@@ -192,7 +193,7 @@ def _initialise(
     made: dict[str, Any] = dict(built)
     if config.init == "zero":
         for prefix in made.values():
-            prefix.value.zero_()
+            prefix.copy_(prefix.tokens()[0], torch.zeros_like(prefix.tokens()[1]))
     if not config.may_read_vocabulary:
         return
     tokens, reasons = vocabulary_tokens(model, config, sites, lengths, generator)
@@ -210,8 +211,7 @@ def _initialise(
             reasons[reading[0]],
         )
     for name, (key, value) in tokens.items():
-        made[name].key.copy_(key)
-        made[name].value.copy_(value)
+        built[name].copy_(key, value)
 
 
 def _gate(name: str, site: Site) -> str:
