@@ -68,7 +68,7 @@ def add_checked(model: Model, name: str, config: AptConfig, *, initialise: bool 
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name is {name!r}; it needs a string that is not empty")
     if name == BASE:
-        raise ConfigError(f"name is {name!r}, which in adapter_names stands for no adapter; use another")
+        raise ConfigError(f"name is {name!r}, which means no adapter in adapter_names; use another")
     if name in adapters(model):
         raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
     trained = trainable_names(state.model, config)

@@ -11,7 +11,7 @@ from ..errors import ArgumentError
 from ..impl.inputs import Inputs
 from ..mask import Mask
 from . import rows
-from .values import check_integers, check_range
+from .values import check_device, check_integers, check_range
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -147,8 +147,7 @@ def _check_core(query, key, value, prefix_key, prefix_value, by_row: bool) -> No
         if tensor.dtype not in (query.dtype, torch.float32):
             raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32 or the query's, {query.dtype}")
     for name, tensor in (("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)):
-        if tensor.device != query.device:
-            raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {query.device}")
+        check_device(name, tensor, query.device)
 
 
 def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -158,8 +157,7 @@ def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device
         raise ArgumentError(f"{name} has shape {list(tensor.shape)}; it needs {list(shape)}")
     if tensor.dtype not in _DTYPES:
         raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32, float64, bfloat16 or float16")
-    if tensor.device != device:
-        raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {device}")
+    check_device(name, tensor, device)
 
 
 def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tuple[Tensor | None, Tensor | None]:
@@ -192,8 +190,7 @@ def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
         raise ArgumentError(
             f"gate_index has shape {list(index.shape)}; it needs [B] = [{batch}] or [B, T] = [{batch}, {queries}]"
         )
-    if index.device != device:
-        raise ArgumentError(f"gate_index is on {index.device}; it needs the query's device, {device}")
+    check_device("gate_index", index, device)
     check_range("gate_index", index, 0, rows - 1, f"gate has {rows} rows")
     index = index.to(torch.int64)
     return index[:, None] if index.ndim == 1 else index
@@ -237,8 +234,7 @@ def _seed(dropout_p, seed, device) -> Tensor | None:
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ArgumentError(f"seed has shape {list(seed.shape)}, dtype {seed.dtype}; it needs one int64 element")
-        if seed.device != device:
-            raise ArgumentError(f"seed is on {seed.device}; it needs the query's device, {device}")
+        check_device("seed", seed, device)
         return seed.reshape(1)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ArgumentError(f"seed is {seed!r}; it needs a 64-bit int, a one-element int64 tensor, or None")

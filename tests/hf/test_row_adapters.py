@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -211,10 +212,28 @@ def test_threads_with_different_mixtures_are_independent():
     assert not failures
 
 
+@pytest.mark.parametrize("gate", ["first", "token"])
+def test_packed_documents_of_inline_attention_are_refused_with_a_gate_for_each_sequence(gate):
+    import transformers
+
+    config = transformers.GPTJConfig(vocab_size=99, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=40)
+    model = apt_kernels.patch(transformers.GPTJForCausalLM(config).eval(), prefix_length=3, gate="token")
+    apt_kernels.add_adapter(model, "b", prefix_length=3, gate=gate)
+    apt_kernels.set_adapter(model, "default")
+    given = {"input_ids": torch.randint(3, 99, (2, 6)), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)}
+    model(**given, use_cache=False)
+    call = functools.partial(model, **given, use_cache=False, adapter_names=["default", "b"])
+    if gate == "token":
+        call()
+    else:
+        with pytest.raises(PatchError, match="position_ids begin again within a row"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        (["a", "b"], PatchError, "adapter_names has 2 names; the batch has 3 rows"),
+        (["a", "b"], ConfigError, "adapter_names has 2 names; the batch has 3 rows"),
         (["a", "b", "d"], ConfigError, "adapter_names has 'd'; the model has 'a', 'c', 'b', '__base__'|has 'd'"),
         ("abc", ConfigError, "adapter_names is 'abc'; it needs a list"),
         ([], ConfigError, r"adapter_names is \[\]"),

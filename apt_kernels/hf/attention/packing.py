@@ -191,7 +191,8 @@ class ReadDocuments:
         return Documents(segments, causal_only=True)
 
     def refuse_gates_inline(self) -> None:
-        if self.inline is not None and self.gated:
+        rows = calls.local.rows  # the adapters of a batch in which each row names its own
+        if self.inline is not None and (self.gated if rows is None else rows.per_sequence):
             raise PatchError(
                 f"position_ids begin again within a row, and {self.inline} computes its attention inline, where gates "
                 f"{gates.choice(lambda gate: gate.per_sequence, 'and')} do not see documents; use "

@@ -40,6 +40,7 @@ class Mixture:
 
     def __init__(self, prefixes: list, index: list[int], generating: bool):
         self.prefixes, self.index, self.generating = prefixes, index, generating
+        self._places: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
 
     @property
     def implementation(self) -> str:
@@ -50,22 +51,28 @@ class Mixture:
         """The prefix of each of ``batch`` rows. Generation repeats each row for its beams or returned sequences."""
         times, rest = divmod(batch, len(self.index))
         if rest or (times != 1 and not self.generating):
-            raise PatchError(
+            raise ConfigError(
                 f"adapter_names has {len(self.index)} names; {self.prefixes[0].name} attends over {batch} rows, and it "
                 "needs one name for each"
             )
         return [number for number in self.index for _ in range(times)]
+
+    def places(self, batch: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """The prefix of each of ``batch`` rows, and the rows without one, with the first, the second, ..."""
+        if (batch, device) not in self._places:  # every step of a generation asks for the same
+            index = torch.tensor(self.rows(batch), device=device)
+            rows = [(index == number).nonzero()[:, 0] for number in range(-1, len(self.prefixes))]
+            self._places[batch, device] = index, rows
+        return self._places[batch, device]
 
     def parts(self, batch: int, device: torch.device, part: Callable) -> dict[str, Tensor | None]:
         """The op's arguments. ``part(prefix, rows)``: key, value, gate and scale of a prefix for these rows.
 
         None in the place of the rows: all of them. The gate is that of the rows, or that of every row.
         """
-        index = self.rows(batch)
-        if len(self.prefixes) == 1 and -1 not in index:
+        index, places = self.places(batch, device)
+        if len(self.prefixes) == 1 and -1 not in self.index:
             return dict(zip(_PARTS, part(self.prefixes[0], None)))
-        chosen = [[row for row, own in enumerate(index) if own == n] for n in range(-1, len(self.prefixes))]
-        places = [torch.tensor(rows, dtype=torch.int64, device=device) for rows in chosen]
         found = [part(prefix, rows) for prefix, rows in zip(self.prefixes, places[1:])]
         keys, values, gates, scales = zip(*found)
         lengths = [key.shape[1] for key in keys]
@@ -77,7 +84,7 @@ class Mixture:
         if any(scale is not None for scale in scales):
             like = next(scale for scale in scales if scale is not None)
             joined["layer_scale"] = torch.cat(_alike([like.new_ones(1) if s is None else s for s in scales]))
-        joined["prefix_index"] = torch.tensor(index, device=device)
+        joined["prefix_index"] = index
         joined["prefix_lengths"] = torch.tensor(lengths, device=device)
         return joined
 
@@ -124,6 +131,11 @@ class Rows:
             order = list(here)
             index = [order.index(name) if name in here else -1 for name in names]
             self.places[module] = Mixture(list(here.values()), index, generating)
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a gate of one of the adapters is one for a whole sequence."""
+        return any(prefix.gate_entry.per_sequence for each in self.places.values() for prefix in each.prefixes)
 
 
 def _frozen(prefix: Any, module: nn.Module) -> Any:
@@ -231,7 +243,7 @@ def _check(module, state, names, args, kwargs) -> None:
             raise ConfigError(f"adapter_names has {name!r}; the model has {', '.join(map(repr, known))}")
     batch = _batch(args, kwargs)
     if batch is not None and batch != len(names):
-        raise PatchError(f"adapter_names has {len(names)} names; the batch has {batch} rows")
+        raise ConfigError(f"adapter_names has {len(names)} names; the batch has {batch} rows")
     senses = {site.senses for site in state.sites}
     if len(senses) > 1 and any("text" in each for each in senses):
         raise PatchError(
