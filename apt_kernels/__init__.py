@@ -13,6 +13,7 @@ from .prefix.adaptive import AdaptivePrefix
 if TYPE_CHECKING:
     from .hf.adapters import adapters, add_adapter, delete_adapter, set_adapter
     from .hf.checkpoint import load, save
+    from .hf.composing import compose
     from .hf.export import as_past_key_values, export
     from .hf.folding import fold
     from .hf.initialise import patch_from_peft, patch_from_text
@@ -35,6 +36,7 @@ _HUGGING_FACE = {
     "add_adapter": ".hf.adapters",
     "set_adapter": ".hf.adapters",
     "delete_adapter": ".hf.adapters",
+    "compose": ".hf.composing",
     "save": ".hf.checkpoint",
     "load": ".hf.checkpoint",
     "probe": ".hf.probing",
@@ -61,6 +63,7 @@ __all__ = [
     "add_adapter",
     "as_past_key_values",
     "attention",
+    "compose",
     "delete_adapter",
     "disabled",
     "export",

@@ -208,6 +208,32 @@ def folded_weights(model) -> dict[str, Tensor]:
     return _folded(saved.prefixes, _gathered(model, saved))
 
 
+def adapter_weights(model, name: str) -> tuple[dict[str, AdaptivePrefix], dict[str, Tensor]]:
+    """An adapter's prefixes by their modules, and its weights as `folded_weights` gives those of the active one."""
+    saved = _adapter(state_of(model), name)
+    return saved.prefixes, {
+        each: tensor
+        for each, tensor in _folded(saved.prefixes, _gathered(model, saved)).items()
+        if each not in saved.others
+    }
+
+
+def fill(model, tensors: Mapping[str, Tensor]) -> None:
+    """Write these weights to the active adapter, which has those names and shapes; in the widest of their dtypes."""
+    state = state_of(model)
+    for name, prefix in state.prefixes.items():
+        dtype = tensors[f"{name}.apt.key"].dtype
+        if dtype == torch.float64:
+            prefix.to(dtype)
+    _store(model, _adapter(state).all, tensors)
+
+
+def _store(model, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    with weights.gathered(model, parameters.values(), changed=True), torch.no_grad():
+        for name, tensor in tensors.items():
+            offload.write(inner(model), name, parameters[name], tensor)
+
+
 def _gathered(model, saved: _Adapter) -> dict[str, Tensor]:
     weights.meet(model, saved.all.values())
     with weights.gathered(model, saved.all.values()):

@@ -33,7 +33,7 @@ HF_LAYERS = (
     ("discovery", "trainable", "transaction", "base_record", "capture", "precision", "vocabulary", "optimizer"),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
-    ("checkpoint", "probing", "initialise", "folding", "export"),
+    ("checkpoint", "probing", "initialise", "folding", "composing", "export"),
     ("integrations", "commands"),
     ("",),  # hf/__init__.py
 )

@@ -11,10 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 NAME = "apt_test_oracle"
+FIELDS = ("key", "value", "gate_weight", "gate_logits", "layer_scale")
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
-    params = getattr(module, "oracle_params", None)
+    prefixes = getattr(module, "oracle_prefixes", [])
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     batch, heads, queries, head_dim = query.shape
@@ -26,20 +27,22 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
         logits = logits + position_bias
     if attention_mask is not None:
         logits = logits + attention_mask
-    if params is not None:
+    gates, values, before = [], [], []
+    for params in prefixes:
         gate = _gate(module, params, queries)
         prefix_key, prefix_value = (params[n].repeat_interleave(group, dim=0) for n in ("key", "value"))
         prefix = torch.einsum("bhtd,hmd->bhtm", query, prefix_key) * scaling * gate
-        if softcap is not None:
-            prefix = softcap * torch.tanh(prefix / softcap)
-        logits = torch.cat([prefix, logits], dim=-1)
+        before.append(prefix if softcap is None else softcap * torch.tanh(prefix / softcap))
+        gates.append(gate)
+        values.append(prefix_value)
+    logits = torch.cat([*before, logits], dim=-1)
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(batch, heads, queries, 1)], dim=-1)
     p = logits.softmax(-1)
-    length = 0 if params is None else prefix_key.shape[1]
+    length = sum(prefix_value.shape[1] for prefix_value in values)
     out = p[..., length : length + key.shape[2]] @ value
-    if params is not None:
-        out = out + torch.einsum("bhtm,hmd->bhtd", p[..., :length] * gate, prefix_value)
+    for weights, gate, prefix_value in zip(p[..., :length].split([x.shape[-1] for x in before], -1), gates, values):
+        out = out + torch.einsum("bhtm,hmd->bhtd", weights * gate, prefix_value)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -61,6 +64,13 @@ def _gate(module, params, queries):
     return scale * torch.sigmoid(torch.stack(rows) @ params["gate_weight"].T)[:, None, None]
 
 
+def _copied(prefix):
+    """Copies of a prefix's parameters by `FIELDS`, and its gate's name."""
+    found = {field: getattr(prefix, field) for field in FIELDS}
+    found = {field: None if x is None else x.detach().clone().requires_grad_() for field, x in found.items()}
+    return {**found, "gate": prefix.gate}
+
+
 AttentionInterface.register(NAME, _attend)
 AttentionMaskInterface.register(NAME, eager_mask)
 
@@ -69,23 +79,23 @@ def _remember(module, args, kwargs):
     module.oracle_hidden = kwargs.get("hidden_states", args[0] if args else None)
 
 
-def build(model, prefixes, real=lambda name: None):
+def build(model, prefixes, real=lambda name: None, behind=()):
     """``model`` (unpatched, copied) attending by the oracle with copies of ``prefixes``; params by name in a dict.
 
     ``real``: a function from a module's name to the ``[B, T]`` bool of its real tokens, or to None where all are.
+    ``behind``: further prefixes, each like ``prefixes``, between those and the tokens.
     """
     oracle = copy.deepcopy(model)
     params = {}
     for name, module in oracle.named_modules():
         if name in prefixes:
-            prefix, own = prefixes[name], {}
-            for field in ("key", "value", "gate_weight", "gate_logits", "layer_scale"):
-                tensor = getattr(prefix, field)
-                own[field] = None if tensor is None else tensor.detach().clone().requires_grad_()
-                if tensor is not None:
-                    params[f"{name}.apt.{field}"] = own[field]
-            own["gate"] = prefix.gate
-            module.oracle_params = own
+            own = _copied(prefixes[name])
+            params |= {f"{name}.apt.{field}": own[field] for field in FIELDS if own[field] is not None}
+            module.oracle_prefixes = [own]
+        for other in behind:
+            if name in other:
+                module.oracle_prefixes = [*getattr(module, "oracle_prefixes", []), _copied(other[name])]
+        if hasattr(module, "oracle_prefixes"):
             module.oracle_real = real(name)
             module.register_forward_pre_hook(_remember, with_kwargs=True)
     for module in oracle.modules():

@@ -62,6 +62,8 @@ def everything(model, folder, setting):
     under(lambda: apt_kernels.patch(model, prefix_length=3, init_seed=0, gate="static", reparameterisation=4))
     randomise(model)
     under(lambda: apt_kernels.add_adapter(model, "b", prefix_length=2, init_seed=1, gate="static"))
+    under(lambda: apt_kernels.compose(model, ["b", "default"], "both"))
+    under(lambda: apt_kernels.set_adapter(model, "b"))
     under(lambda: apt_kernels.save(model, folder / "b"))
     under(lambda: apt_kernels.save(model, folder / "a", adapter="default"))
     under(lambda: model.save_pretrained(folder / "trainer"))

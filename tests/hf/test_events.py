@@ -70,12 +70,13 @@ def test_an_integration_can_refuse_every_change(monkeypatch, tmp_path):
         "patch": lambda: apt_kernels.patch(plain),
         "unpatch": lambda: apt_kernels.unpatch(model),
         "add": lambda: apt_kernels.add_adapter(model, "y"),
+        "add ": lambda: apt_kernels.compose(model, ["default", "x"], "y"),
         "set": lambda: apt_kernels.set_adapter(model, "x"),
         "delete": lambda: apt_kernels.delete_adapter(model, "x"),
         "prune": lambda: apt_kernels.prune(model, [1, 1]),
         "load": lambda: apt_kernels.load(model, tmp_path),
     }.items():
-        with pytest.raises(apt_kernels.PatchError, match=f"{action} is refused"):
+        with pytest.raises(apt_kernels.PatchError, match=f"{action.strip()} is refused"):
             call()
 
 

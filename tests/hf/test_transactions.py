@@ -122,6 +122,7 @@ CALLS = {
     "add_adapter": lambda model, folder: apt_kernels.add_adapter(model, "c", prefix_length=1),
     "set_adapter": lambda model, folder: apt_kernels.set_adapter(model, "b"),
     "delete_adapter": lambda model, folder: apt_kernels.delete_adapter(model, "b"),
+    "compose": lambda model, folder: apt_kernels.compose(model, ["default", "default"], "c"),
     "prune": lambda model, folder: apt_kernels.prune(model, [2]),
 }
 NEW = ("patch", "load into a model that is not patched")

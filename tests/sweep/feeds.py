@@ -162,5 +162,5 @@ def tell_padding(oracle, feed: dict, kind: str) -> None:
     """The oracle's bidirectional gates read the first real token."""
     mask: Tensor | None = feed.get("attention_mask")
     for module in oracle.modules():
-        if hasattr(module, "oracle_params"):
+        if hasattr(module, "oracle_params") or hasattr(module, "oracle_prefixes"):
             module.oracle_real = None if mask is None else mask.bool()

@@ -36,6 +36,7 @@ def adapters(llama: LlamaForCausalLM, folder: Path) -> None:
     reveal_type(apt_kernels.add_adapter(llama, "b", gate="static"))  # R: LlamaForCausalLM
     reveal_type(apt_kernels.set_adapter(llama, "b"))  # R: LlamaForCausalLM
     reveal_type(apt_kernels.delete_adapter(llama, "b"))  # R: LlamaForCausalLM
+    reveal_type(apt_kernels.compose(llama, ["b", "c"], "d"))  # R: LlamaForCausalLM
     reveal_type(apt_kernels.prefixes(llama))  # R: dict[str, AdaptivePrefix]
     reveal_type(apt_kernels.adapters(llama))  # R: dict[str, AptConfig]
     apt_kernels.save(llama, "folder")
