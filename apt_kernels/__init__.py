@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .hf.export import as_past_key_values, export
     from .hf.folding import fold
     from .hf.initialise import patch_from_peft, patch_from_text
+    from .hf.integrations.gate_callback import GateCallback
     from .hf.optimizer import parameter_groups
     from .hf.patching import patch, unpatch
     from .hf.probing import Probe, probe, prune
@@ -42,6 +43,7 @@ _HUGGING_FACE = {
     "probe": ".hf.probing",
     "prune": ".hf.probing",
     "Probe": ".hf.probing",
+    "GateCallback": ".hf.integrations.gate_callback",
     "fold": ".hf.folding",
     "export": ".hf.export",
     "as_past_key_values": ".hf.export",
@@ -55,6 +57,7 @@ __all__ = [
     "AptConfig",
     "ArgumentError",
     "ConfigError",
+    "GateCallback",
     "ImplementationError",
     "Mask",
     "PatchError",

@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import tqdm as progress_bar
 
 from ..errors import ArgumentError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
@@ -286,7 +287,7 @@ class _Watch:
 
 # `set_stance` holds for the process and evaluation mode for the model: calls that overlap would restore each other's.
 @exclusive(_one_at_a_time)
-def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
+def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = True) -> Probe:
     """Run ``batches`` through a patched model and record the weights of every layer's prefix tokens.
 
     The model runs in evaluation mode without gradients, eagerly even if it is compiled, and is left unchanged. Calls in
@@ -297,10 +298,12 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
         model: a patched model.
         batches: dicts of keyword arguments of its forward, as a data loader yields them; tensors are moved
             to its device.
+        progress: show transformers' progress bar once this takes longer than a second, unless
+            ``transformers.logging.disable_progress_bar()`` was called.
 
     Raises:
         PatchError: the model is not patched, or has no values yet.
-        ArgumentError: there are no batches, or the model cannot run one.
+        ArgumentError: an argument is wrong, there are no batches, or the model cannot run one.
 
     Examples:
         >>> found = apt_kernels.probe(model, [batch])
@@ -311,6 +314,8 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
         raise ArgumentError(
             f"batches is a {type(batches).__name__}; it needs dicts of the forward's arguments, in a list"
         )
+    if not isinstance(progress, bool):
+        raise ArgumentError(f"progress is {progress!r}; it needs True or False")
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
     examples, device = 0, offload.device(state.model)
     if device.type == "meta":
@@ -318,7 +323,7 @@ def probe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Probe:
             "the model is on the meta device and has no values; give it values (model.to_empty, its weights)"
         )
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for batch in batches:
+        for batch in progress_bar(batches, desc="probe", unit="batch", delay=1) if progress else batches:
             if not hasattr(batch, "items"):
                 raise ArgumentError(f"a batch is a {type(batch).__name__}; it needs a dict of the forward's arguments")
             batch = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}

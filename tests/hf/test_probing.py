@@ -1,11 +1,14 @@
 """The gate as a probe, lengths from it, pruning, reparameterisation and prefix dropout."""
 
 import copy
+import io
 import json
 import pickle
 
 import pytest
 import torch
+import tqdm
+import transformers
 
 import apt_kernels
 from apt_kernels.hf.probing import LayerProbe, Lengths
@@ -127,6 +130,31 @@ def test_table_json_and_picture(tmp_path):
 def test_batches_that_cannot_be_probed(given, message):
     with pytest.raises(apt_kernels.ArgumentError, match=message):
         apt_kernels.probe(patched(), given)
+
+
+@pytest.mark.parametrize(
+    ("shown", "given"),
+    [(True, {}), (False, {"progress": False}), (False, "disabled")],
+    ids=["shown", "off", "disabled"],
+)
+def test_progress_is_shown_where_transformers_shows_it(shown, given, monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            bars.append(self)
+            super().__init__(*args, **{**kwargs, "file": io.StringIO()})
+
+    monkeypatch.setattr(transformers.utils.logging.tqdm_lib, "tqdm", Bar)
+    model, batches = patched(), [models.inputs("bert", seed=seed) for seed in range(3)]
+    if given == "disabled":
+        monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
+        given = {}
+    found = apt_kernels.probe(model, batches, **given)
+    assert [(bar.n, bar.total, bar.desc) for bar in bars] == ([(3, 3, "probe")] if shown else [])
+    assert found == apt_kernels.probe(model, iter(batches), progress=False)
+    with pytest.raises(apt_kernels.ArgumentError, match="progress is 1; it needs True or False"):
+        apt_kernels.probe(model, batches, progress=1)
 
 
 def made(*weights):

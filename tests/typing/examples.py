@@ -52,6 +52,7 @@ def probing(llama: LlamaForCausalLM, batches: list[dict[str, Tensor]]) -> None:
     reveal_type(found)  # R: Probe
     reveal_type(apt_kernels.prune(llama, found.lengths(budget=64)))  # R: LlamaForCausalLM
     reveal_type(apt_kernels.patch_from_text(llama, [1, 2, 3]))  # R: LlamaForCausalLM
+    apt_kernels.probe(llama, batches, progress="no")  # E: Argument "progress" to "probe" has incompatible type
     apt_kernels.probe(llama)  # E: Missing positional argument "batches" in call to "probe"
     apt_kernels.prune_all(llama)  # E: Module has no attribute "prune_all"
 
