@@ -129,8 +129,8 @@ class Mask:
 
 
 def visible_keys(
-    position: Tensor,
-    key: Tensor,
+    position: Tensor | None,
+    key: Tensor | None,
     causal: bool,
     window_left: int,
     window_right: int,
@@ -140,14 +140,16 @@ def visible_keys(
     dense: Tensor | None,
 ) -> Tensor | None:
     """bool, broadcastable to ``[B, Hq, T, S]``: which of the ``key`` positions ``[S]`` the query positions ``[B|1, T]``
-    see; None: all of them."""
-    parts, position = [], position[:, None, :, None]
-    if causal:
-        parts.append(key <= position)
-    if window_left >= 0:
-        parts.append(key >= position - window_left)
-    if window_right >= 0:
-        parts.append(key <= position + window_right)
+    see; None: all of them. Without a causal mask and a window, positions may be None."""
+    parts: list[Tensor] = []
+    if position is not None and key is not None:
+        position = position[:, None, :, None]
+        if causal:
+            parts.append(key <= position)
+        if window_left >= 0:
+            parts.append(key >= position - window_left)
+        if window_right >= 0:
+            parts.append(key <= position + window_right)
     if key_padding is not None:
         parts.append(key_padding[:, None, None, :])
     if query_segments is not None and key_segments is not None:

@@ -91,6 +91,10 @@ class Backend(ABC):
     def forward(self, x: Inputs, plan: Plan) -> Result:
         """Output and log-sum-exp, without autograd."""
 
+    def output(self, x: Inputs, plan: Plan) -> Tensor:
+        """The output alone, without autograd: override it where the log-sum-exp costs extra."""
+        return self.forward(x, plan).out
+
     @abstractmethod
     def backward(
         self,

@@ -162,23 +162,30 @@ class Inputs:
         return self.offset >= self.key.shape[2] - 1 and all(part is None for part in parts)
 
     def visible(
-        self, first: int = 0, rows: int | None = None, first_key: int = 0, keys: int | None = None
+        self,
+        first: int = 0,
+        rows: int | None = None,
+        first_key: int = 0,
+        keys: int | None = None,
+        by_position: bool = True,
     ) -> Tensor | None:
         """bool, broadcastable to ``[B, Hq, rows, keys]``: which keys the queries see; None: every key.
 
-        Of the queries ``first .. first + rows - 1`` and the keys ``first_key .. first_key + keys - 1``.
+        Of the queries ``first .. first + rows - 1`` and the keys ``first_key .. first_key + keys - 1``. With
+        ``by_position`` False, neither a causal mask nor a window hides a key.
         """
         if self._last_sees_all():
             return None
         rows = self.query.shape[2] - first if rows is None else rows
         keys = self.key.shape[2] - first_key if keys is None else keys
         here, there = slice(first, first + rows), slice(first_key, first_key + keys)
+        positions = by_position and self.has_positions
         return visible_keys(
-            self.positions()[:, here],
-            torch.arange(first_key, first_key + keys, device=self.query.device),
-            self.causal,
-            self.window_left,
-            self.window_right,
+            self.positions()[:, here] if positions else None,
+            torch.arange(first_key, first_key + keys, device=self.query.device) if positions else None,
+            positions and self.causal,
+            self.window_left if positions else -1,
+            self.window_right if positions else -1,
             None if self.key_padding is None else self.key_padding[:, there],
             None if self.query_segments is None else self.query_segments[:, here],
             None if self.key_segments is None else self.key_segments[:, there],

@@ -172,8 +172,12 @@ def attention(
         results = choose.load(plan.name).attend(x)
     elif _is_plain(tensors):
         # Fast path: the same result as the registered operator's without about 20 us of dispatch.
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        results = _Attention.apply(*x.flat(), plan.text) if recorded else choose.load(plan.name).forward(x, plan)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            results = _Attention.apply(*x.flat(), plan.text)
+        elif return_logsumexp:
+            results = choose.load(plan.name).forward(x, plan)
+        else:
+            return choose.load(plan.name).output(x, plan)
     else:
         results = torch.ops.apt_kernels.attention.default(*x.flat(), plan.text)
     return (results[0], results[1]) if return_logsumexp else results[0]

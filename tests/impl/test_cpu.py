@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import example, given
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import apt_kernels
 from apt_kernels import Mask
 from apt_kernels.impl.cpu import BACKEND as CPU
 from helpers import accuracy
 from helpers.cases import CASES, Case, cases, examples
+from helpers.memory import Largest
 
 GENERATOR = torch.Generator
 
@@ -108,21 +108,6 @@ WAYS = {
 @pytest.mark.parametrize("name", sorted(WAYS))
 def test_which_inputs_go_where(name):
     assert CPU.strategy(CASES[name].inputs()) == WAYS[name]
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(made, torch.Tensor):
-                self.elements = max(self.elements, made.untyped_storage().nbytes() // made.element_size())
-        return result
 
 
 @pytest.mark.parametrize(

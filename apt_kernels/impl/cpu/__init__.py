@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backend import Backend, Plan, Result
 from ..inputs import DIFFERENTIABLE, NOTHING, Inputs, heads_last_empty
-from . import blocks, blocks_backward, prefix, stock
+from . import blocks, blocks_backward, decode, prefix, stock
 from .scratch import Scratch
 
 # Query rows per key head from which one call on concatenated keys is faster than two calls.
@@ -43,16 +43,22 @@ class Cpu(Backend):
         return "concat" if rows >= CONCAT_ROWS else "merge"
 
     def forward(self, x: Inputs, plan: Plan) -> Result:
-        result = self._forward(x, plan)
+        result = self._forward(x, plan, True)
         if x.prefix_index is not None:
             nothing = result.logsumexp <= NOTHING
             result.logsumexp.masked_fill_(nothing, -torch.inf)
             result.out.masked_fill_(nothing[..., None], 0.0)
         return result
 
-    def _forward(self, x: Inputs, plan: Plan) -> Result:
+    def output(self, x: Inputs, plan: Plan) -> Tensor:
+        return self._forward(x, plan, False).out if x.prefix_index is None else self.forward(x, plan).out
+
+    def _forward(self, x: Inputs, plan: Plan, with_logsumexp: bool) -> Result:
         if plan.strategy == "blockwise":
             return Result(*blocks.forward(x))
+        if x.query.shape[2] == 1 and x.prefix_index is None:
+            found = decode.forward(x, with_logsumexp)
+            return Result(*blocks.forward(x)) if found is None else found
         per_query = x.gate_per_query
         result = Result(*blocks.forward(x, stock.forward(x))) if per_query else prefix.forward(x, plan.strategy)
         if _is_masked(x) and bool(result.logsumexp.isnan().any()):

@@ -202,14 +202,15 @@ def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
     return sums.as_strided((1, 1, queries, keys + prefix), (0, 0, 1, 1))
 
 
-def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0) -> Tensor | None:
+def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: bool = True) -> Tensor | None:
     """The additive mask of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, keys + prefix]``; None: none is needed.
 
-    Zero on prefix columns, which come last. It includes causality only for a single query.
+    Zero on prefix columns, which come last. It includes causality and a window only for a single query, and if
+    ``by_position``.
     """
     keys = slice(low, high)
     if x.query.shape[2] == 1:
-        visible = x.visible(0, 1, low, high - low)
+        visible = x.visible(0, 1, low, high - low, by_position)
     else:
         padding = None if x.key_padding is None else x.key_padding[:, None, None, keys]
         seen = [] if padding is None or bool(padding.all()) else [padding]
