@@ -33,6 +33,7 @@ class Settings(TypedDict, total=False):
     implementation: str
     layers: int | str | Sequence[int | str] | None
     init: Init
+    num_frozen_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class AptConfig:
             ``"normal"`` for the others (named by a warning in the log where they read text) and for all of them where
             ``init_std`` is not its default or ``reparameterisation`` is set. A loaded adapter overwrites any initial
             values.
+        num_frozen_tokens: how many tokens at the beginning of each prefix keep their initial key and value; their gates
+            train. Queries give the first token the softmax mass that they need for nothing else (an attention sink), so
+            that changing it affects every output. A shorter prefix is frozen entirely. None: 1 for `patch_from_text`
+            with a text of two tokens or more, a CARTRIDGE's own number for `patch_from_peft`, 0 otherwise.
         init_std: standard deviation of the normal initialisation.
         init_seed: seed of every initialisation; None: torch's global generator.
         reparameterisation: width of a two-layer tanh MLP that computes key and value from an embedding while training;
@@ -90,6 +95,7 @@ class AptConfig:
     implementation: str = "auto"
     layers: int | str | Sequence[int | str] | None = None
     init: Init = "auto"
+    num_frozen_tokens: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prefix_length", _lengths(self.prefix_length))
@@ -113,6 +119,7 @@ class AptConfig:
             raise ConfigError(
                 f"init is {self.init!r}; with reparameterisation, whose MLP makes the prefix, it needs 'normal'"
             )
+        self._check_frozen()
         rate = self.prefix_dropout
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise ConfigError(f"prefix_dropout is {rate!r}; it needs a number from 0 to below 1")
@@ -120,6 +127,20 @@ class AptConfig:
         object.__setattr__(self, "layers", _layers(self.layers))
         if not isinstance(self.implementation, str):
             raise ConfigError(f"implementation is {self.implementation!r}; it needs a string")
+
+    def _check_frozen(self) -> None:
+        frozen, lengths = self.num_frozen_tokens, self.prefix_length
+        longest = lengths if isinstance(lengths, int) else max(lengths)
+        if frozen is not None and (isinstance(frozen, bool) or not isinstance(frozen, int) or frozen < 0):
+            raise ConfigError(f"num_frozen_tokens is {frozen!r}; it needs an int >= 0 or None")
+        if frozen and frozen > longest:
+            raise ConfigError(
+                f"num_frozen_tokens is {frozen}; the longest prefix has {longest} tokens, it needs no more"
+            )
+        if frozen and self.reparameterisation is not None:
+            raise ConfigError(
+                f"num_frozen_tokens is {frozen}; with reparameterisation, whose MLP makes all tokens, it needs 0"
+            )
 
     @property
     def may_read_vocabulary(self) -> bool:

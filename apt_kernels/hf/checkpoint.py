@@ -255,7 +255,7 @@ def _given(saved: _Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's weights out of ``state_dict``."""
     for name in saved.all:
         if name not in state_dict:
-            raise AdapterError(f"state_dict lacks {name}, which was trained")
+            raise AdapterError(f"state_dict lacks {name}, a weight of the adapter")
     return {name: whole(state_dict[name]) for name in saved.all}
 
 
@@ -276,8 +276,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def _folded(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors``, with the key and value of reparameterised prefixes in the place of what makes them."""
+    """``tensors``, with the key and value of every prefix in the place of the MLP that makes them or of their parts,
+    frozen and trained."""
     for name, prefix in prefixes.items():
+        if prefix.frozen:
+            tensors = dict(tensors)
+            for frozen, part in _parts(name):
+                tensors[part] = torch.cat([tensors.pop(frozen), tensors[part]], dim=1)
         if prefix.mlp is None:
             continue
         start = f"{name}.apt.mlp."
@@ -287,6 +292,11 @@ def _folded(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) 
             key, value = prefix.mlp.computed(**made)
         tensors |= {f"{name}.apt.key": key, f"{name}.apt.value": value}
     return tensors
+
+
+def _parts(name: str) -> list[tuple[str, str]]:
+    """The names of the frozen and of the trained part of a prefix's key and value. A file has the latter, with both."""
+    return [(f"{name}.apt.frozen_{part}", f"{name}.apt.{part}") for part in ("key", "value")]
 
 
 @atomic
@@ -407,7 +417,7 @@ def _fill(model, target: _Adapter, file: AdapterFile, allow_non_finite: bool) ->
     parameters = target.all
     with weights.gathered(model, parameters.values(), changed=True), torch.no_grad():
         _check(file, target, named_parameters(model))
-        tensors = file.tensors()
+        tensors = _split(target.prefixes, file.tensors())
         for name, tensor in tensors.items():
             # In the model's dtype: a large number of a wide dtype is infinite in a narrow one.
             if not allow_non_finite and not _is_finite(tensor.to(parameters[name].dtype)):
@@ -418,9 +428,18 @@ def _fill(model, target: _Adapter, file: AdapterFile, allow_non_finite: bool) ->
             offload.write(inner(model), name, parameters[name], tensor)
 
 
+def _split(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` of a file by the names of the model's parameters: the inverse of `_folded` for frozen tokens."""
+    for name, prefix in prefixes.items():
+        for frozen, part in _parts(name) if prefix.frozen else ():
+            tensors[frozen], tensors[part] = tensors[part].tensor_split([prefix.frozen], dim=1)
+    return tensors
+
+
 def _shape_of(config: AptConfig) -> tuple:
     """The settings on which the set of weights and their meaning depend."""
-    return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation, config.layers
+    frozen = config.num_frozen_tokens or 0
+    return config.prefix_length, config.gate, config.layer_scale, config.reparameterisation, config.layers, frozen
 
 
 def _refuse_patterns(model, config: AptConfig, path: Path) -> None:
@@ -439,7 +458,10 @@ def _refuse_patterns(model, config: AptConfig, path: Path) -> None:
 
 def _check(file: AdapterFile, target: _Adapter, parameters: Mapping[str, Tensor]) -> None:
     """Raise `AdapterError` unless the file has the weights that the adapter needs, and no others."""
-    wanted = {**target.own, **target.beside}
+    wanted = {name: list(tensor.shape) for name, tensor in {**target.own, **target.beside}.items()}
+    for name, prefix in target.prefixes.items():
+        for frozen, part in _parts(name) if prefix.frozen else ():
+            wanted[part][1] += wanted.pop(frozen)[1]
     for name, entry in file.entries.items():
         if name not in parameters:
             raise AdapterError(f"{file.path} holds {shown(name)}, which the model does not have")
@@ -448,9 +470,8 @@ def _check(file: AdapterFile, target: _Adapter, parameters: Mapping[str, Tensor]
                 f"{file.path} holds {shown(name)}, which the adapter's settings do not train (trainable is "
                 f"{shown(target.config.trainable)}): it would overwrite the base model's"
             )
-        shape = list(wanted[name].shape)
-        if list(entry.shape) != shape:
-            raise AdapterError(f"{file.path}: {name} is {list(entry.shape)}; the model's is {shape}")
+        if list(entry.shape) != wanted[name]:
+            raise AdapterError(f"{file.path}: {name} is {list(entry.shape)}; the model's is {wanted[name]}")
     missing = next((name for name in wanted if name not in file.entries), None)
     if missing is not None:
         raise AdapterError(f"{file.path} lacks {missing}, which the model needs")

@@ -325,7 +325,8 @@ def _settings(state: State, layers: list[_Layer], kind: str) -> dict:
         "token_dim": heads * head_dim,
         "num_transformer_submodules": 1,
     }
-    own = {"num_frozen_tokens": 0} if kind == "CARTRIDGE" else {"prefix_projection": False}
+    frozen = min(state.config.num_frozen_tokens or 0, length)
+    own = {"num_frozen_tokens": frozen} if kind == "CARTRIDGE" else {"prefix_projection": False}
     return {**settings, **own}
 
 

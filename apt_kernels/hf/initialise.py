@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -62,7 +63,7 @@ def patch_from_text(
     """
     ids = _token_ids(model, input_ids)
     length = ids.shape[1]
-    config = _starting_config(model, config, settings, length)
+    config = _starting_config(model, config, settings, length, min(1, length - 1))
     refuse_no_decoder(model)
     refuse_lengths(model)
     base: Any = model
@@ -73,7 +74,8 @@ def patch_from_text(
     for name, own in captured.items():
         _check_mask(name, own.mask, length)
         tokens[name] = own.key[0], own.value[0]
-    follow = ids[:, :4]
+    # Other tokens than the text's first: a text of one token has no influence on itself.
+    follow = (ids[:, :1] + torch.arange(1, 5, device=ids.device)) % base.get_input_embeddings().weight.shape[0]
     with evaluating(model), torch.no_grad():
         expected = base(input_ids=torch.cat([ids, follow], dim=1), use_cache=False).logits[:, length:]
     return _patch_with(model, config, tokens, follow, expected)
@@ -87,7 +89,7 @@ def patch_from_peft(
 ) -> Model:
     """`patch`, with the prefix of a PEFT prefix-tuning or CARTRIDGE checkpoint, with or without its MLP.
 
-    The patched model begins as an exact copy of the PEFT model. All its tokens train, those that a cartridge froze too.
+    The patched model begins as an exact copy of the PEFT model. The tokens that a cartridge froze stay frozen.
 
     Args:
         model: the unpatched base model; causal, with rotary positions, or none.
@@ -114,9 +116,9 @@ def patch_from_peft(
             f"folder is a {type(folder).__name__}; it needs the path of a saved checkpoint: call the PeftModel's "
             "save_pretrained(folder) first"
         )
-    flat, layers = _read_peft(Path(folder))
+    flat, layers, frozen = _read_peft(Path(folder))
     length = flat.shape[0]
-    config = _starting_config(model, config, settings, length)
+    config = _starting_config(model, config, settings, length, frozen)
     refuse_no_decoder(model)
     refuse_lengths(model)
     base: Any = model
@@ -161,7 +163,10 @@ def _token_ids(model, given) -> Tensor:
     return ids.reshape(1, -1)
 
 
-def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any], length: int) -> AptConfig:
+def _starting_config(
+    model, config: AptConfig | None, settings: Mapping[str, Any], length: int, frozen: int
+) -> AptConfig:
+    """The settings for a source of ``length`` tokens, of which ``frozen`` stay frozen unless the settings say more."""
     if "prefix_length" in settings:
         raise ConfigError("prefix_length is given; the source determines it")
     if "init" in settings:
@@ -173,7 +178,7 @@ def _starting_config(model, config: AptConfig | None, settings: Mapping[str, Any
         raise ConfigError("layer_scale is False; with a gate, which starts at 1/2, it needs True to start at 1")
     if config.reparameterisation is not None:
         raise ConfigError("reparameterisation is set; no MLP gives the source's keys and values, it needs None")
-    return config
+    return replace(config, num_frozen_tokens=frozen) if config.num_frozen_tokens is None else config
 
 
 def _check_mask(name: str, mask, length: int) -> None:
@@ -184,8 +189,8 @@ def _check_mask(name: str, mask, length: int) -> None:
         )
 
 
-def _read_peft(folder: Path) -> tuple[Tensor, int]:
-    """The checkpoint's ``[M, L * 2 * Hkv * D]`` and its number of layers L."""
+def _read_peft(folder: Path) -> tuple[Tensor, int, int]:
+    """The checkpoint's ``[M, L * 2 * Hkv * D]``, its number of layers L, and of frozen tokens."""
     settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     try:
         given, flat = read_json_file(settings), read_tensor(weights, "prompt_embeddings")
@@ -210,7 +215,11 @@ def _read_peft(folder: Path) -> tuple[Tensor, int]:
         )
     if not torch.isfinite(flat).all():
         raise AdapterError(f"{folder} has prompt_embeddings with values that are not finite")
-    return flat, layers
+    # A cartridge's configuration without the number means PEFT's default of 1.
+    frozen = given.get("num_frozen_tokens", 1) if kind == "CARTRIDGE" else 0
+    if type(frozen) is not int or not 0 <= frozen <= len(flat):
+        raise AdapterError(f"{folder} has {shown(frozen)} as num_frozen_tokens; it needs an int from 0 to {len(flat)}")
+    return flat, layers, frozen
 
 
 def _layer_of(flat: Tensor, layers: int, layer: int, own: Captured, name: str, folder: Path) -> tuple[Tensor, Tensor]:
@@ -236,8 +245,7 @@ def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: T
             raise PatchError(f"{missing} did not run in the forward of the text")
         with torch.no_grad():
             for name, prefix in found.items():
-                for part, given in zip((prefix.key, prefix.value), tokens[name]):
-                    cast(Tensor, part).copy_(given)
+                prefix.copy_(*tokens[name])
         with evaluating(model), torch.no_grad():
             apart = (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
         influence = (expected - bare).abs().max()

@@ -189,6 +189,7 @@ def _build(config: AptConfig, site: Site, length: int, generator, adapter: str) 
         site.device,
         config.reparameterisation,
         config.prefix_dropout,
+        config.num_frozen_tokens or 0,
     )
     prefix.name, prefix.cross, prefix.implementation = site.name, site.cross, config.implementation
     prefix.adapter = adapter
@@ -200,10 +201,11 @@ def _initialise(
     model, config: AptConfig, sites: list[Site], lengths: list[int], generator, built: dict[str, AdaptivePrefix]
 ) -> None:
     """Overwrite the normal start of ``built`` where ``config.init`` says so."""
-    made: dict[str, Any] = dict(built)
     if config.init == "zero":
-        for prefix in made.values():
-            prefix.value.zero_()
+        for prefix in built.values():
+            for part in (prefix.frozen_value, prefix.value):
+                if part is not None:
+                    part.zero_()
     if not config.may_read_vocabulary:
         return
     tokens, reasons = vocabulary_tokens(model, config, sites, lengths, generator)
@@ -222,8 +224,7 @@ def _initialise(
             reasons[reading[0]],
         )
     for name, (key, value) in tokens.items():
-        made[name].key.copy_(key)
-        made[name].value.copy_(value)
+        built[name].copy_(key, value)
 
 
 def _gate(name: str, site: Site) -> str:

@@ -60,6 +60,7 @@ class LayerProbe:
         gate_std_examples: standard deviation over examples of an example's mean alpha.
         histogram: ``[M][20]`` shares of alpha's values in 20 equal bins of [0, 1].
         effective: ``layer_scale * gate_mean``: the mean factor on the token's key and value; 1 leaves them unchanged.
+        frozen: how many tokens at the beginning are frozen (``num_frozen_tokens``); they are the last to be pruned.
     """
 
     name: str
@@ -70,6 +71,7 @@ class LayerProbe:
     gate_std_examples: list[float]
     histogram: list[list[float]]
     effective: list[float]
+    frozen: int = 0
 
     def __repr__(self) -> str:
         scale = f"layer_scale={self.layer_scale:.3g}, weight={self.weight:.3g}"
@@ -162,7 +164,7 @@ class Probe:
         Args:
             budget: prefix tokens in all layers together. Each layer gets a number in proportion to the sum of its
                 tokens' ``|effective|`` (largest remainder method), at most its current length.
-            threshold: keep every token whose ``|effective|`` is at least this.
+            threshold: keep every token whose ``|effective|`` is at least this, and frozen ones.
             grow: a layer may get more tokens than it has now; such lengths are for a new training run.
 
         Raises:
@@ -178,14 +180,18 @@ class Probe:
         if not isinstance(grow, bool):
             raise ArgumentError(f"grow is {grow!r}; it needs True or False")
         if threshold is not None:
-            found = [sum(abs(weight) >= threshold for weight in layer.effective) for layer in self.layers]
+            found = [
+                sum(i < layer.frozen or abs(weight) >= threshold for i, weight in enumerate(layer.effective))
+                for layer in self.layers
+            ]
         else:
             found = self._shares(cast(int, budget), grow)
         if not any(found):
             raise ArgumentError(f"threshold is {threshold!r}; no token's weight reaches it, and one has to remain")
         by_name = dict(zip((layer.name for layer in self.layers), found))
         fits = all(by_name[layer.name] <= layer.length for layer in self.layers)
-        keep = {layer.name: _strongest(layer.effective, by_name[layer.name]) for layer in self.layers} if fits else {}
+        counts = [(layer, by_name[layer.name]) for layer in self.layers] if fits else []
+        keep = {layer.name: _strongest(layer.effective, count, layer.frozen) for layer, count in counts}
         return Lengths((by_name.get(name, 0) for name in self.modules), keep)
 
     def _shares(self, budget: int, grow: bool) -> list[int]:
@@ -204,9 +210,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _strongest(weights: Sequence[float], count: int) -> tuple[int, ...]:
-    """Indices of the ``count`` largest magnitudes, in their order; of equal ones the first."""
-    order = sorted(range(len(weights)), key=lambda i: (-abs(weights[i]), i))
+def _strongest(weights: Sequence[float], count: int, frozen: int) -> tuple[int, ...]:
+    """``count`` indices, in their order: the ``frozen`` first, then the largest magnitudes; of equal ones the first."""
+    order = sorted(range(len(weights)), key=lambda i: (i >= frozen, i < frozen or -abs(weights[i]), i))
     return tuple(sorted(order[:count]))
 
 
@@ -282,6 +288,7 @@ class _Watch:
             gate_std_examples=spread.clamp(min=0).sqrt().tolist(),
             histogram=(self.histogram / self.count).tolist(),
             effective=(scale * mean).tolist(),
+            frozen=self.prefix.frozen,
         )
 
 
@@ -363,7 +370,8 @@ def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
 
 @atomic
 def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> Model:
-    """Shorten a trained model's prefixes in place: each layer keeps its tokens with the largest weights, in order.
+    """Shorten a trained model's prefixes in place: each layer keeps its frozen tokens and those with the largest
+    weights, in order.
 
     The other tokens' keys, values and gates are removed from the softmax. A gate of 0 does not do that: it leaves a key
     of zeros, which still takes softmax mass (docs/method.md shows how much). The shorter prefix is saved and loaded
@@ -410,10 +418,12 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
         if not have:
             continue
         chosen = known.get(name)
-        if chosen is not None and len(chosen) == length and all(i < have for i in chosen):
+        first = tuple(range(min(found[name].frozen, length)))
+        fits = chosen is not None and len(chosen) == length and all(i < have for i in chosen)
+        if chosen is not None and fits and chosen[: len(first)] == first:
             keep[name] = chosen
         else:
-            keep[name] = _strongest(_weights(name, found[name], length, ranks), length)
+            keep[name] = _strongest(_weights(name, found[name], length, ranks), length, found[name].frozen)
     pruning.keep_tokens(state, keep, tuple(lengths))
     return model
 

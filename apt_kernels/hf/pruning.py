@@ -12,7 +12,7 @@ from .patching import remove_prefix
 from .state import State
 
 # The dimension of each parameter of an `AdaptivePrefix` that counts tokens.
-_TOKEN_DIM = {"key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
+_TOKEN_DIM = {"frozen_key": 1, "frozen_value": 1, "key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
 
 
 def modules(state: State) -> list[str]:
@@ -28,13 +28,18 @@ def keep_tokens(state: State, keep: dict[str, tuple[int, ...]], lengths: tuple[i
             remove_prefix(state, name)
             continue
         prefix.fold()
-        prefix.length = len(keep[name])
+        frozen = [i for i in keep[name] if i < prefix.frozen]
+        trained = [i - prefix.frozen for i in keep[name] if i >= prefix.frozen]
+        kept_of = {"frozen_key": frozen, "frozen_value": frozen, "key": trained, "value": trained}
+        prefix.length, prefix.frozen = len(keep[name]), len(frozen)
         for field, dim in _TOKEN_DIM.items():
             parameter = getattr(prefix, field)
             if parameter is None:
                 continue
-            index = torch.tensor(keep[name], device=parameter.device)
+            index = torch.tensor(kept_of.get(field, keep[name]), dtype=torch.long, device=parameter.device)
             kept = parameter.detach().index_select(dim, index)
             setattr(prefix, field, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-    state.config = replace(state.config, prefix_length=lengths, reparameterisation=None)
+    most = state.config.num_frozen_tokens
+    most = None if most is None else min(most, max(lengths))
+    state.config = replace(state.config, prefix_length=lengths, reparameterisation=None, num_frozen_tokens=most)
     events.changed("prune", state)

@@ -61,7 +61,7 @@ def summary(model: nn.Module) -> Summary:
     layers = []
     for site in state.sites:
         prefix = found.get(site.name)
-        size = 0 if prefix is None else sum(map(_size, prefix.parameters()))
+        size = 0 if prefix is None else sum(_size(p) for p in prefix.parameters() if p.requires_grad)
         length, gate = (0, "") if prefix is None else (prefix.length, prefix.gate)
         layers.append(Layer(site.name, site.kind, length, gate, size))
     beside = [(n, _size(p)) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]

@@ -19,7 +19,10 @@ class AdaptivePrefix(nn.Module):
     - ``key [Hkv, M, D]`` and ``value [Hkv, M, Dv]``;
     - ``gate_weight [M, d]`` for the gates ``first``, ``mean`` and ``token`` (``W_i`` of the paper, transposed), or
       ``gate_logits [M]`` for ``static``; None where it does not apply;
-    - ``layer_scale [1]`` (``lambda_i``), or None.
+    - ``layer_scale [1]`` (``lambda_i``), or None;
+    - with ``num_frozen_tokens=F``, ``frozen_key [Hkv, F, D]`` and ``frozen_value [Hkv, F, Dv]``, the first F tokens;
+      ``key`` and ``value`` are then those of the other ``M - F``. Frozen tokens get no gradient, so no optimizer
+      changes them, not by weight decay or momentum either. Their gates train like the others.
 
     With a gate, the start ``gate_weight = 0, layer_scale = 2`` makes every weight exactly 1: training begins as plain
     prefix tuning. ``.to(dtype)`` casts these parameters like any others; the gate's logits stay float32 at least.
@@ -40,6 +43,10 @@ class AdaptivePrefix(nn.Module):
         2.0
     """
 
+    key: nn.Parameter | None
+    value: nn.Parameter | None
+    frozen_key: nn.Parameter | None
+    frozen_value: nn.Parameter | None
     start: dict[str, Tensor]  # samples of the initial values, see `hf.state.remember_start`
 
     def __init__(
@@ -56,6 +63,7 @@ class AdaptivePrefix(nn.Module):
         device: torch.device | str | None = None,
         reparameterisation: int | None = None,
         dropout: float = 0.0,
+        num_frozen_tokens: int = 0,
     ):
         super().__init__()
         self.gate = gates.find(gate).name
@@ -64,6 +72,7 @@ class AdaptivePrefix(nn.Module):
         self.mesh = None  # the device mesh over which the heads are sharded
         # Stored apart from the parameters, of which a process may hold a part or nothing.
         self.length, self.heads, self.head_dim = length, num_key_value_heads, head_dim
+        self.frozen = min(num_frozen_tokens, length)
 
         def draw(*shape: int) -> nn.Parameter:
             # Drawn on the CPU, so that a seed gives the same prefix on every device.
@@ -74,9 +83,10 @@ class AdaptivePrefix(nn.Module):
             return nn.Parameter(torch.full(shape, value, device=device, dtype=torch.float32))
 
         self.dropout, self.key, self.value, self.mlp = dropout, None, None, None
+        self.frozen_key = self.frozen_value = None
         if reparameterisation is None:
-            self.key = draw(num_key_value_heads, length, head_dim)
-            self.value = draw(num_key_value_heads, length, value_head_dim)
+            key, value = (draw(num_key_value_heads, length, width) for width in (head_dim, value_head_dim))
+            self.store(key.detach(), value.detach())
         else:
             widths = reparameterisation, num_key_value_heads, head_dim, value_head_dim
             self.mlp = Reparameterisation(length, *widths, init_std, generator).to(device)
@@ -114,14 +124,33 @@ class AdaptivePrefix(nn.Module):
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]`` of this forward; in training with the prefix's dropout."""
-        key, value = cast("tuple[Tensor, Tensor]", (self.key, self.value)) if self.mlp is None else self.mlp()
+        parts = [cast("tuple[Tensor, Tensor]", (self.key, self.value)) if self.mlp is None else self.mlp()]
+        if self.frozen_key is not None and self.frozen_value is not None:
+            # Detached, so that no gradient arrives if someone sets requires_grad on all parameters.
+            parts.insert(0, (self.frozen_key.detach(), self.frozen_value.detach()))
         if self.mesh is not None:
             from .sharding import by_heads
 
-            key, value = by_heads(key).to_local(), by_heads(value).to_local()
+            parts = [(by_heads(key).to_local(), by_heads(value).to_local()) for key, value in parts]
+        key, value = parts[0] if len(parts) == 1 else (torch.cat(part, dim=1) for part in zip(*parts))
         if self.dropout and self.training:
             key, value = (torch.nn.functional.dropout(part, self.dropout) for part in (key, value))
         return key, value
+
+    def store(self, key: Tensor, value: Tensor) -> None:
+        """New parameters with copies of these M tokens, the first `frozen` of them frozen."""
+        for part, tokens in (("key", key), ("value", value)):
+            first, rest = (each.clone() for each in tokens.detach().tensor_split([self.frozen], dim=1))
+            setattr(self, f"frozen_{part}", nn.Parameter(first, requires_grad=False) if self.frozen else None)
+            setattr(self, part, nn.Parameter(rest))
+
+    @torch.no_grad()
+    def copy_(self, key: Tensor, value: Tensor) -> None:
+        """Write key ``[Hkv, M, D]`` and value ``[Hkv, M, Dv]`` into its parameters."""
+        for part, tokens in (("key", key), ("value", value)):
+            for name, given in zip((f"frozen_{part}", part), tokens.tensor_split([self.frozen], dim=1)):
+                if getattr(self, name) is not None:
+                    getattr(self, name).copy_(given)
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -14,8 +14,9 @@ def shard_heads(prefix, mesh) -> None:
     prefix.mesh = mesh
     for module in prefix.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            placement = Shard(0) if module is prefix and name in ("key", "value") else Replicate()
-            setattr(module, name, nn.Parameter(distribute(parameter.detach(), mesh, [placement])))
+            tokens = module is prefix and name.removeprefix("frozen_") in ("key", "value")
+            made = distribute(parameter.detach(), mesh, [Shard(0) if tokens else Replicate()])
+            setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
 
 
 def distribute(tensor: Tensor, mesh, placements) -> DTensor:

@@ -138,11 +138,12 @@ def half_precision(family: str, wrap) -> None:
 
 def ddp(family: str, folder: Path) -> None:
     given = batch(family)
-    twin, model = patched(family), patched(family)
-    expected = alone(given, twin)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    agree(train(wrapped, own_rows(given)), expected, averaged=True)
-    saved_as(wrapped, twin, folder, given)
+    for settings in ({}, {"num_frozen_tokens": 1}):
+        twin, model = patched(family, **settings), patched(family, **settings)
+        expected = alone(given, twin)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        agree(train(wrapped, own_rows(given)), expected, averaged=True)
+        saved_as(wrapped, twin, folder, given)
     refused(lambda: apt_kernels.add_adapter(wrapped, "x"))
     refused(lambda: apt_kernels.prune(wrapped, [1] * len(apt_kernels.prefixes(model))))
     refused(lambda: apt_kernels.unpatch(wrapped))
@@ -153,16 +154,17 @@ def ddp(family: str, folder: Path) -> None:
 
 def fsdp2(family: str, folder: Path) -> None:
     given, mesh = batch(family), init_device_mesh("cpu", (PROCESSES,))
-    twin, model = patched(family), patched(family)
-    expected = alone(given, twin)
-    layers = {name.rpartition(".")[0] for name in apt_kernels.prefixes(model)}
-    for layer in layers:
-        fully_shard(model.get_submodule(layer), mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    agree(train(model, own_rows(given)), expected, averaged=True)
-    saved_as(model, twin, folder, given)
-    saved_by_one(model, folder)
-    assert apt_kernels.summary(model) == apt_kernels.summary(twin)
+    for settings in ({"num_frozen_tokens": 1}, {}):
+        twin, model = patched(family, **settings), patched(family, **settings)
+        expected = alone(given, twin)
+        layers = {name.rpartition(".")[0] for name in apt_kernels.prefixes(model)}
+        for layer in layers:
+            fully_shard(model.get_submodule(layer), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        agree(train(model, own_rows(given)), expected, averaged=True)
+        saved_as(model, twin, folder, given)
+        saved_by_one(model, folder)
+        assert apt_kernels.summary(model) == apt_kernels.summary(twin)
     unpatched(model, family, given)
     bare = fully_shard(models.build(family).train(), mesh=mesh)
     refused(lambda: apt_kernels.patch(bare))
@@ -220,7 +222,7 @@ def saving_alone_raises(model, folder: Path) -> None:
 def fsdp1(family: str, folder: Path) -> None:
     """FullyShardedDataParallel, around the whole model and around every attention's layer as well."""
     given = batch(family)
-    for settings in ({}, {"reparameterisation": 8}):
+    for settings in ({}, {"reparameterisation": 8}, {"num_frozen_tokens": 1}):
         for nested in (False, True):
             twin, model = patched(family, **settings), patched(family, **settings)
             start = {n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad}
@@ -257,10 +259,10 @@ def tensor_parallel(family: str, folder: Path) -> None:
     if not dist.get_rank():
         base.save_pretrained(folder / family)
     dist.barrier()
-    for settings in ({}, {"reparameterisation": 8}, {"gate": "first"}):
+    for settings in ({}, {"reparameterisation": 8}, {"gate": "first"}, {"num_frozen_tokens": 1}):
         twin = apt_kernels.patch(copy.deepcopy(base).train(), prefix_length=3, init_seed=0, **settings).double()
         randomise(twin)
-        start = {n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad}
+        start = {n: p.detach().clone() for n, p in twin.named_parameters() if p.requires_grad or ".frozen_" in n}
         expected = alone(given, twin)
         model = type(base).from_pretrained(
             folder / family, dtype=torch.float64, distributed_config=DistributedConfig(tp_size=PROCESSES)
@@ -289,7 +291,7 @@ def check_sharding(prefix, twin, whole: bool) -> None:
     for name, parameter in prefix.named_parameters():
         assert parameter.shape == twin.get_parameter(name).shape
         here = parameter if whole else parameter.to_local()
-        if name in ("key", "value") and not whole:
+        if name.removeprefix("frozen_") in ("key", "value") and not whole:
             assert here.shape[0] == parameter.shape[0] // PROCESSES
             continue
         others = [torch.empty_like(here) for _ in range(PROCESSES)]
@@ -298,13 +300,18 @@ def check_sharding(prefix, twin, whole: bool) -> None:
 
 
 def zero3(family: str, folder: Path) -> None:
-    import deepspeed
-    from deepspeed.utils import safe_get_full_grad
-
     # DeepSpeed compiles its shared-memory collectives at the first use; gloo does not need them.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     given = batch(family)
-    twin, model = patched(family).float(), patched(family).float()
+    for frozen in (0, 1):
+        zero3_with(family, folder, frozen, given)
+
+
+def zero3_with(family: str, folder: Path, frozen: int, given: dict) -> None:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    twin, model = (patched(family, num_frozen_tokens=frozen).float() for _ in range(2))
     expected = alone(given, twin)
     trained = [p for p in model.parameters() if p.requires_grad]
     settings = {

@@ -125,7 +125,7 @@ class Rows:
             here: dict[str, Any] = {}
             for name in used:
                 parked = None if name == state.adapter else state.parked[name].prefixes.get(site.name)
-                prefix = getattr(module, "apt", None) if name == state.adapter else parked and _frozen(parked, module)
+                prefix = getattr(module, "apt", None) if name == state.adapter else parked and _constant(parked, module)
                 if prefix is not None:
                     here[name] = prefix
             order = list(here)
@@ -138,21 +138,21 @@ class Rows:
         return any(prefix.gate_entry.per_sequence for each in self.places.values() for prefix in each.prefixes)
 
 
-def _frozen(prefix: Any, module: nn.Module) -> Any:
+def _constant(prefix: Any, module: nn.Module) -> Any:
     """A prefix with the same values as constants, on the device of its attention module, without dropout."""
     device = offload.device(module)
 
-    def constant(part: Any) -> Any:
+    def copied(part: Any) -> Any:
         made = copy.copy(part)
         made.__dict__["_parameters"] = {
             name: None if p is None else nn.Parameter(p.detach().to(device), requires_grad=False)
             for name, p in part._parameters.items()
         }
-        made.__dict__["_modules"] = {name: None if m is None else constant(m) for name, m in part._modules.items()}
+        made.__dict__["_modules"] = {name: None if m is None else copied(m) for name, m in part._modules.items()}
         made.training = False
         return made
 
-    return constant(prefix)
+    return copied(prefix)
 
 
 def serving(module) -> tuple[Any, Mixture | None]:

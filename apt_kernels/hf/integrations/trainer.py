@@ -83,7 +83,7 @@ class SavePretrained:
         state = state_of(self.model)
         if state.adapter != "default":
             theirs[f"{_ADAPTER}{state.adapter}"] = torch.empty(0, device="cpu")
-        if theirs or any(prefix.mlp is not None for prefix in state.prefixes.values()):
+        if theirs or any(prefix.mlp is not None or prefix.frozen for prefix in state.prefixes.values()):
             save_unfolded(self.model, link, state_dict, theirs)
             return
         _link(folder / WEIGHTS, link)
