@@ -104,7 +104,7 @@ def trained(build, **settings):
     model = apt_kernels.patch(build(), prefix_length=3, gate="static", **settings)
     for name in ("default", "b"):
         if name == "b":
-            apt_kernels.add_adapter(model, "b", prefix_length=2, gate="token")
+            apt_kernels.add_adapter(model, "b", prefix_length=2, gate="token", num_frozen_tokens=1)
         randomise(model, seed=len(name))
         for parameter in (p for n, p in model.named_parameters() if p.requires_grad and ".apt." not in n):
             nn.init.normal_(parameter)
@@ -134,14 +134,14 @@ LOADING = ("hf/checkpoint", "hf/adapter_file", "hf/hub", "hf/offload", "hf/weigh
 
 def made(call, build, folder):
     """What the call gets: a model, and a folder with other weights."""
-    other = trained(build)
+    other = trained(build, num_frozen_tokens=1)
     with torch.no_grad():
-        for parameter in other.parameters():
-            if parameter.requires_grad:
+        for name, parameter in other.named_parameters():
+            if parameter.requires_grad or ".frozen_" in name:
                 parameter += 1
     apt_kernels.save(other, folder)
     # An adapter with an MLP is folded by prune; load takes one without.
-    model = build() if call in NEW else trained(build, reparameterisation=None if call == "load" else 4)
+    model = build() if call in NEW else trained(build, **({"num_frozen_tokens": 1} if call == "load" else {"reparameterisation": 4}))
     next(model.parameters()).requires_grad_(False)
     return model
 
