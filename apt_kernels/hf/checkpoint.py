@@ -225,7 +225,7 @@ def fill(model, tensors: Mapping[str, Tensor]) -> None:
         dtype = tensors[f"{name}.apt.key"].dtype
         if dtype == torch.float64:
             prefix.to(dtype)
-    _store(model, _adapter(state).all, tensors)
+    _store(model, _adapter(state).all, _split(state.prefixes, dict(tensors)))
 
 
 def _store(model, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

@@ -39,8 +39,9 @@ def compose(model: Model, names: Sequence[str], name: str) -> Model:
       and values. Where the new adapter has a gate there, its logits start at 0 for these tokens, with keys and values
       doubled (``2 sigmoid(0) = 1``).
 
-    A reparameterisation is replaced by its result. Settings in which the adapters differ beyond that
-    (``prefix_dropout``, ``implementation``) have their defaults.
+    A reparameterisation is replaced by its result. Frozen tokens (``num_frozen_tokens``) stay frozen if they are the
+    first ones at every attention module; those of later adapters train. Settings in which the adapters differ beyond
+    that (``prefix_dropout``, ``implementation``) have their defaults.
 
     Args:
         model: a patched model.
@@ -182,9 +183,24 @@ def _config(
         prefix_length=lengths[0] if len(set(lengths)) == 1 else tuple(lengths),
         gate=gate,  # type: ignore[arg-type]
         layer_scale=any(config.layer_scale for config in configs),
+        num_frozen_tokens=_frozen(configs, parts) or None,
         trainable=trainable.pop() if len(trainable) == 1 else tuple(f"^{re.escape(each)}$" for each in sorted(trained)),
         **common,
     )
+
+
+def _frozen(configs: list[AptConfig], parts: list[dict[str, _Part]]) -> int:
+    """The number of tokens at the beginning of every prefix that are frozen in their adapters."""
+    found: dict[str, int] = {}
+    open_: set[str] = set()  # modules whose prefixes so far are frozen entirely
+    for config, part in zip(configs, parts):
+        for site, each in part.items():
+            length = each.tensors["key"].shape[1]
+            frozen = min(config.num_frozen_tokens or 0, length)
+            if site not in found or site in open_:
+                found[site] = found.get(site, 0) + frozen
+                (open_.add if frozen == length else open_.discard)(site)
+    return min(found.values())
 
 
 def _joined(parts: list[_Part], site: Site, gate: gates.Gate, has_scale: bool) -> dict[str, Tensor]:

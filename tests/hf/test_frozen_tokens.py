@@ -328,6 +328,48 @@ def test_generation_with_different_numbers_of_frozen_tokens():
         assert torch.equal(found[i], single.generate(**one, **options)[0]), name
 
 
+def frozen_of(model):
+    return {prefix.frozen for prefix in apt_kernels.prefixes(model).values()}
+
+
+@pytest.mark.parametrize(("names", "frozen"), [("ab", 2), ("ba", 0), ("cab", 6), ("ac", 2), ("cc", 8)])
+def test_composed_adapters_keep_the_frozen_tokens_at_their_beginning(names, frozen):
+    names = [{"a": "default"}.get(name, name) for name in names]
+    _, model = mixed("llama", ("none", "none", "none"))
+    parts = [tokens(apt_kernels.set_adapter(copy.deepcopy(model), name)) for name in names]
+    given = models.inputs("llama")
+    with torch.no_grad():
+        apt_kernels.compose(model, names, "composed")
+    assert frozen_of(model) == {frozen}
+    assert apt_kernels.adapters(model)["composed"].num_frozen_tokens == (frozen or None)
+    before = tokens(model)
+    for site, found in before.items():
+        for i in (0, 1):
+            joined = torch.cat([part[site][i] for part in parts], dim=1)
+            weights = torch.cat([part_scale(model, name, site, part[site][i]) for name, part in zip(names, parts)])
+            expected = joined * (weights / apt_kernels.prefixes(model)[site].layer_scale.detach())[:, None]
+            torch.testing.assert_close(found[i], expected)
+    if frozen < before[site][0].shape[1]:
+        step(model, torch.optim.AdamW(apt_kernels.parameter_groups(model), lr=0.1), given)
+    for site, parts in tokens(model).items():
+        for now, then in zip(parts, before[site]):
+            assert torch.equal(now[:, :frozen], then[:, :frozen])
+            assert not torch.isclose(now[:, frozen:], then[:, frozen:]).all(dim=-1).any()
+
+
+def part_scale(model, name, site, tokens):
+    """The layer scale of an adapter for each of these tokens."""
+    other = apt_kernels.set_adapter(copy.deepcopy(model), name)
+    return apt_kernels.prefixes(other)[site].layer_scale.detach().expand(tokens.shape[1])
+
+
+def test_composed_adapters_on_different_layers_freeze_what_both_froze():
+    model = apt_kernels.patch(models.build("llama"), prefix_length=4, num_frozen_tokens=3, layers=[0])
+    apt_kernels.add_adapter(model, "b", prefix_length=5, num_frozen_tokens=1)
+    apt_kernels.compose(model, ["default", "b"], "both")
+    assert frozen_of(model) == {1}
+
+
 def test_frozen_tokens_stay_frozen_beside_lora(tmp_path):
     """PEFT's own freezing leaves them without requires_grad, and its folder has the whole prefix."""
     peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -141,7 +141,11 @@ def made(call, build, folder):
                 parameter += 1
     apt_kernels.save(other, folder)
     # An adapter with an MLP is folded by prune; load takes one without.
-    model = build() if call in NEW else trained(build, **({"num_frozen_tokens": 1} if call == "load" else {"reparameterisation": 4}))
+    model = (
+        build()
+        if call in NEW
+        else trained(build, **({"num_frozen_tokens": 1} if call == "load" else {"reparameterisation": 4}))
+    )
     next(model.parameters()).requires_grad_(False)
     return model
 
