@@ -237,20 +237,51 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: dict) -
     """Write an adapter to ``folder``, replacing one that is there; returns its save id.
 
     ``adapter.safetensors`` is written to a temporary file and renamed, which commits the save. The copy of the settings
-    follows. Temporary files of killed saves are deleted. On an OSError before the rename, the old adapter is unchanged.
+    follows. Temporary files of killed saves are deleted. `AdapterError` where the folder cannot be written; before the
+    rename, the old adapter is unchanged.
     """
     settings = {**settings, "save_id": uuid.uuid4().hex}
     text = json.dumps(settings)
     if len(text) > JSON_LIMIT // 2:
         raise AdapterError(f"the settings have {len(text)} characters; no more than {JSON_LIMIT // 2} are read back")
     metadata = {"format": "pt", _SETTINGS: text, _CHECKSUM: _digest(text, tensors)}
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    with replacing(folder / WEIGHTS) as file:
-        _serialise(file, tensors, metadata)
-    with replacing(folder / CONFIG) as file:
-        file.write((json.dumps(settings, indent=2) + "\n").encode())
+    make_folder(folder)
+    with writing(folder):
+        clean(folder)
+        for name in (WEIGHTS, CONFIG):
+            if (folder / name).is_dir():
+                raise AdapterError(f"{folder / name} cannot be written: it is a folder")
+        with replacing(folder / WEIGHTS) as file:
+            _serialise(file, tensors, metadata)
+        with replacing(folder / CONFIG) as file:
+            file.write((json.dumps(settings, indent=2) + "\n").encode())
     return settings["save_id"]
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within this context, an error of the file system is an `AdapterError` that names ``folder`` and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` if it does not exist."""
+    refuse_file(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise `AdapterError` where ``folder`` or one of its parents is a file, or its path is none of a file system."""
+    if "\0" in str(folder):
+        raise AdapterError(f"{str(folder)!r} cannot be written: the path has a null character")
+    with writing(folder):
+        file = next((each for each in (folder, *folder.parents) if os.path.lexists(each) and not each.is_dir()), None)
+    if file is not None:
+        raise AdapterError(f"{folder} cannot be written: {file} is not a folder")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,15 @@ _SIZES = (
     "encoder_attention_heads",
     "decoder_attention_heads",
 )
+# Values of a config that do not change what a trained model computes: names and files, what is returned, the task head,
+# the vocabulary (which may have been extended), and what only matters in training or at the start.
+_NO_RESULT = re.compile(
+    r"^_|drop|initializer|init_std|_loss|jitter|_token_(id|index)$|dtype|^mask_(time|feature)_|^(tokenizer_class|auto_map|"
+    r"transformers_version|model_type|architectures|name_or_path|num_labels|id2label|label2id|problem_type|vocab_size|"
+    r"finetuning_task|task_specific_params|quantization_config|tie_word_embeddings|apply_spec_augment|torchscript|"
+    r"return_dict|use_cache|output_attentions|output_hidden_states|output_router_logits|gradient_checkpointing|"
+    r"chunk_size_feed_forward|pretraining_tp)$"
+)
 # How many weights are sampled of those with at least two dimensions, and of those with one; how many elements at either
 # end of each.
 _SAMPLED, _ELEMENTS = 6, 16
@@ -42,6 +53,7 @@ def of(state: State) -> dict:
         "sizes": _sizes(config),
         "name_or_path": getattr(config, "name_or_path", None) or None,
         "revision": _revision(config),
+        "config": _computation(config),
         "fingerprint": _fingerprint(state),
     }
 
@@ -61,15 +73,44 @@ def _sizes(config) -> dict[str, int]:
     return found
 
 
+def _computation(config) -> dict[str, Any]:
+    """The values of ``config`` that change what the same weights compute, by name. For JSON."""
+    found: dict[str, Any] = {}
+
+    def add(part: dict, start: str) -> None:
+        for name, value in part.items():
+            if not isinstance(name, str) or _NO_RESULT.search(name):
+                continue
+            if name == "max_position_embeddings" and "'dynamic'" not in str(part):  # otherwise a limit alone
+                continue
+            if isinstance(value, dict):
+                add(value, f"{start}{name}.")
+            elif f"{start}{name}" not in sizes and _is_json(value):
+                found[f"{start}{name}"] = list(value) if isinstance(value, tuple) else value
+
+    sizes = _sizes(config)
+    add(config.to_dict(), "")
+    return found
+
+
+def _is_json(value) -> bool:
+    """Whether a file may hold ``value``: text, a flag, a number of 18 digits at most, or a list of such values."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_json(each) for each in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (str, bool)) or (isinstance(value, int) and abs(value) < 10**18)
+
+
 def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
     """The hash in each dtype of each sampled weight, by name; None if this process holds no complete weight."""
     ours = {id(p) for prefix in state.prefixes.values() for p in prefix.parameters()}
     ours |= events.added_parameters(state.model)
-    trained = {_plain(name) for name in state.start}
+    trained = {plain(name) for name in state.start} | merged_weights(state.model)
     weights = {
-        _plain(name): p
+        plain(name): p
         for name, p in state.model.named_parameters()
-        if id(p) not in ours and _plain(name) not in trained and _is_whole(p)
+        if id(p) not in ours and plain(name) not in trained and is_whole(p)
     }
     wide = [name for name, p in weights.items() if p.ndim > 1]
     narrow = [name for name, p in weights.items() if p.ndim == 1]
@@ -77,12 +118,12 @@ def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
     return {name: _hashes(weights[name]) for name in chosen} or None
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A parameter's name without the parts that PEFT and FullyShardedDataParallel add."""
     return own_name(name).replace(".base_layer.", ".")
 
 
-def _is_whole(parameter: nn.Parameter) -> bool:
+def is_whole(parameter: nn.Parameter) -> bool:
     """Whether this process holds the unquantised values: not on the meta device, not a shard."""
     plain = type(parameter) is nn.Parameter and not hasattr(parameter, "ds_id")
     flat = getattr(parameter, "_fsdp_flattened", False)
@@ -98,17 +139,32 @@ def _spread(names: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _hashes(weight: Tensor) -> dict[str, str]:
-    first, last = weight.detach(), weight.detach()
+def sample(weight: Tensor) -> Tensor:
+    """A few elements at either end, on the CPU."""
+    first = last = weight.detach().reshape(1) if weight.ndim == 0 else weight.detach()
     while first.ndim > 1:
         first, last = first[0], last[-1]
-    sample = torch.cat([first[:_ELEMENTS], last[-_ELEMENTS:]]).cpu()
-    dtypes = [d for d in _PRECISIONS if d == sample.dtype or sample.dtype in (torch.float32, torch.float64)]
-    return {str(d).removeprefix("torch."): _hash(sample.to(d)) for d in dtypes}
+    return torch.cat([first[:_ELEMENTS], last[-_ELEMENTS:]]).cpu()
 
 
-def _hash(sample: Tensor) -> str:
-    data = bytes(sample.contiguous().view(torch.uint8).tolist())
+def _hashes(weight: Tensor) -> dict[str, str]:
+    elements = sample(weight)
+    dtypes = [d for d in _PRECISIONS if d == elements.dtype or elements.dtype in (torch.float32, torch.float64)]
+    return {str(d).removeprefix("torch."): _hash(elements.to(d)) for d in dtypes}
+
+
+def merged_weights(model: nn.Module) -> set[str]:
+    """The weights into which PEFT has merged an adapter that it can take out again, by name."""
+    return {
+        plain(f"{name}.base_layer.{each}")
+        for name, module in model.named_modules()
+        if getattr(module, "merged_adapters", None) and isinstance(getattr(module, "base_layer", None), nn.Module)
+        for each, _ in module.base_layer.named_parameters()
+    }
+
+
+def _hash(elements: Tensor) -> str:
+    data = bytes(elements.contiguous().view(torch.uint8).tolist())
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -129,16 +185,30 @@ def refuse_other_config(config, record, path: Path) -> None:
             raise AdapterError(f"{path} was trained on a model with {name} {shown(size)}; this one has {sizes[name]}")
 
 
+def changed_values(config, record, path: Path) -> str | None:
+    """What differs between ``config`` and that of the recorded model, of what changes results; None: nothing."""
+    recorded, now = _checked(record, path)["config"], _computation(config)
+    differ = [name for name, value in recorded.items() if name in now and now[name] != value]
+    if not differ:
+        return None
+    first = differ[0]
+    others = f" (and {len(differ) - 1} more values differ)" if len(differ) > 1 else ""
+    return f"{shown(first)} was {shown(recorded[first])}, and this model has {shown(now[first])}{others}"
+
+
 def warn_if_changed(state: State, record, path: Path) -> None:
-    """Warn if sampled weights of the base model differ from those that the adapter was trained on."""
+    """Warn if values of the base's config or sampled weights differ from those that the adapter was trained on."""
+    values = changed_values(state.model.config, record, path)
+    if values is not None:
+        warnings.warn(f"{path} was trained on a model that computes otherwise: {values}", stacklevel=5)
     record = _checked(record, path)
     recorded, names = record["fingerprint"] or {}, {}
     for name, parameter in state.model.named_parameters():
-        names[_plain(name)] = parameter
+        names[plain(name)] = parameter
     differ = []
     for name, hashes in recorded.items():
         parameter = names.get(name)
-        if parameter is None or not _is_whole(parameter) or name in state.start:
+        if parameter is None or not is_whole(parameter) or name in state.start:
             continue
         now = _hashes(parameter)
         common = hashes.keys() & now.keys()
@@ -169,6 +239,7 @@ def _checked(record, path: Path) -> dict:
         "sizes": {},
         "name_or_path": None,
         "revision": None,
+        "config": {},
         "fingerprint": None,
     }
     if record is None:
@@ -179,6 +250,6 @@ def _checked(record, path: Path) -> dict:
     texts = all(isinstance(found[name], (str, type(None))) for name in ("model_type", "name_or_path", "revision"))
     marks = found["fingerprint"] or {}
     hashes = isinstance(marks, dict) and all(isinstance(each, dict) for each in marks.values())
-    if not texts or not isinstance(found["sizes"], dict) or not hashes:
+    if not texts or not isinstance(found["sizes"], dict) or not isinstance(found["config"], dict) or not hashes:
         raise AdapterError(f"{path}: its base has a value of another type than apt_kernels.save writes")
     return found

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from .. import patterns
 from ..config import AptConfig
-from ..errors import AdapterError, ConfigError, PatchError
+from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
+from ..ops.values import check_flag
 from ..prefix.adaptive import AdaptivePrefix
-from . import base_record, events, hub, offload, weights
-from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adapter, write_tensors
+from . import base_record, events, hub, offload, unsaved, weights
+from .adapter_file import CONFIG, WEIGHTS, AdapterFile, open_adapter, write_adapter, write_tensors, writing
 from .adapters import adapters, add_checked, refuse_detached, rename, set_adapter
 from .discovery.selection import lengths_of
 from .model_card import card
@@ -48,6 +49,9 @@ def save(
     """Write an adapter of a patched model: its prefixes, what `patch` made trainable beside them (frozen since or not),
     every other trainable parameter, and weights into which PEFT merged an adapter since the patch.
 
+    PEFT's own weights are left to PEFT: `save` warns if the model holds any, and PEFT's ``save_pretrained`` writes
+    both. It also warns if something else changed since the patch that is frozen now, such as running statistics.
+
     A reparameterised prefix is written as the key and value that it gives; the model keeps its MLP.
 
     ``adapter.safetensors`` holds the weights, the settings and for which base model they are; it is replaced in one
@@ -69,9 +73,10 @@ def save(
 
     Raises:
         PatchError: the model is not patched.
-        ConfigError: it has no adapter of that name.
-        AdapterError: ``state_dict`` lacks a trained weight, the hub refuses the upload, or other processes that hold
-            parts of the weights have not called this within ten minutes.
+        ConfigError: it has no adapter of that name, or ``folder`` is no path.
+        ArgumentError: another argument has a wrong type.
+        AdapterError: the folder cannot be written, ``state_dict`` lacks a trained weight, the hub refuses the upload,
+            or other processes that hold parts of the weights have not called this within ten minutes.
 
     Examples:
         >>> apt_kernels.save(model, "adapter")
@@ -80,22 +85,59 @@ def save(
     """
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
+    unsaved.warn_of_others(model, state_of(model))
+    given: dict[str, Any] = {"private": private, "commit_message": commit_message, "subfolder": subfolder}
+    save_adapter(model, folder, adapter=adapter, repo_id=repo_id, metrics=metrics, state_dict=state_dict, **given)
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike | None = None,
+    *,
+    adapter: str | None = None,
+    repo_id: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    subfolder: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """`save`, where the caller saves PEFT's weights."""
     if folder is not None:
-        _check_path(folder)
+        check_path(folder)
+    _check_upload(private, commit_message, metrics)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         hub.inside(subfolder)
         settings = _write(model, Path(place), adapter, state_dict)
         if repo_id is not None and _is_first_process():
             readme = Path(place, hub.README)
             if not readme.exists():
-                readme.write_text(card(settings, repo_id, subfolder, metrics), encoding="utf-8")
+                with writing(Path(place)):
+                    readme.write_text(card(settings, repo_id, subfolder, metrics), encoding="utf-8")
             files = [WEIGHTS, CONFIG, hub.README]
             hub.publish(Path(place), files, repo_id, subfolder, private, commit_message)
 
 
-def _check_path(folder) -> None:
+def check_path(folder) -> None:
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigError(f"folder is a {type(folder).__name__}; it needs a path")
+    if not os.fspath(folder):
+        raise ConfigError("folder is ''; it needs a path ('.' for the current folder)")
+
+
+def _check_upload(private, commit_message, metrics) -> None:
+    """Raise `ArgumentError` where an argument for the hub has another type; nothing has been written yet."""
+    if private is not None:
+        check_flag("private", private)
+    if not isinstance(commit_message, (str, type(None))):
+        raise ArgumentError(f"commit_message is {commit_message!r}; it needs a string or None")
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(f"metrics is a {type(metrics).__name__}; it needs numbers by name, {{'accuracy': 0.9}}")
+    for name, value in metrics.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ArgumentError(f"metrics has {name!r}: {value!r}; it needs numbers by name, {{'accuracy': 0.9}}")
 
 
 def _is_first_process() -> bool:
@@ -149,6 +191,7 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
 def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] | None) -> dict:
     """Write the adapter; returns its settings."""
     tensors, settings = _collected(model, name, state_dict)
+    unsaved.warn_of_changes(state_of(model))
     broken = next((n for n, tensor in tensors.items() if not _is_finite(tensor)), None)
     if broken is not None:
         warnings.warn(f"{broken} has values that are not finite; load refuses them by default", stacklevel=4)
@@ -333,7 +376,8 @@ def load(
         AdapterError: a file is missing, damaged, of a newer format, or for another base model; or its first
             mismatching weight is named.
         PatchError: the model cannot be patched, or has an adapter of that name with other settings.
-        ConfigError: ``adapter`` is no name.
+        ConfigError: ``adapter`` is no name, or ``folder`` is no path.
+        ArgumentError: another argument has a wrong type.
 
     Examples:
         >>> from transformers import AutoModelForSequenceClassification
@@ -344,7 +388,10 @@ def load(
     name = "default" if adapter is None else adapter
     if not isinstance(name, str) or not name:
         raise ConfigError(f"adapter is {adapter!r}; it needs a string that is not empty, or None")
-    _check_path(folder)
+    check_path(folder)
+    check_flag("allow_non_finite", allow_non_finite)
+    if not isinstance(revision, (str, type(None))):
+        raise ArgumentError(f"revision is {revision!r}; it needs a string or None")
     if not isinstance(inner(model), PreTrainedModel):
         raise PatchError(f"the model is a {type(model).__name__}; load needs a transformers.PreTrainedModel")
     if hub.is_repository(folder):

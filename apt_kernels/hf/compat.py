@@ -202,7 +202,7 @@ FEATURES = {
     "peft, merging": Feature(
         "saving weights into which PEFT merged an adapter",
         "peft",
-        {"peft.tuners.tuners_utils": ("BaseTuner.merge_and_unload",)},
+        {"peft.tuners.tuners_utils": ("BaseTuner.merge_and_unload", "BaseTuner.unload")},
         without="After merge_and_unload, save the base model as well: apt_kernels.unpatch(model).save_pretrained(...)",
     ),
     "peft, names": Feature(

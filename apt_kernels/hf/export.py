@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, PatchError
 from . import calls, compat, events, offload
-from .adapter_file import replacing, write_tensors
+from .adapter_file import make_folder, replacing, write_tensors, writing
 from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
-from .checkpoint import trained_beside
+from .checkpoint import check_path, trained_beside
 from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .folding import folded, refuse_gates
@@ -107,6 +107,8 @@ def export(
     Raises:
         PatchError: the checkpoint could not be exact; the message names why, and nothing is written.
         ArgumentError: an argument is out of range, or ``batches`` and ``approximate`` do not go together.
+        ConfigError: ``folder`` is no path.
+        AdapterError: the folder cannot be written.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM
@@ -118,7 +120,8 @@ def export(
         >>> base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
         >>> base = PeftModel.from_pretrained(base, "checkpoint")
     """
-    kind = _FORMATS.get(format)
+    check_path(folder)
+    kind = _FORMATS.get(format) if isinstance(format, str) else None
     if kind is None:
         raise ArgumentError(f"format is {format!r}; it needs one of {', '.join(map(repr, _FORMATS))}")
     state = state_of(model)
@@ -128,10 +131,11 @@ def export(
     flat, settings = _flat(layers), _settings(state, layers, kind)
     difference = None if weights is None or given is None else _difference(state, layers, given)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "adapter_model.safetensors", {"prompt_embeddings": flat})
-    with replacing(folder / "adapter_config.json") as file:
-        file.write((json.dumps(settings, indent=2) + "\n").encode())
+    make_folder(folder)
+    with writing(folder):
+        write_tensors(folder / "adapter_model.safetensors", {"prompt_embeddings": flat})
+        with replacing(folder / "adapter_config.json") as file:
+            file.write((json.dumps(settings, indent=2) + "\n").encode())
     return Exported(folder, format, layers[0].key.shape[1], len(layers), difference)
 
 
@@ -170,7 +174,7 @@ def as_past_key_values(
     """
     if type(batch_size) is not int or batch_size < 1:
         raise ArgumentError(f"batch_size is {batch_size!r}; it needs an int >= 1")
-    if first_position not in (None, 0):
+    if first_position is not None and (type(first_position) is not int or first_position):
         raise ArgumentError(f"first_position is {first_position!r}; it needs None (the prefix's length) or 0")
     return _cache(state_of(model), _layers(model, first_position, max_length), batch_size)
 

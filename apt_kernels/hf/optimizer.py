@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import cache as memoise
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from .state import state_of
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ def parameter_groups(
 
     Raises:
         PatchError: the model is not patched.
+        ArgumentError: a rate or the decay is no number of at least 0.
 
     Examples:
         >>> optimizer = torch.optim.AdamW(apt_kernels.parameter_groups(model))
@@ -54,6 +57,10 @@ def parameter_groups(
     For transformers' Trainer: ``Trainer(..., optimizers=(optimizer, None))``. Trainer makes its schedule for such an
     optimizer; ``TrainingArguments.learning_rate`` is not used.
     """
+    given = {"lr": lr, "gate_lr": gate_lr, "scale_lr": scale_lr, "head_lr": head_lr, "weight_decay": weight_decay}
+    for name, number in given.items():
+        if (number is not None or name == "weight_decay") and not _is_rate(number):
+            raise ArgumentError(f"{name} is {number!r}; it needs a finite number of at least 0")
     state, lr = state_of(model), PREFIX_RATE if lr is None else lr
     kinds = {}
     for prefix in state.prefixes.values():
@@ -74,6 +81,12 @@ def parameter_groups(
         for name, found in groups.items()
         if found
     ]
+
+
+def _is_rate(number) -> bool:
+    if isinstance(number, Tensor):  # for optimizers in a CUDA graph
+        return number.numel() == 1 and number.is_floating_point()
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number < math.inf
 
 
 _KINDS = {"gate_weight": "gate", "gate_logits": "gate", "layer_scale": "scale"}

@@ -15,7 +15,7 @@ from ..errors import ArgumentError, ConfigError, PatchError
 from ..ops import choose
 from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
-from . import compat, events, offload, precision
+from . import compat, events, offload, precision, unsaved
 from .attention import attach as attaching
 from .attention import replaced
 from .attention.function import Prefixed
@@ -254,6 +254,7 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     attach(state, built)
     for part, implementation in needed.items():
         set_implementation(model.get_submodule(part), implementation)
+    state.samples = unsaved.samples(state)
     model._apt_state = state
     events.changed("patch", state)
 

@@ -52,6 +52,7 @@ class State:
     token: calls.Token = field(default_factory=calls.Token)
     # Weights of the base model into which PEFT merged an adapter since the patch: saved with the prefixes.
     merged: set[str] = field(default_factory=set)
+    samples: dict[str, Tensor] = field(default_factory=dict)  # of what the patch froze: `unsaved.samples`
     originals: list[Original] = field(default_factory=list)
     loaded: list[offload.Loaded] = field(default_factory=list)  # what trains, taken out of accelerate's offloading
 

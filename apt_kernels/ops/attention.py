@@ -14,7 +14,7 @@ from ..impl.inputs import DIFFERENTIABLE, Inputs, heads_last, heads_last_empty
 from ..mask import Mask
 from . import choose
 from .validation import make_inputs, refuse
-from .values import is_real
+from .values import check_flag, is_real
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, Tensor? gate, "
@@ -127,7 +127,7 @@ def attention(
         ``[B, Hq, T, Dv]`` in the query's dtype, stored as ``[B, T, Hq, Dv]``.
 
     Raises:
-        ArgumentError: an argument has a wrong shape, dtype or device.
+        ArgumentError: an argument has a wrong type, shape, dtype or device.
         ImplementationError: the implementation requested by name cannot run on this machine or on these inputs.
 
     Examples:
@@ -148,6 +148,7 @@ def attention(
     """
     if others:
         refuse(others)
+    check_flag("return_logsumexp", return_logsumexp)
     x = make_inputs(
         query,
         key,
@@ -207,6 +208,7 @@ def selected(*arguments, implementation: str = "auto", return_logsumexp: bool = 
         >>> apt_kernels.selected(query, key, value, prefix_key, prefix_value).name
         'cpu'
     """
+    check_flag("return_logsumexp", return_logsumexp)
     return choose.choose(make_inputs(*arguments, **keywords), implementation)
 
 

@@ -19,6 +19,12 @@ def is_real(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+def check_flag(name: str, value) -> None:
+    """Raise `ArgumentError` unless ``value`` is a bool: the text "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name} is {value!r}; it needs True or False")
+
+
 def check_integers(name: str, tensor) -> None:
     """Raise `ArgumentError` unless ``tensor`` is one of integers."""
     if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:

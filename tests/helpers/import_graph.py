@@ -31,6 +31,7 @@ HF_LAYERS = (
     ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file", "model_card"),
     ("attention",),
     ("discovery", "trainable", "transaction", "base_record", "capture", "precision", "vocabulary", "optimizer"),
+    ("unsaved",),
     ("patching",),
     ("adapters", "pruning", "toggle", "summary"),
     ("checkpoint", "probing", "initialise", "folding", "composing", "export"),

@@ -78,7 +78,7 @@ def test_saving_again_replaces_and_a_crash_leaves_the_old_files(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr("apt_kernels.hf.adapter_file._serialise", crash)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(apt_kernels.AdapterError, match="cannot be written: disk full"):
             apt_kernels.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
     apt_kernels.save(model, tmp_path)
@@ -433,3 +433,54 @@ def test_arguments_of_another_type_are_named(value, tmp_path):
     with pytest.raises(apt_kernels.ImplementationError, match="implementation is"):
         apt_kernels.attention(*torch.randn(3, 1, 2, 5, 16), *torch.randn(2, 2, 3, 16), implementation=value)
     assert_unchanged(model, before)
+
+
+NO_FLAGS = ["no", 1, 0, None, torch.tensor(True)]
+
+
+@pytest.mark.parametrize("value", NO_FLAGS, ids=repr)
+def test_what_is_no_flag_is_refused_and_not_taken_for_true(value, tmp_path):
+    model = trained("bert", prefix_length=3, gate="static")
+    apt_kernels.save(model, tmp_path / "adapter")
+    probe = apt_kernels.probe(model, [models.inputs("bert")])
+    operands = (*torch.randn(3, 1, 2, 5, 16), *torch.randn(2, 2, 3, 16))
+    calls = {
+        "return_logsumexp": lambda: apt_kernels.attention(*operands, return_logsumexp=value),
+        "allow_non_finite": lambda: apt_kernels.load(model, tmp_path / "adapter", allow_non_finite=value),
+        "grow": lambda: probe.lengths(budget=2, grow=value),
+        "layer_scale": lambda: apt_kernels.patch(models.build("bert"), layer_scale=value),
+        "private": lambda: apt_kernels.save(model, tmp_path / "other", repo_id="a/b", private=value),
+    }
+    if value is None:
+        del calls["private"]
+    for name, call in calls.items():
+        with pytest.raises((apt_kernels.ArgumentError, apt_kernels.ConfigError), match=f"{name} is .*True or False"):
+            call()
+    with pytest.raises(apt_kernels.ArgumentError, match="return_logsumexp is"):
+        apt_kernels.selected(*operands, return_logsumexp=value)
+    if value not in (0, 1) or isinstance(value, torch.Tensor):
+        with pytest.raises(apt_kernels.ArgumentError, match=r"mask\.causal is .*True or False"):
+            apt_kernels.attention(*operands, mask=apt_kernels.Mask(causal=value))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("value", ["1e-2", True, -1.0, float("nan"), [1e-2]], ids=repr)
+def test_rates_that_are_no_numbers_are_named(value):
+    model = trained("bert", prefix_length=3)
+    for name in ("lr", "gate_lr", "scale_lr", "head_lr", "weight_decay"):
+        with pytest.raises(apt_kernels.ArgumentError, match=f"^{name} is .*; it needs a finite number of at least 0"):
+            apt_kernels.parameter_groups(model, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metrics": [0.9]}, "metrics is a list"),
+        ({"metrics": {"accuracy": "high"}}, "metrics has 'accuracy': 'high'"),
+        ({"commit_message": 3}, "commit_message is 3"),
+    ],
+)
+def test_what_the_hub_could_not_take_is_refused_before_anything_is_written(given, message, tmp_path):
+    with pytest.raises(apt_kernels.ArgumentError, match=message):
+        apt_kernels.save(trained("bert"), tmp_path / "adapter", repo_id="owner/name", **given)
+    assert not (tmp_path / "adapter").exists()

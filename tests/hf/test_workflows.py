@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import transformers
 from safetensors.torch import load_file
 
 import apt_kernels
+from apt_kernels.hf.adapter_file import write_adapter
 from helpers.patched import assert_unchanged, snapshot
 from helpers.workflows import bert, llama, stir, token_ids
 
@@ -244,6 +246,61 @@ def test_the_base_is_recorded_by_name_and_revision(tmp_path):
     assert (base["model_type"], base["name_or_path"], base["revision"]) == ("llama", "some/model", "f" * 40)
 
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {**ROPE, "rope_theta": 500.0}}, "rope_theta' was 10000.0, and this model has 500.0"),
+        ({"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}}, "rope_type' was 'default'"),
+        ({"rms_norm_eps": 0.1}, "'rms_norm_eps' was 1e-06, and this model has 0.1$"),
+        ({"hidden_act": "relu"}, "'hidden_act' was 'silu'"),
+    ],
+)
+def test_a_base_that_computes_otherwise_with_equal_weights(changes, message, tmp_path):
+    apt_kernels.save(stir(apt_kernels.patch(llama(), prefix_length=4)), tmp_path)
+    with pytest.warns(UserWarning, match=f"trained on a model that computes otherwise.*{message}"):
+        apt_kernels.load(llama(**changes), tmp_path)
+
+
+def gemma(**changes):
+    torch.manual_seed(0)
+    config = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    config |= {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16, **changes}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**config)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sliding_window", 6),
+        ("query_pre_attn_scalar", 64),
+        ("attn_logit_softcapping", 5.0),
+        ("final_logit_softcapping", None),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_a_base_with_another_attention_and_equal_weights(name, value, tmp_path):
+    apt_kernels.save(stir(apt_kernels.patch(gemma(), prefix_length=4)), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apt_kernels.load(gemma(attention_dropout=0.3, eos_token_id=5, use_cache=False), tmp_path)
+    with pytest.warns(UserWarning, match=f"computes otherwise: '{name}' was"):
+        apt_kernels.load(gemma(**{name: value}), tmp_path)
+
+
+def test_a_record_without_the_bases_config_loads_without_a_warning(tmp_path):
+    """Files of earlier versions have none."""
+    apt_kernels.save(stir(apt_kernels.patch(llama(), prefix_length=4)), tmp_path)
+    settings = json.loads((tmp_path / "apt_config.json").read_text())
+    del settings["base"]["config"]
+    write_adapter(tmp_path, load_file(tmp_path / "adapter.safetensors"), settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apt_kernels.load(llama(rms_norm_eps=0.1), tmp_path)
+
+
 def test_a_second_load(tmp_path):
     apt_kernels.save(stir(apt_kernels.patch(llama(), prefix_length=4), 1), tmp_path / "first")
     apt_kernels.save(stir(apt_kernels.patch(llama(), prefix_length=4), 2), tmp_path / "second")
@@ -262,8 +319,6 @@ def test_a_second_load(tmp_path):
 
 
 def test_a_file_with_the_bases_lm_head(tmp_path):
-    from apt_kernels.hf.adapter_file import write_adapter
-
     apt_kernels.save(stir(apt_kernels.patch(llama(), prefix_length=4)), tmp_path)
     settings = json.loads((tmp_path / "apt_config.json").read_text())
     assert settings["trainable"] is None

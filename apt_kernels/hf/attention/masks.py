@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from ...errors import PatchError
 from ...mask import Mask
 from .. import compat
 from . import implementations, packing, subclass
@@ -41,6 +42,14 @@ class AttentionMask:
         self.arguments = arguments  # the arguments of the mask function, to call that of another implementation
         self.packed = packed  # `mask` holds documents that are not in the arguments
         self.others: dict[str, object] = {}  # the masks of other implementations for these arguments
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise PatchError(
+            f"{getattr(function, '__name__', function)} got the mask of a patched model: the attention module that "
+            "called it was put into the model since the patch, or its attention implementation was changed. Call "
+            "apt_kernels.unpatch(model), change the model, and patch it then"
+        )
 
     def contiguous(self) -> AttentionMask:
         return self

@@ -18,6 +18,7 @@ from ...prefix import gates
 from ...prefix.segments import document_starts
 from .. import calls
 from . import subclass
+from .places import Places
 
 
 class Documents:
@@ -81,6 +82,8 @@ def _forward(module, forward, args, kwargs):
     read, local, outer = module.apt_documents, calls.local, calls.local.documents
     if read is None:
         return forward(*args, **kwargs)
+    if not torch.compiler.is_compiling():
+        read.places.check()
     found, ids = None, kwargs.get("input_ids", args[0] if args else None)
     if not local.disabled or calls.disabling_of(module.apt_token) is None:
         # The model that contains this body has read them already.
@@ -121,8 +124,8 @@ def _warn_of_weights(module, kwargs: dict) -> None:
 class ReadDocuments:
     """The inputs of a forward that `Packed` reads."""
 
-    def __init__(self, sites, prefixes, encoder_decoder: bool, asks_for_weights: bool):
-        self.asks_for_weights = asks_for_weights
+    def __init__(self, places: Places, sites, prefixes, encoder_decoder: bool, asks_for_weights: bool):
+        self.places, self.asks_for_weights = places, asks_for_weights
         self.inline = next((site.name for site in sites if site.inline is not None), None)
         self.causal = any(site.causal and not site.cross for site in sites)
         self.gated = any(prefix.gate_entry.per_sequence for prefix in prefixes)
@@ -223,7 +226,7 @@ def install(model, token: calls.Token, sites, prefixes) -> None:
     """Let the patched ``model`` and its body read documents; again: by the gates of the adapter's ``prefixes``."""
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     asks_for_weights = bool(getattr(model.config, "output_attentions", False))
-    read = ReadDocuments(sites, prefixes, encoder_decoder, asks_for_weights)
+    read = ReadDocuments(Places(model), sites, prefixes, encoder_decoder, asks_for_weights)
     for module in _readers(model):
         module.apt_documents, module.apt_token = read, token
         subclass.add(module, Packed)

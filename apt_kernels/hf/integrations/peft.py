@@ -13,7 +13,7 @@ from torch import nn
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub, precision
 from ..adapters import adapters, delete_adapter, set_adapter
-from ..checkpoint import CONFIG, WEIGHTS, load, save, weights_to_write
+from ..checkpoint import CONFIG, WEIGHTS, load, save_adapter, weights_to_write
 from ..patching import unpatch
 from ..state import inner, is_patched, state_of
 from ..transaction import atomic
@@ -94,6 +94,7 @@ def join_peft() -> None:
         wrap(models.PeftModel, "load_adapter", _load_adapter)
     if compat.available("peft, merging"):
         wrap(tuners.BaseTuner, "merge_and_unload", _merge_and_unload)
+        wrap(tuners.BaseTuner, "unload", _unload)
     if compat.available("peft, names"):
         wrap(models.PeftModel, "set_adapter", _set_adapter)
         wrap(models.PeftModel, "delete_adapter", _delete_adapter)
@@ -121,13 +122,32 @@ def _setup_prompt_encoder(original, self, *args, **kwargs):
 
 
 def _merge_and_unload(original, self, *args, **kwargs):
-    base = inner(self.model)
-    layers = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, _peft_layers()))
-    result = original(self, *args, **kwargs)
+    return _remembering(inner(self.model), lambda layer: True, original, self, *args, **kwargs)
+
+
+def _unload(original, self):
+    # What `merge_adapter` merged stays merged.
+    return _remembering(inner(self.model), lambda layer: bool(getattr(layer, "merged_adapters", None)), original, self)
+
+
+def _remembering(base, merges, original, *args, **kwargs):
+    """``original(...)``, which replaces PEFT's layers; `save` then holds the weights of those that ``merges`` names."""
+    layers = [name for name, module in base.named_modules() if isinstance(module, _peft_layers()) and merges(module)]
+    result = original(*args, **kwargs)
     if is_patched(base):
+        # By identity: the weight of a layer may be tied to that of another, by whose name it is saved.
+        changed = {id(p) for name in layers for p in _parameters_at(base, name)}
         state = state_of(base)
-        state.merged |= {name for name in state.parameters if name.startswith(layers)}
+        state.merged |= {name for name, parameter in state.parameters.items() if id(parameter) in changed}
     return result
+
+
+def _parameters_at(base, name: str) -> list[nn.Parameter]:
+    """The parameters of the module ``name``; none where it was inside of one that is gone."""
+    try:
+        return list(base.get_submodule(name).parameters())
+    except AttributeError:
+        return []
 
 
 def _save_pretrained(original, self, save_directory, *args, **kwargs):
@@ -161,7 +181,7 @@ def _save_prefix(model, name: str, folder, state_dict: dict | None, is_main_proc
     try:
         state_dict = weights_to_write(model, is_main_process, state_dict)
         if state_dict is not None:
-            save(model, folder, state_dict=state_dict)
+            save_adapter(model, folder, state_dict=state_dict)
     finally:
         set_adapter(model, active)
 

@@ -20,8 +20,11 @@ from ..untrusted import read_json_file, shown
 from .wrapping import when_imported, wrap
 
 # The config.json beside an adapter. With a model's config, from_pretrained would create a model with random weights.
+# transformers quotes the type where it refuses the folder.
+_TYPE = "apt_kernels adapter"
 NO_MODEL = {
-    "model_type": "apt_kernels adapter (apt_kernels.load loads it into a model)",
+    "model_type": f"{_TYPE} (apt_kernels.load loads it into a model; for SentenceTransformer(folder), "
+    "`import apt_kernels.hf` has to come first)",
     "transformers_weights": "an apt_kernels adapter holds no model, apt_kernels.load loads it into one.safetensors",
 }
 _MODULE = "sentence_transformers.base.modules.transformer"
@@ -29,6 +32,11 @@ _INSTEAD = (
     "Call apt_kernels.save(model, folder) with the transformers model inside, and load it into the base model with "
     "apt_kernels.load; give its trainer save_strategy='no'"
 )
+
+
+def is_ours(config) -> bool:
+    """Whether ``config``, the contents of a config.json, is `NO_MODEL` of this or an earlier version."""
+    return isinstance(config, dict) and str(config.get("model_type")).startswith(_TYPE)
 
 
 def join_sentence_transformers() -> None:
@@ -85,7 +93,7 @@ def _base_of(source, kwargs: dict) -> tuple[str, Path, str | None] | None:
     if not (folder / WEIGHTS).is_file() or not (folder / "config.json").is_file():
         return None
     found = read_json_file(folder / "config.json")
-    if not isinstance(found, dict) or found.get("model_type") != NO_MODEL["model_type"]:
+    if not is_ours(found):
         return None
     with open_adapter(folder) as file:
         record = file.settings.get("base")

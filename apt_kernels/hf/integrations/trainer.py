@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ...errors import AdapterError, PatchError
 from .. import compat, events, offload, weights
-from ..adapter_file import replacing
+from ..adapter_file import refuse_file, replacing, writing
 from ..adapters import adapters, set_adapter
-from ..checkpoint import WEIGHTS, save, save_unfolded, weights_to_write, whole
+from ..checkpoint import WEIGHTS, check_path, save_adapter, save_unfolded, weights_to_write, whole
 from ..state import named_parameters, state_of
 from ..trainable import trainable_names
 from . import sentence_transformers
-from .sentence_transformers import NO_MODEL
+from .sentence_transformers import NO_MODEL, is_ours
 
 # The files that Trainer needs when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
@@ -64,8 +64,11 @@ class SavePretrained:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
+        check_path(save_directory)
         folder = Path(save_directory)
-        _refuse_base_model(folder)
+        refuse_file(folder)
+        with writing(folder):
+            _refuse_base_model(folder)
         sentence_transformers.refuse(self.model, folder)
         theirs = _added_weights(self.model, state_dict)
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
@@ -76,7 +79,12 @@ class SavePretrained:
             return
         hub: dict[str, Any] = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
-        save(self.model, folder, state_dict=state_dict, **hub)
+        save_adapter(self.model, folder, state_dict=state_dict, **hub)
+        with writing(folder):
+            self._write_beside(folder, state_dict, theirs)
+
+    def _write_beside(self, folder: Path, state_dict: dict, theirs: dict[str, Tensor]) -> None:
+        """What Trainer and transformers read in a folder that holds an adapter."""
         with replacing(folder / "config.json") as file:
             file.write((json.dumps(NO_MODEL, indent=2) + "\n").encode())
         link = folder / TRAINER_WEIGHTS
@@ -118,10 +126,10 @@ def _link(source: Path, link: Path) -> None:
 def _refuse_base_model(folder: Path) -> None:
     """Raise `AdapterError` where a model's own weights would be overwritten."""
     try:
-        ours = json.loads((folder / "config.json").read_text()).get("model_type") == NO_MODEL["model_type"]
+        ours = is_ours(json.loads((folder / "config.json").read_text()))
     except FileNotFoundError:
         ours = not any((folder / name).exists() for name in _MODEL_WEIGHTS)
-    except (ValueError, AttributeError):
+    except ValueError:
         ours = False
     if not ours:
         raise AdapterError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_the_best_checkpoint_goes_into_the_model_that_trains(sentences, model, t
     assert (model.encode(TEXTS) == expected).all()
 
 
+def test_a_folder_of_an_earlier_version_is_read(sentences, model, tmp_path):
+    expected, folder = model.encode(TEXTS), tmp_path / "saved"
+    model.save_pretrained(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "apt_kernels adapter (apt_kernels.load loads it into a model)"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (sentences.SentenceTransformer(str(folder), device="cpu").encode(TEXTS) == expected).all()
+    model.save_pretrained(str(folder))
+
+
 def test_an_unpatched_model_is_saved_as_a_whole(sentences, model, tmp_path):
     apt_kernels.unpatch(model[0].model)
     expected = model.encode(TEXTS)
@@ -81,14 +92,18 @@ from sentence_transformers import SentenceTransformer
 try:
     model = SentenceTransformer(sys.argv[1], device="cpu")
 except ValueError as error:
-    sys.exit(0 if "apt_kernels.load loads it into a model" in str(error) and not {imported} else f"refused: {{error}}")
+    said = "`import apt_kernels.hf` has to come first" in str(error)
+    sys.exit(0 if said and not {imported} else f"refused: {{error}}")
 sys.exit(0 if {imported} and hasattr(model[0].model, "_apt_state") else "there is no prefix")
 """
 
 
 @pytest.mark.parametrize("imports", ["import apt_kernels.hf", ""])
 def test_a_fresh_process(imports, sentences, model, tmp_path):
-    """It has to import this package; without it, the folder is refused."""
+    """It has to import this package; without it, the folder is refused and the message says so.
+
+    A class of ours in modules.json would be imported by sentence-transformers, but only with trust_remote_code=True.
+    """
     model.save_pretrained(str(tmp_path / "saved"))
     code = FRESH.format(imports=imports, imported=bool(imports))
     arguments = [sys.executable, "-c", code, str(tmp_path / "saved")]
