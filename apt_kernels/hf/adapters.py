@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..config import AptConfig, Settings
 from ..errors import ConfigError, PatchError
-from . import events, offload, precision
+from . import events, offload, precision, weights
+from .attention import attach as attaching
 from .attention.rows import BASE
 from .discovery.selection import lengths_of
 from .patching import attach, build, detach, make_config
@@ -29,7 +30,8 @@ def adapters(model: nn.Module) -> dict[str, AptConfig]:
         ['default']
     """
     state = state_of(model)
-    return {state.adapter: state.config, **{name: parked.config for name, parked in state.parked.items()}}
+    first = {name: state.parked[name].config for name in state.others}
+    return {state.adapter: state.config, **first, **{name: each.config for name, each in state.parked.items()}}
 
 
 @atomic
@@ -87,10 +89,25 @@ def add_checked(model: Model, name: str, config: AptConfig, *, initialise: bool 
 
 
 @atomic
-def set_adapter(model: Model, name: str) -> Model:
-    """Make the adapter ``name`` the active one. Returns the same model.
+def set_adapter(model: Model, name: str | Sequence[str]) -> Model:
+    """Make the adapter ``name`` the active one, or several adapters, to train them together.
 
-    Raises `ConfigError` if there is none of that name, `PatchError` within `apt_kernels.disabled`.
+    The parameters of several active adapters are all parameters of the model: the first one's at ``module.apt``, the
+    others' in ``module.apt_others``. Every call then needs ``adapter_names``, which names one of the model's adapters
+    for each row. An adapter is trained by its own rows alone; one without rows in a batch gets no gradient (None), so
+    that an optimizer does not change it.
+
+    Args:
+        model: a patched model.
+        name: an adapter's name, or a list of different names.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: the model has no adapter of that name, or a name is there twice.
+        PatchError: within `apt_kernels.disabled`; or, with several names, an adapter trains more than its prefixes,
+            such as a task head, or processes share the model's weights.
 
     Examples:
         >>> apt_kernels.add_adapter(model, "b", prefix_length=8)
@@ -98,15 +115,48 @@ def set_adapter(model: Model, name: str) -> Model:
         >>> list(apt_kernels.adapters(model))
         ['default', 'b']
     """
-    state = state_of(model)
+    state, names = state_of(model), [name] if isinstance(name, str) else name
     events.check("set", model)
     _refuse_disabled(state)
-    if name != state.adapter:
-        _known(state, name)
-        _refuse_exchanged(state)
-        _switch(state, name)
-        events.changed("set", state)
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):
+        raise ConfigError(f"name is {name!r}; it needs an adapter's name, or a list of names")
+    for each in names:
+        _known(state, each)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"name is {name!r}; each adapter may be there once")
+    if tuple(names) == (state.adapter, *state.others):
+        return model
+    _refuse_exchanged(state)
+    if len(names) > 1:
+        _refuse_together(state, names)
+    _switch(state, names[0])
+    _add_others(state, names[1:])
+    events.changed("set", state)
     return model
+
+
+def _refuse_together(state: State, names: Sequence[str]) -> None:
+    """Raise `PatchError` unless these adapters can train together."""
+    if weights.distributes(state.model):
+        raise PatchError("several adapters cannot be active while processes share the model's weights; set one")
+    known = adapters(state.model)
+    for name in names:
+        beside = sorted(trainable_names(state.model, known[name]))
+        if beside:
+            raise PatchError(
+                f"the adapter {name!r} trains {beside[0]} beside its prefixes; a batch has one task head, so that "
+                "adapters of a head cannot train together. Set one adapter after the other, or patch with trainable=[]"
+            )
+
+
+def _add_others(state: State, names: Sequence[str]) -> None:
+    """Add the prefixes of further adapters to the model, as parameters that train."""
+    for name in names:
+        for site, prefix in state.parked[name].prefixes.items():
+            module = state.model.get_submodule(site)
+            _place(prefix, module)
+            attaching.attach_other(module, prefix.train(module.training))
+    state.others = tuple(names)
 
 
 @atomic
@@ -121,8 +171,8 @@ def delete_adapter(model: Model, name: str) -> Model:
     """
     state = state_of(model)
     events.check("delete", model)
-    if name == state.adapter:
-        raise ConfigError(f"name is {name!r}, the active adapter; switch to another first, or call unpatch(model)")
+    if name in (state.adapter, *state.others):
+        raise ConfigError(f"name is {name!r}, an active adapter; switch to another first, or call unpatch(model)")
     _known(state, name)
     del state.parked[name]
     events.changed("delete", state)
@@ -168,13 +218,18 @@ def _refuse_exchanged(state: State) -> None:
 
 
 def _known(state: State, name: str) -> None:
-    if not isinstance(name, str) or name not in state.parked:
+    if not isinstance(name, str) or name not in {state.adapter, *state.parked}:
         names = ", ".join(map(repr, [state.adapter, *state.parked]))
         raise ConfigError(f"name is {name!r}; the model has the adapters {names}")
 
 
 def _switch(state: State, name: str) -> None:
-    """Store the active adapter away and make the stored ``name`` the active one."""
+    """Store the active adapters away and make ``name`` the active one."""
+    for module in state.model.modules():
+        attaching.detach_others(module)
+    state.others = ()
+    if name == state.adapter:
+        return
     state.parked[state.adapter] = _park(state)
     _restore(state)
     incoming = state.parked.pop(name)

@@ -165,6 +165,9 @@ class _Adapter:
 
 def _adapter(state: State, name: str | None = None) -> _Adapter:
     weights.reshard(state.model)
+    if name is None and state.others:
+        names = ", ".join(map(repr, (state.adapter, *state.others)))
+        raise PatchError(f"the adapters {names} are active together; name one (adapter=...), or set one adapter")
     if name is not None and (not isinstance(name, str) or name not in adapters(state.model)):
         names = ", ".join(map(repr, adapters(state.model)))
         raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")
@@ -177,6 +180,7 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
         return _Adapter(held.config, held.prefixes, own, held.values, {})
     parameters, added = state.parameters, events.added_parameters(state.model)
     ours = {id(parameter) for parameter in own.values()}
+    added |= {id(p) for prefix in state.training_prefixes for p in prefix.parameters() if id(p) not in ours}
     own = {name: p for name, p in parameters.items() if id(p) in ours}
     named = {own_name(name) for name in trainable_names(state.model, state.config)}
     beside = {name: p for name, p in parameters.items() if name in named}

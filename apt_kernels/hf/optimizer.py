@@ -34,7 +34,7 @@ def parameter_groups(
     hardly change.
 
     Args:
-        model: a patched model; if it has several adapters, the active one's parameters are returned.
+        model: a patched model; of its adapters, the active one's parameters are returned, or those of all active ones.
         lr: of the prefixes' keys and values, or of the MLP that produces them. None: 1e-2.
         gate_lr: of the gates. None: as ``lr``.
         scale_lr: of the layer scales. None: as ``lr``.
@@ -63,7 +63,7 @@ def parameter_groups(
             raise ArgumentError(f"{name} is {number!r}; it needs a finite number of at least 0")
     state, lr = state_of(model), PREFIX_RATE if lr is None else lr
     kinds = {}
-    for prefix in state.prefixes.values():
+    for prefix in state.training_prefixes:
         for name, parameter in prefix.named_parameters():
             kinds[id(parameter)] = _KINDS.get(name, "prefix")
     groups: dict[str, list[nn.Parameter]] = {"prefix": [], "gate": [], "scale": [], "head": []}

@@ -399,6 +399,8 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     """
     state = state_of(model)
     events.check("prune", model)
+    if state.others:
+        raise PatchError("several adapters are active; set the one to prune (set_adapter)")
     names = pruning.modules(state)
     if probe is not None and not isinstance(probe, Probe):
         raise ConfigError(f"probe is a {type(probe).__name__}; it needs what apt_kernels.probe returns, or None")

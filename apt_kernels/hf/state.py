@@ -47,6 +47,7 @@ class State:
     sites: list[Site] = field(default_factory=list)
     # Named adapters (hf/adapters.py): the active one's name, the others, and the start of all that any of them trains.
     adapter: str = "default"
+    others: tuple[str, ...] = ()  # adapters that train beside the active one; they are in `parked`, too
     parked: dict[str, Parked] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
     token: calls.Token = field(default_factory=calls.Token)
@@ -61,6 +62,11 @@ class State:
         """The active adapter's prefixes by the name of their attention module, in model order."""
         found = {own_name(name): module._modules.get("apt") for name, module in self.model.named_modules()}
         return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}
+
+    @property
+    def training_prefixes(self) -> list[AdaptivePrefix]:
+        """The prefixes of all active adapters: those whose parameters are parameters of the model."""
+        return [module for module in self.model.modules() if isinstance(module, AdaptivePrefix)]
 
     @property
     def disabled(self) -> bool:

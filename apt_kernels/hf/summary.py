@@ -19,13 +19,14 @@ class Layer:
     length: int
     gate: str
     parameters: int
+    adapter: str = ""  # whose prefix it is; "" without a prefix
 
 
 @dataclass(frozen=True)
 class Summary:
     """The trainable parameters of a patched model; ``str()`` of it is a table."""
 
-    adapter: str
+    adapter: str  # the active one; the first, where several are
     trainable: int
     total: int
     layers: tuple[Layer, ...]
@@ -33,11 +34,12 @@ class Summary:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total
-        lines = [
-            f"adapter {self.adapter!r}: {self.trainable:,} of {self.total:,} parameters are trainable ({share:.3g} %)"
-        ]
+        names = list(dict.fromkeys([self.adapter, *(x.adapter for x in self.layers if x.adapter)]))
+        which = f"adapter{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+        lines = [f"{which}: {self.trainable:,} of {self.total:,} parameters are trainable ({share:.3g} %)"]
         rows = [("attention module", "kind", "length", "gate", "parameters")]
-        rows += [(x.name, x.kind, str(x.length), x.gate, f"{x.parameters:,}") for x in self.layers]
+        shown = {x: f"{x.name} ({x.adapter})" if len(names) > 1 and x.adapter else x.name for x in self.layers}
+        rows += [(shown[x], x.kind, str(x.length), x.gate, f"{x.parameters:,}") for x in self.layers]
         rows += [(name, "beside the prefix", "", "", f"{size:,}") for name, size in self.beside]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         for name, kind, length, gate, size in rows:
@@ -57,13 +59,16 @@ def summary(model: nn.Module) -> Summary:
     state = state_of(model)
     refuse_pieces(model)
     model, found = state.model, state.prefixes
-    owned = {id(parameter) for prefix in found.values() for parameter in prefix.parameters()}
+    owned = {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
     layers = []
     for site in state.sites:
-        prefix = found.get(site.name)
-        size = 0 if prefix is None else sum(_size(p) for p in prefix.parameters() if p.requires_grad)
-        length, gate = (0, "") if prefix is None else (prefix.length, prefix.gate)
-        layers.append(Layer(site.name, site.kind, length, gate, size))
+        others = (state.parked[name].prefixes.get(site.name) for name in state.others)
+        here = [prefix for prefix in (found.get(site.name), *others) if prefix is not None]
+        for prefix in here:
+            size = sum(_size(p) for p in prefix.parameters() if p.requires_grad)
+            layers.append(Layer(site.name, site.kind, prefix.length, prefix.gate, size, prefix.adapter))
+        if not here:
+            layers.append(Layer(site.name, site.kind, 0, "", 0))
     beside = [(n, _size(p)) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     return Summary(
         state.adapter,

@@ -26,8 +26,22 @@ def attach(module: Any, prefix: nn.Module | None, token: calls.Token, found: Inl
     subclass.add(module, Prefixed if found is None else PrefixedInline)
 
 
+def attach_other(module: Any, prefix: nn.Module) -> None:
+    """Add the prefix of a further active adapter to an attention module that `attach` has seen."""
+    if "apt_others" not in module._modules:
+        module.apt_others = nn.ModuleList()
+    module.apt_others.append(prefix)
+
+
+def detach_others(module: nn.Module) -> None:
+    """Undo `attach_other`."""
+    if "apt_others" in module._modules:
+        del module.apt_others
+
+
 def detach(module: nn.Module) -> None:
-    """Undo `attach`."""
+    """Undo `attach`, and `attach_other`."""
+    detach_others(module)
     for mixin in (Prefixed, PrefixedInline):
         subclass.remove(module, mixin)
     for name in ("apt_token", "apt_inline"):

@@ -124,8 +124,7 @@ class Rows:
             module = state.model.get_submodule(site.name)
             here: dict[str, Any] = {}
             for name in used:
-                parked = None if name == state.adapter else state.parked[name].prefixes.get(site.name)
-                prefix = getattr(module, "apt", None) if name == state.adapter else parked and _constant(parked, module)
+                prefix = _prefix_of(state, name, module, site.name)
                 if prefix is not None:
                     here[name] = prefix
             order = list(here)
@@ -136,6 +135,16 @@ class Rows:
     def per_sequence(self) -> bool:
         """Whether a gate of one of the adapters is one for a whole sequence."""
         return any(prefix.gate_entry.per_sequence for each in self.places.values() for prefix in each.prefixes)
+
+
+def _prefix_of(state, name: str, module: nn.Module, site: str) -> Any:
+    """The prefix of an adapter at an attention module; None: it has none there. Only active adapters train."""
+    if name == state.adapter:
+        return getattr(module, "apt", None)
+    if name in state.others:
+        return next((each for each in getattr(module, "apt_others", ()) if each.adapter == name), None)
+    prefix = state.parked[name].prefixes.get(site)
+    return None if prefix is None else _constant(prefix, module)
 
 
 def _constant(prefix: Any, module: nn.Module) -> Any:
@@ -158,18 +167,30 @@ def _constant(prefix: Any, module: nn.Module) -> Any:
 def serving(module) -> tuple[Any, Mixture | None]:
     """The prefix with which a module attends now, None: without one; and the mixture, of which it is the first."""
     prefix, local = getattr(module, "apt", None), calls.local
-    if prefix is None and local.rows is None:
+    several = getattr(module, "apt_others", None) is not None
+    if prefix is None and local.rows is None and not several:
         return None, None
     if local.disabled and calls.disabling_of(getattr(module, "apt_token", None)) is not None:
         return None, None
     if local.rows is None:
-        return prefix, None
+        return _alone(module, prefix, several), None
     if torch.compiler.is_compiling():
         raise PatchError("adapter_names is given inside torch.compile; call the model as it was before it was compiled")
     mixture = local.rows.places.get(module)
     if mixture is None:  # of another model
-        return prefix, None
+        return _alone(module, prefix, several), None
     return (mixture.prefixes[0] if mixture.prefixes else None), mixture
+
+
+def _alone(module, prefix: Any, several: bool) -> Any:
+    """The one prefix of all rows; `PatchError` if several adapters are active."""
+    if several:
+        names = [each.adapter for each in (prefix, *module.apt_others) if each is not None]
+        raise PatchError(
+            f"the adapters {', '.join(map(repr, names))} are active together, and the call does not say which rows use "
+            "which: pass adapter_names=, with one name for each row, or set one adapter"
+        )
+    return prefix
 
 
 class ByRow(subclass.Mixin):
@@ -219,7 +240,8 @@ def running(module, names, args, kwargs, generating: bool) -> Iterator[None]:
             yield
         return
     outer = local.rows
-    rows = None if all(name == state.adapter for name in names) else Rows(state, tuple(names), generating)
+    single = not state.others and all(name == state.adapter for name in names)
+    rows = None if single else Rows(state, tuple(names), generating)
     try:
         local.rows = rows
         yield

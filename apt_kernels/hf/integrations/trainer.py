@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import AdapterError, PatchError
 from .. import compat, events, offload, weights
-from ..adapter_file import refuse_file, replacing, writing
+from ..adapter_file import refuse_file, replacing, write_tensors, writing
 from ..adapters import adapters, set_adapter
 from ..checkpoint import WEIGHTS, check_path, save_adapter, save_unfolded, weights_to_write, whole
 from ..state import named_parameters, state_of
@@ -70,7 +70,10 @@ class SavePretrained:
         with writing(folder):
             _refuse_base_model(folder)
         sentence_transformers.refuse(self.model, folder)
-        theirs = _added_weights(self.model, state_dict)
+        theirs, state = _added_weights(self.model, state_dict), state_of(self.model)
+        if state.others:
+            _save_several(state, folder, is_main_process, push_to_hub or bool(theirs))
+            return
         state_dict = weights_to_write(self.model, is_main_process, state_dict)
         if theirs:
             # For a model with PEFT's adapter, transformers writes that adapter alone.
@@ -85,10 +88,8 @@ class SavePretrained:
 
     def _write_beside(self, folder: Path, state_dict: dict, theirs: dict[str, Tensor]) -> None:
         """What Trainer and transformers read in a folder that holds an adapter."""
-        with replacing(folder / "config.json") as file:
-            file.write((json.dumps(NO_MODEL, indent=2) + "\n").encode())
-        link = folder / TRAINER_WEIGHTS
-        state = state_of(self.model)
+        _write_no_model(folder)
+        link, state = folder / TRAINER_WEIGHTS, state_of(self.model)
         if state.adapter != "default":
             theirs[f"{_ADAPTER}{state.adapter}"] = torch.empty(0, device="cpu")
         if theirs or any(prefix.mlp is not None or prefix.frozen for prefix in state.prefixes.values()):
@@ -97,17 +98,55 @@ class SavePretrained:
         _link(folder / WEIGHTS, link)
 
 
+def _write_no_model(folder: Path) -> None:
+    """The ``config.json`` that no model can be loaded with."""
+    with replacing(folder / "config.json") as file:
+        file.write((json.dumps(NO_MODEL, indent=2) + "\n").encode())
+
+
+def _save_several(state, folder: Path, is_main_process: bool, more: bool) -> None:
+    """Save adapters that are active together: the first in the folder, each other one in a subfolder of its name.
+
+    Trainer's file has the weights of all of them.
+    """
+    if more:
+        raise PatchError(
+            "several adapters are active: they cannot be pushed to the hub together, nor saved with PEFT's weights. "
+            "Call apt_kernels.save(model, folder, adapter=...) for each"
+        )
+    for name in state.others:
+        if Path(name).name != name:
+            raise PatchError(
+                f"the adapter {name!r} would be saved in a subfolder of its name, which no folder can have"
+            )
+    if not is_main_process:
+        return
+    for name in (state.adapter, *state.others):
+        save_adapter(state.model, folder if name == state.adapter else folder / name, adapter=name)
+    ours = {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
+    held = {name: whole(p) for name, p in state.parameters.items() if p.requires_grad or id(p) in ours}
+    for i, name in enumerate((state.adapter, *state.others)):
+        held[f"{_ADAPTER}{name}"] = torch.full((1,), float(i), device="cpu")
+    with writing(folder):
+        _write_no_model(folder)
+        write_tensors(folder / TRAINER_WEIGHTS, held)
+
+
 def _into_its_adapter(model, state_dict: dict, prefix: str, *_) -> None:
-    """Before a checkpoint is loaded: activate the adapter from which it was saved."""
-    for key in [key for key in state_dict if key.startswith(f"{prefix}{_ADAPTER}")]:
-        del state_dict[key]
-        name, known = key.removeprefix(f"{prefix}{_ADAPTER}"), adapters(model)
+    """Before a checkpoint is loaded: activate the adapters from which it was saved."""
+    keys = [key for key in state_dict if key.startswith(f"{prefix}{_ADAPTER}")]
+    if not keys:
+        return
+    places, known = {key: state_dict.pop(key) for key in keys}, adapters(model)
+    # The marks of several adapters hold their places.
+    names = [key.removeprefix(f"{prefix}{_ADAPTER}") for key in sorted(keys, key=lambda key: places[key].tolist())]
+    for name in names:
         if name not in known:
             raise AdapterError(
                 f"the checkpoint was saved from the adapter {name!r}; the model has {', '.join(map(repr, known))}. "
                 "Add it first (apt_kernels.add_adapter), or load the checkpoint with apt_kernels.load"
             )
-        set_adapter(model, name)
+    set_adapter(model, names)
 
 
 def _link(source: Path, link: Path) -> None:
@@ -167,9 +206,8 @@ def _expect_missing(state) -> None:
     if not compat.available("trainer"):
         return
     model, held = state.model, trainable_names(state.model, state.config)
-    for name, prefix in state.prefixes.items():
-        held |= {f"{name}.apt.{each}" for each, _ in prefix.named_parameters()}
     added = events.added_parameters(model)
+    added |= {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
     held |= {name for name, parameter in state.parameters.items() if id(parameter) in added}
     # As in Trainer. A quantised model's `state_dict` has more entries, and creating it may repack the weights.
     missing = model.load_state_dict({}, strict=False).missing_keys
