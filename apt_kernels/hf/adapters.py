@@ -39,7 +39,7 @@ def add_adapter(model: Model, name: str, config: AptConfig | None = None, **sett
     """Add a new adapter to a patched model and make it the active one; the others keep what they learned.
 
     `patch` made the adapter ``"default"``. Each adapter has its own prefixes (lengths, gates, layers may differ) and
-    its own task heads, which start with their values before the first patch. Only the active adapter's parameters are
+    its own task heads, which start with their values before the first patch. Only an active adapter's parameters are
     parameters of the model: create the optimizer after switching.
 
     Args:

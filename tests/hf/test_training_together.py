@@ -200,7 +200,7 @@ def test_what_needs_one_adapter_is_refused(tmp_path):
     ):
         with pytest.raises(PatchError, match="active"):
             call()
-    with pytest.raises(ConfigError, match="'c'; an active adapter|name is 'c', an active adapter"):
+    with pytest.raises(ConfigError, match="name is 'c', an active adapter"):
         apt_kernels.delete_adapter(patched, "c")
 
 
