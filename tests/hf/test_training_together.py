@@ -24,7 +24,7 @@ def several(family: str):
     patched = apt_kernels.patch(models.build(family).double(), prefix_length=1)
     last = -1 if family == "t5" else 1
     settings = {
-        "a": {"prefix_length": 5, "layers": [0, last] if family == "llama" else None},
+        "a": {"prefix_length": 5, "layers": [0, last] if family == "llama" else None, "num_frozen_tokens": 1},
         "b": {"prefix_length": 3, "gate": "static", "layers": [last]},
         "c": {"prefix_length": 4, "gate": "none"},
     }
@@ -46,7 +46,12 @@ def gradients(patched, name: str) -> dict:
     """The gradients of an adapter's prefixes, by module and parameter."""
     state = patched._apt_state
     prefixes = state.prefixes if name == state.adapter else state.parked[name].prefixes
-    return {f"{site}.{n}": p.grad for site, prefix in prefixes.items() for n, p in prefix.named_parameters()}
+    return {
+        f"{site}.{n}": p.grad
+        for site, prefix in prefixes.items()
+        for n, p in prefix.named_parameters()
+        if p.requires_grad
+    }
 
 
 def loss(patched, given: dict, **names):

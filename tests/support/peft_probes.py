@@ -64,8 +64,8 @@ def check(condition, what: str) -> None:
         raise Wrong(what)
 
 
-def same(found, expected, what: str = "another result than recomputation") -> None:
-    check(found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-6, atol=1e-8), what)
+def same(found, expected, what: str = "another result than recomputation", rtol=1e-6, atol=1e-8) -> None:
+    check(found.shape == expected.shape and torch.allclose(found, expected, rtol=rtol, atol=atol), what)
 
 
 def choose_next(model, family: str, ids, decoded, choose):
@@ -472,7 +472,8 @@ def predictions(family):
         settings = transformers.TrainingArguments(folder, report_to=[], disable_tqdm=True, use_cpu=True)
         found = transformers.Trainer(model, settings).predict(rows).predictions
     found = torch.tensor(found[0] if isinstance(found, tuple) else found)
-    same(found, expected, "other predictions than the model's own")
+    # float32, in which a batch and its single rows are rounded otherwise on some processors.
+    same(found, expected, "other predictions than the model's own", rtol=1e-4, atol=1e-5)
 
 
 def compiled_steps(family):
