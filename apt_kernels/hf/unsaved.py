@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import base_record, events
 from .state import State, inner
+from .transaction import undisturbed
 
 
 def samples(state: State) -> dict[str, Tensor]:
@@ -44,6 +45,7 @@ def _is_here(buffer: Tensor) -> bool:
     return buffer.device.type != "meta" and buffer.numel() > 0
 
 
+@undisturbed
 def warn_of_changes(state: State) -> None:
     """Warn if something frozen changed since the patch: trained and frozen again, or the statistics of a module."""
     known = {base_record.plain(name) for name in (*state.start, *state.merged)}
@@ -59,10 +61,11 @@ def warn_of_changes(state: State) -> None:
             f"{changed[0]}{others} changed since the patch and would not be in the adapter. A parameter is saved if it "
             "is trainable at the save, or if trainable= names it in the patch; for statistics of normalisation layers, "
             "train with these layers in eval mode, or save the base model as well",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
+@undisturbed
 def warn_of_others(model, state: State) -> None:
     """Warn if ``model`` holds weights of PEFT, which `save` does not write."""
     added = events.added_parameters(state.model)
@@ -77,7 +80,7 @@ def warn_of_others(model, state: State) -> None:
     warnings.warn(
         f"the model holds weights of PEFT ({theirs[0]}{others}), which are not in this adapter: {call} saves them with "
         "the prefixes",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
