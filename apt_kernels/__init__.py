@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .hf.optimizer import parameter_groups
     from .hf.patching import patch, unpatch
     from .hf.probing import Probe, probe, prune
+    from .hf.reference import reference_model
     from .hf.state import prefixes
     from .hf.summary import summary
     from .hf.toggle import disabled
@@ -43,6 +44,7 @@ _HUGGING_FACE = {
     "probe": ".hf.probing",
     "prune": ".hf.probing",
     "Probe": ".hf.probing",
+    "reference_model": ".hf.reference",
     "GateCallback": ".hf.integrations.gate_callback",
     "fold": ".hf.folding",
     "export": ".hf.export",
@@ -80,6 +82,7 @@ __all__ = [
     "prefixes",
     "probe",
     "prune",
+    "reference_model",
     "save",
     "selected",
     "set_adapter",

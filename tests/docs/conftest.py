@@ -42,7 +42,8 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
     for name, model in (("bert", bert), ("qwen3", qwen)):
         tokenizer = Tokenizer(models.WordLevel(vocabulary(words), unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}  # TRL needs an end
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
         wrapped.save_pretrained(root / name)
         model.save_pretrained(root / name)
     return [

@@ -33,7 +33,7 @@ HF_LAYERS = (
     ("discovery", "trainable", "transaction", "base_record", "capture", "precision", "vocabulary", "optimizer"),
     ("unsaved",),
     ("patching",),
-    ("adapters", "pruning", "toggle", "summary"),
+    ("adapters", "pruning", "toggle", "summary", "reference"),
     ("checkpoint", "probing", "initialise", "folding", "composing", "export"),
     ("integrations", "commands"),
     ("",),  # hf/__init__.py

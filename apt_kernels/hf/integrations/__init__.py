@@ -10,6 +10,7 @@ from .peft import Peft
 from .rows import RowAdapters
 from .sentence_transformers import join_sentence_transformers
 from .trainer import Trainer
+from .trl import join_trl
 
 events.subscribe(
     Distributed(),
@@ -23,3 +24,4 @@ events.subscribe(
 )
 
 join_sentence_transformers()
+join_trl()
