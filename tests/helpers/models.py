@@ -110,6 +110,18 @@ def build(family: str, head: str | None = None, **overrides):
     return auto.from_config(made).eval()
 
 
+def widest(family: str) -> torch.dtype:
+    """The dtype in which two ways through a model are compared."""
+    # transformers' attention with a soft-cap takes the softmax in float32, where a float64 mask's minimum is -inf and
+    # padding becomes NaN.
+    return torch.float32 if family == "gemma2" else torch.float64
+
+
+def rounding(family: str) -> dict:
+    """How far two ways through a model of that dtype may differ: tolerances of `torch.testing.assert_close`."""
+    return {"rtol": 1e-4, "atol": 1e-4} if widest(family) == torch.float32 else {"rtol": 1e-8, "atol": 1e-9}
+
+
 def inputs(family: str, padding: str | None = None, batch: int = 3, length: int = 12, seed: int = 0) -> dict:
     """Random token ids; ``padding``: "left", "right" or None."""
     generator = torch.Generator().manual_seed(seed)

@@ -332,6 +332,44 @@ def several(family):
         same(model(**given).logits, first, "the first adapter is not what it was")
 
 
+def two_adapters(family):
+    """A model with the adapters "default" and "other", active in this order, and a batch of two rows."""
+    model, given = build(family, head_for(family)), models.inputs(family, batch=2)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.double()
+    strengthen(model, "other", seed=2)
+    return model, given
+
+
+def by_row(family):
+    """Each row of a mixed batch gets the result of its adapter."""
+    model, given = two_adapters(family)
+    with torch.no_grad():
+        mixed, expected = model(**given, adapter_names=["default", "other"]).logits, []
+        for i, name in enumerate(("default", "other")):
+            model.set_adapter(name)
+            expected.append(model(**given).logits[i])
+    same(mixed, torch.stack(expected), "every row gets the active adapter: adapter_names is ignored")
+
+
+def generating_by_row(family):
+    model, given = two_adapters(family)
+    given.pop("decoder_input_ids", None)
+    options, expected = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False), []
+    mixed = model.generate(**given, **options, adapter_names=["default", "other"])
+    for i, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        expected.append(model.generate(**given, **options)[i])
+    check(torch.equal(mixed, torch.stack(expected)), "every row gets the active adapter: adapter_names is ignored")
+
+
+def together(family):
+    model, _ = two_adapters(family)
+    model.set_adapter(["default", "other"])
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    check(all(any(f".{each}." in name for name in names) for each in ("default", "other")), "one of them trains")
+
+
 def with_lora(family):
     model = peft.get_peft_model(models.build(family), peft.LoraConfig(target_modules="all-linear", r=2))
     model.add_adapter("prefix", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
@@ -522,6 +560,9 @@ PROBES = {
     "torch.compile, dynamic lengths": compiled,
     "prefix off and on by a context manager": switched_off,
     "several named adapters": several,
+    "a batch with an adapter for each row (adapter_names), or none": by_row,
+    "generation with an adapter for each row, two kinds of caches and none": generating_by_row,
+    "several adapters that train together, each on its rows": together,
     "LoRA and other PEFT methods on the same model, patched before or after, merged and unmerged": with_lora,
     "save and load": saved,
     "Trainer: checkpoint without base weights, resume with equal losses, best model": resumed,
