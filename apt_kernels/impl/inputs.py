@@ -28,7 +28,8 @@ DIFFERENTIABLE = (
 NOTHING = torch.finfo(torch.float32).min / 2
 
 
-@dataclass(frozen=True, eq=False)
+# Not frozen, which would double the time to make one; nothing assigns to a field.
+@dataclass(eq=False)
 class Inputs:
     """Validated arguments in schema order. B rows, Hq query heads, Hkv key/value heads, T queries, S keys, M prefix.
 
@@ -73,7 +74,13 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that was given."""
-        return [part for part in self.flat()[: _NAMES.index("offset")] if part is not None]
+        of_query = self.query, self.key, self.value, self.prefix_key, self.prefix_value
+        others = (
+            *(self.gate, self.layer_scale, self.sinks, self.bias, self.gate_index, self.dense, self.key_padding),
+            *(self.query_segments, self.key_segments, self.query_offset, self.seed),
+            *(self.prefix_index, self.prefix_lengths),
+        )
+        return [*of_query, *[part for part in others if part is not None]]
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int, int, int]:
@@ -117,11 +124,15 @@ class Inputs:
 
     def weights(self) -> Tensor | None:
         """``g = lambda * sigmoid(gate)``, ``[B|1, T|1, M]`` (``[B|1, 1, 1]`` when there is only a scale), or None."""
-        gate, scale = self.gate_rows(), self.scale_rows()
+        gate, scale, wide = self.gate_rows(), self.layer_scale, self.compute_dtype
         if gate is None:
-            return scale
-        weights = torch.sigmoid(gate.to(self.compute_dtype))
-        return weights if scale is None else weights * scale
+            return self.scale_rows()
+        weights = torch.sigmoid(gate if gate.dtype == wide else gate.to(wide))
+        if scale is None:
+            return weights
+        if scale.dtype == wide and scale.shape[0] == 1:
+            return weights * scale
+        return weights * cast("Tensor", self.scale_rows())
 
     def scale_rows(self) -> Tensor | None:
         """lambda as ``[B|1, 1, 1]`` in `compute_dtype`; None without one."""

@@ -195,7 +195,7 @@ def _is_plain(tensors: list[Tensor]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    return all(is_real(tensor) for tensor in tensors)
+    return all([is_real(tensor) for tensor in tensors])
 
 
 def selected(*arguments, implementation: str = "auto", return_logsumexp: bool = False, **keywords) -> Plan:

@@ -13,21 +13,22 @@ def check_prefix(
     prefix_key: Tensor, prefix_value: Tensor, kv_heads: int, head_dim: int, value_dim: int, by_row: bool
 ) -> None:
     """Raise `ArgumentError` unless the prefix has the shapes of one, or those of A adapters if ``by_row``."""
-    if not by_row and prefix_key.ndim == 4:
+    shape = tuple(prefix_key.shape)
+    if not by_row and len(shape) == 4:
         raise ArgumentError(
-            f"prefix_key has shape {list(prefix_key.shape)}; without prefix_index it needs [Hkv, M, D] = "
+            f"prefix_key has shape {list(shape)}; without prefix_index it needs [Hkv, M, D] = "
             f"[{kv_heads}, M, {head_dim}]. For prefixes of several adapters, give prefix_index [B]"
         )
-    lead = "A, " if by_row else ""
-    if prefix_key.ndim != 3 + by_row or (prefix_key.shape[-3], prefix_key.shape[-1]) != (kv_heads, head_dim):
+    if len(shape) != 3 + by_row or shape[-3] != kv_heads or shape[-1] != head_dim:
+        lead = "A, " if by_row else ""
         raise ArgumentError(
-            f"prefix_key has shape {list(prefix_key.shape)}; it needs [{lead}Hkv, M, D] = "
-            f"[{lead}{kv_heads}, M, {head_dim}]"
+            f"prefix_key has shape {list(shape)}; it needs [{lead}Hkv, M, D] = [{lead}{kv_heads}, M, {head_dim}]"
         )
-    need = (*prefix_key.shape[:-1], value_dim)
+    need = (*shape[:-1], value_dim)
     if tuple(prefix_value.shape) != need:
         raise ArgumentError(
-            f"prefix_value has shape {list(prefix_value.shape)}; it needs [{lead}Hkv, M, Dv] = {list(need)}"
+            f"prefix_value has shape {list(prefix_value.shape)}; it needs [{'A, ' if by_row else ''}Hkv, M, Dv] = "
+            f"{list(need)}"
         )
 
 

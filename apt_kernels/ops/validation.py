@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +55,12 @@ def make_inputs(
     """Validate `attention`'s arguments and convert them to `Inputs`."""
     if others:
         refuse(others)
-    named = {"query": query, "key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
-    for name, tensor in named.items():
+    if gate_index is prefix_index is prefix_lengths is sinks is softcap is None and dropout_p == 0:
+        x = _ordinary(query, key, value, prefix_key, prefix_value, gate, layer_scale, mask, scale, dropout_p)
+        if x is not None:
+            return x
+    named = ("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)
+    for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
         if tensor.layout is not torch.strided:
@@ -64,10 +69,12 @@ def make_inputs(
     _check_core(query, key, value, prefix_key, prefix_value, prefix_index is not None)
     batch, heads, queries, head_dim = query.shape
     keys, length, device = key.shape[2], prefix_key.shape[-2], query.device
-    mask = Mask() if mask is None else mask
-    if not isinstance(mask, Mask):
+    if mask is None:
+        mask = Mask()
+    elif isinstance(mask, Mask):
+        mask.check(batch, heads, queries, keys, device)
+    else:
         raise ArgumentError(f"mask is a {type(mask).__name__}; it needs an apt_kernels.Mask or None")
-    mask.check(batch, heads, queries, keys, device)
     prefix_index, prefix_lengths = rows.check(prefix_index, prefix_lengths, prefix_key, batch, device)
     adapters = 1 if prefix_index is None else prefix_key.shape[0]
     gate_index = rows.without_ignored(gate_index, prefix_index)
@@ -105,6 +112,100 @@ def make_inputs(
     )
 
 
+def _ordinary(query, key, value, prefix_key, prefix_value, gate, layer_scale, mask, scale, dropout_p) -> Inputs | None:
+    """The `Inputs` of an ordinary call on a CPU; None: something is not ordinary, and may be wrong.
+
+    It accepts only what the checks of each argument accept, with the same result, in a third of their time, which they
+    take in every layer of a decoding step (bench/NOTES.md).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if not _all_plain(query, key, value, prefix_key, prefix_value) or torch.is_autocast_enabled("cpu"):
+        return None
+    shape, key_shape, value_shape, prefix_shape = query.shape, key.shape, value.shape, prefix_key.shape
+    if not (len(shape) == len(key_shape) == len(value_shape) == 4 and len(prefix_shape) == 3):
+        return None
+    (batch, heads, queries, head_dim), (_, kv_heads, keys, _), length = shape, key_shape, prefix_shape[1]
+    value_dim, dtype = value_shape[3], query.dtype
+    if not (batch and heads and queries and head_dim and kv_heads and keys and length and value_dim):
+        return None
+    fits = (
+        heads % kv_heads == 0
+        and key_shape == (batch, kv_heads, keys, head_dim)
+        and value_shape == (batch, kv_heads, keys, value_dim)
+        and prefix_shape == (kv_heads, length, head_dim)
+        and prefix_value.shape == (kv_heads, length, value_dim)
+        and dtype in _DTYPES
+        and key.dtype == value.dtype == dtype
+        and prefix_key.dtype in (torch.float32, dtype)
+        and prefix_value.dtype in (torch.float32, dtype)
+        and (layer_scale is None or (_is_side(layer_scale) and layer_scale.shape == (1,)))
+        and type(dropout_p) is float
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
+    )
+    if not fits:
+        return None
+    if gate is not None:
+        gate = _three_d(gate, batch, queries, length) if _is_side(gate) else None
+        if gate is None:
+            return None
+    if mask is None:
+        mask = _NO_MASK
+    elif type(mask) is not Mask:
+        return None
+    else:
+        mask.check(batch, heads, queries, keys, query.device)
+    offset, offset_tensor = _offset(mask, keys - queries)
+    window_left, window_right = mask.window_sizes
+    return Inputs(
+        query=query,
+        key=key,
+        value=value,
+        prefix_key=prefix_key,
+        prefix_value=prefix_value,
+        gate=gate,
+        layer_scale=layer_scale,
+        bias=_four_d(mask.bias),
+        dense=_four_d(mask.dense),
+        key_padding=mask.key_padding,
+        query_segments=mask.query_segments,
+        key_segments=mask.key_segments,
+        query_offset=offset_tensor,
+        offset=offset,
+        causal=bool(mask.causal),
+        window_left=window_left,
+        window_right=window_right,
+        scale=head_dim**-0.5 if scale is None else scale,
+        **_ABSENT,
+    )
+
+
+# What an ordinary call has not.
+_ABSENT: dict[str, Any] = {
+    **dict.fromkeys(("sinks", "gate_index", "seed", "prefix_index", "prefix_lengths")),
+    **dict.fromkeys(("softcap", "dropout_p"), 0.0),
+}
+_NO_MASK = Mask()
+
+
+def _all_plain(query, key, value, prefix_key, prefix_value) -> bool:
+    """Whether all are plain dense tensors on the CPU."""
+    if not (type(query) is type(key) is type(value) is Tensor and _plain(prefix_key) and _plain(prefix_value)):
+        return False
+    if not (query.is_cpu and key.is_cpu and value.is_cpu and prefix_key.is_cpu and prefix_value.is_cpu):
+        return False
+    return query.layout == key.layout == value.layout == prefix_key.layout == prefix_value.layout == torch.strided
+
+
+def _plain(tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _is_side(tensor) -> bool:
+    """Whether it is a plain floating-point tensor on the CPU."""
+    return _plain(tensor) and tensor.is_cpu and tensor.dtype in _DTYPES
+
+
 def _cast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Tensor]:
     """Under autocast, activations are cast to its dtype, as in ``scaled_dot_product_attention``.
 
@@ -112,42 +213,44 @@ def _cast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Te
     in a model that was cast after the patch and attends in float32.
     """
     tokens, kind = [query, key, value], query.device.type
-    wide = any(t.dtype == torch.float64 for t in (*tokens, *prefix))
-    if not wide and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and all(t.dtype != torch.float64 for t in (*tokens, *prefix)):
         tokens = [t.to(torch.get_autocast_dtype(kind)) for t in tokens]
-    half = torch.float16, torch.bfloat16
-    return [*tokens, *(t.float() if t.dtype in half and t.dtype != tokens[0].dtype else t for t in prefix)]
+    dtype, half = tokens[0].dtype, (torch.float16, torch.bfloat16)
+    return [*tokens, *[t.float() if t.dtype != dtype and t.dtype in half else t for t in prefix]]
 
 
 def _check_core(query, key, value, prefix_key, prefix_value, by_row: bool) -> None:
-    if query.ndim != 4:
-        raise ArgumentError(f"query has shape {list(query.shape)}; it needs [B, Hq, T, D]")
-    if query.dtype not in _DTYPES:
-        raise ArgumentError(f"query has dtype {query.dtype}; it needs float32, float64, bfloat16 or float16")
-    batch, heads, _, head_dim = query.shape
-    if key.ndim != 4 or key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ArgumentError(f"key has shape {list(key.shape)}; it needs [B, Hkv, S, D] = [{batch}, Hkv, S, {head_dim}]")
-    kv_heads, keys = key.shape[1], key.shape[2]
+    # Every attribute is read once: this runs in each layer of a decoding step.
+    shape, key_shape, value_shape, dtype = query.shape, key.shape, value.shape, query.dtype
+    if len(shape) != 4:
+        raise ArgumentError(f"query has shape {list(shape)}; it needs [B, Hq, T, D]")
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"query has dtype {dtype}; it needs float32, float64, bfloat16 or float16")
+    batch, heads, _, head_dim = shape
+    if len(key_shape) != 4 or key_shape[0] != batch or key_shape[3] != head_dim:
+        raise ArgumentError(f"key has shape {list(key_shape)}; it needs [B, Hkv, S, D] = [{batch}, Hkv, S, {head_dim}]")
+    kv_heads, keys = key_shape[1], key_shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ArgumentError(f"key has {kv_heads} heads; it needs a number that divides the query's {heads}")
-    if value.ndim != 4 or tuple(value.shape[:3]) != (batch, kv_heads, keys):
+    if len(value_shape) != 4 or value_shape[:3] != key_shape[:3]:
         raise ArgumentError(
-            f"value has shape {list(value.shape)}; it needs [B, Hkv, S, Dv] = [{batch}, {kv_heads}, {keys}, Dv]"
+            f"value has shape {list(value_shape)}; it needs [B, Hkv, S, Dv] = [{batch}, {kv_heads}, {keys}, Dv]"
         )
-    rows.check_prefix(prefix_key, prefix_value, kv_heads, head_dim, value.shape[3], by_row)
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key)):
-        if 0 in tensor.shape:
-            raise ArgumentError(f"{name} has shape {list(tensor.shape)}; every size needs to be at least 1")
-    if value.shape[3] == 0:
-        raise ArgumentError(f"value has shape {list(value.shape)}; every size needs to be at least 1")
+    rows.check_prefix(prefix_key, prefix_value, kv_heads, head_dim, value_shape[3], by_row)
+    sizes = (("query", shape), ("key", key_shape), ("value", value_shape), ("prefix_key", prefix_key.shape))
+    for name, size in sizes:
+        if 0 in size:
+            raise ArgumentError(f"{name} has shape {list(size)}; every size needs to be at least 1")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs the query's, {query.dtype}")
+        if tensor.dtype != dtype:
+            raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs the query's, {dtype}")
     for name, tensor in (("prefix_key", prefix_key), ("prefix_value", prefix_value)):
-        if tensor.dtype not in (query.dtype, torch.float32):
-            raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32 or the query's, {query.dtype}")
+        if tensor.dtype != dtype and tensor.dtype != torch.float32:
+            raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32 or the query's, {dtype}")
+    device = query.device
     for name, tensor in (("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)):
-        check_device(name, tensor, query.device)
+        check_device(name, tensor, device)
 
 
 def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -172,16 +275,24 @@ def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tu
             raise ArgumentError(f"gate has shape {list(gate.shape)}; beside gate_index it needs [G, M] = [G, {length}]")
         _check_float("gate", gate, tuple(gate.shape), device)
         return gate, _gate_index(gate_index, gate.shape[0], batch, queries, device)
-    shapes = {1: (length,), 2: (batch, length), 3: (batch, queries, length)}
-    if tuple(gate.shape) != shapes.get(gate.ndim):
+    rows = _three_d(gate, batch, queries, length)
+    if rows is None:
         raise ArgumentError(
             f"gate has shape {list(gate.shape)}; it needs [M] = [{length}], [B, M] = [{batch}, {length}], "
             f"[B, T, M] = [{batch}, {queries}, {length}], or [G, {length}] with gate_index"
         )
     _check_float("gate", gate, tuple(gate.shape), device)
-    if gate.ndim == 3:
-        return gate, None
-    return (gate[None, None] if gate.ndim == 1 else gate[:, None]), None
+    return rows, None
+
+
+def _three_d(gate: Tensor, batch: int, queries: int, length: int) -> Tensor | None:
+    """Logits ``[M]``, ``[B, M]`` or ``[B, T, M]`` as ``[B|1, T|1, M]``; None: they have another shape."""
+    shape = tuple(gate.shape)
+    if shape == (length,):
+        return gate.view(1, 1, -1)
+    if shape == (batch, length):
+        return gate.unsqueeze(1)
+    return gate if shape == (batch, queries, length) else None
 
 
 def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
@@ -207,7 +318,7 @@ def _layer_scale(layer_scale, adapters: int, device) -> Tensor | None:
         also = f", or [A] = [{adapters}]" if adapters > 1 else ""
         raise ArgumentError(f"layer_scale {has}; it needs a number or a tensor of one element{also}")
     _check_float("layer_scale", layer_scale, tuple(layer_scale.shape), device)
-    return layer_scale.reshape(-1)
+    return layer_scale if layer_scale.ndim == 1 else layer_scale.reshape(-1)
 
 
 def _four_d(tensor: Tensor | None) -> Tensor | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,22 @@ def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
     Saved for the backward are the hidden states in their own dtype, not a copy in float32.
     """
     kind = hidden_states.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        rows = hidden_states.flatten(0, -2)
-        # torch.func can transform, and torch.jit.save can write, torch's own operators only.
-        composite = transforms.active() or torch.jit.is_tracing()
-        logits = _composite(rows, weight) if composite else _GateProduct.apply(rows, weight)
-        return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _product(hidden_states, weight)
+    return _product(hidden_states, weight)
+
+
+def _product(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    rows = hidden_states.flatten(0, -2)
+    # torch.func can transform, and torch.jit.save can write, torch's own operators only.
+    if transforms.active() or torch.jit.is_tracing():
+        logits = _composite(rows, weight)
+    elif torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+        logits = _GateProduct.apply(rows, weight)
+    else:
+        logits = _wide_product(rows, weight.to(rows.dtype).mT)
+    return logits.reshape(*hidden_states.shape[:-1], weight.shape[0])
 
 
 def _composite(rows: Tensor, weight: Tensor) -> Tensor:
@@ -57,6 +64,8 @@ def _on_tensor_cores(tensor: Tensor) -> bool:
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, summed and returned in float32 at least."""
+    if a.dtype == b.dtype == torch.float32:
+        return a @ b
     if _on_tensor_cores(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)

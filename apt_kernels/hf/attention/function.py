@@ -47,8 +47,9 @@ def _forward(module, forward, args, kwargs):
     if prefix is None:
         return forward(*args, **kwargs)
     cache = filled = None
-    keeping = [each for each in (mixture.prefixes if mixture else [prefix]) if each.gate_entry.kept_in_cache]
-    if keeping:
+    keeping = mixture.prefixes if mixture else [prefix]
+    if any([each.gate_entry.kept_in_cache for each in keeping]):
+        keeping = [each for each in keeping if each.gate_entry.kept_in_cache]
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         filled = cache is not None and any(_holds_tokens(cache, module, each) for each in keeping)
     hidden_states, outer = kwargs.get("hidden_states", args[0] if args else None), local.call

@@ -29,8 +29,7 @@ class Cpu(Backend):
     own_layouts = frozenset({"key", "value"})
 
     def obstacle_for(self, x: Inputs) -> str | None:
-        kind = x.query.device.type
-        return None if kind == "cpu" else f"query is on {kind}"
+        return None if x.query.is_cpu else f"query is on {x.query.device.type}"
 
     def strategy(self, x: Inputs) -> str:
         if stock.obstacle(x):

@@ -1,8 +1,13 @@
-"""One query for each row of the batch, as in decoding: the stock kernel on the tokens, then one softmax.
+"""One query for each row of the batch, as in decoding: few operators, since each costs more than its arithmetic.
 
-Its columns are the prefix's and one more, the output over the tokens, whose logit is their log-sum-exp. The gate scales
-the prefix's logits and probabilities, not the prefix itself. Rows of the batch and heads of a group are rows of one
-matrix product for each key head, so that the prefix is read once.
+Where keys and prefix are few: one call of the stock kernel on ``[keys ; gated prefix]``. Otherwise: one call on the
+keys, then one softmax, whose columns are the prefix's and one more, the output over the keys, whose logit is their
+log-sum-exp. There the gate scales the prefix's logits and probabilities, not the prefix itself, and the rows of the
+batch and the heads of a group are rows of one matrix product for each key head, so that the prefix is read once.
+
+Keys that position hides from every query are not read.
+
+Source of its sizes: measured on two cores, bench/NOTES.md.
 """
 
 from __future__ import annotations
@@ -14,16 +19,71 @@ from ..backend import Result
 from ..inputs import Inputs
 from . import stock
 
+# Most elements of the keys and the prefix of all rows for which a copy of them is faster than further operators.
+JOINED_ELEMENTS = 1 << 16
+
 
 def forward(x: Inputs, with_logsumexp: bool) -> Result | None:
     """The op's forward; None where a hidden logit was infinite or NaN, to which the stock kernel adds the mask.
 
-    ``with_logsumexp`` False: an empty tensor is in the place of the log-sum-exp.
+    ``with_logsumexp`` False: what is in the place of the log-sum-exp is not to be used.
     """
-    tokens, of_tokens, masked = _tokens(x)
-    if masked and bool(of_tokens.isnan().any()):
+    batch, _, kv_heads, _, keys, length, dim, _ = x.sizes
+    low, high, by_position = _range(x)
+    key, value = x.key, x.value
+    if low > 0 or high < keys:
+        key, value = key[:, :, low:high], value[:, :, low:high]
+    if x.sinks is None and batch * kv_heads * (high - low + length) * dim <= JOINED_ELEMENTS:
+        mask = stock.additive_mask(x, low, high, length, by_position)
+        return _joined(x, key, value, mask, with_logsumexp)
+    mask = stock.additive_mask(x, low, high, by_position=by_position) if high > low else None
+    return _apart(x, key, value, mask, with_logsumexp)
+
+
+def _range(x: Inputs) -> tuple[int, int, bool]:
+    """The range of the keys that the queries may see by their position, and whether position hides keys in it, too."""
+    low, high, at = 0, x.key.shape[2], x.offset
+    if x.query_offset is not None:
+        if x.query_offset.numel() > 1:
+            return low, high, True
+        at = int(x.query_offset)
+    right = 0 if x.causal else x.window_right
+    if right >= 0:
+        high = max(min(high, at + right + 1), 0)
+    if x.window_left >= 0:
+        low = min(max(low, at - x.window_left), high)
+    return low, high, False
+
+
+def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None, with_logsumexp: bool) -> Result | None:
+    dtype, batch, weights = x.query.dtype, key.shape[0], x.weights()
+    prefix_key, prefix_value = x.prefix_key, x.prefix_value
+    if weights is not None:
+        weights = weights.mT.unsqueeze(1)
+        prefix_key, prefix_value = prefix_key * weights, prefix_value * weights
+    if prefix_key.dtype != dtype or prefix_value.dtype != dtype:
+        prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
+    if prefix_key.ndim == 3 or prefix_key.shape[0] < batch:
+        prefix_key, prefix_value = (part.expand(batch, -1, -1, -1) for part in (prefix_key, prefix_value))
+    key, value = torch.cat((key, prefix_key), 2), torch.cat((value, prefix_value), 2)
+    out, logsumexp = stock.Call(x.query, key, value, mask, x.scale).results(folds=False)
+    if mask is not None and bool(logsumexp.isnan().any()):
         return None
+    return Result(out, logsumexp.contiguous() if with_logsumexp else logsumexp)
+
+
+def _apart(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None, with_logsumexp: bool) -> Result | None:
     rows, length, wide, weights = _Rows(x), x.prefix_key.shape[1], x.compute_dtype, x.weights()
+    if key.shape[2]:
+        query = x.query
+        if mask is None or mask.shape[1] == 1:
+            query = query.reshape(rows.batch, rows.kv_heads, rows.group, -1)  # a group reads its keys once
+        tokens, of_tokens = stock.Call(query, key, value, mask, x.scale).forward()
+        if mask is not None and bool(of_tokens.isnan().any()):
+            return None
+    else:
+        tokens = x.query.new_zeros(x.query.shape)
+        of_tokens = x.query.new_full(x.query.shape[:3], stock.NOTHING, dtype=wide)
     joined = torch.bmm(rows.stacked(x.query).to(wide), x.prefix_key.to(wide).mT)
     if weights is None:
         joined.mul_(x.scale)
@@ -70,31 +130,3 @@ class _Rows:
         if weights.shape[0] > 1:
             matrix = matrix.unflatten(1, (self.batch, self.group))
         matrix.mul_(weights)
-
-
-def _tokens(x: Inputs) -> tuple[Tensor, Tensor, bool]:
-    """Output ``[B, Hq, 1, Dv]`` and log-sum-exp ``[B, Hq, 1]`` over the tokens, and whether a mask was added."""
-    low, high, by_position = _range(x)
-    key, value = x.key, x.value
-    if high <= low:
-        shape = x.query.shape
-        return x.query.new_zeros(shape), x.query.new_full(shape[:3], stock.NOTHING, dtype=x.compute_dtype), False
-    mask = stock.additive_mask(x, low, high, by_position=by_position)
-    if (low, high) != (0, key.shape[2]):
-        key, value = key[:, :, low:high], value[:, :, low:high]
-    return *stock.Call(x.query, key, value, mask, x.scale).forward(), mask is not None
-
-
-def _range(x: Inputs) -> tuple[int, int, bool]:
-    """The range of the keys that the queries may see by their position, and whether in it position hides more keys."""
-    low, high, at = 0, x.key.shape[2], x.offset
-    if x.query_offset is not None:
-        if x.query_offset.numel() > 1:
-            return low, high, True
-        at = int(x.query_offset)
-    right = 0 if x.causal else x.window_right
-    if right >= 0:
-        high = min(high, at + right + 1)
-    if x.window_left >= 0:
-        low = max(low, at - x.window_left)
-    return low, high, False

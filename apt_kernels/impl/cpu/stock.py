@@ -20,7 +20,7 @@ from ..inputs import Inputs, heads_last_empty, part_of
 from .ranges import key_limits
 from .scratch import Scratch
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # The log-sum-exp of a row that sees no token: finite, so that it can be merged, and so low that its weight is zero.
@@ -78,15 +78,18 @@ class Call(NamedTuple):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp, in the layouts that the kernel returns."""
+        return self._marked(*self.results())
+
+    def results(self, folds: bool = True) -> tuple[Tensor, Tensor]:
+        """`forward` where every row sees a key; ``folds`` False: few keys, which may be read once for each head."""
         key, value, mask = _rows(self.key), _rows(self.value), _mask_rows(self.mask)
-        if not self._folds():
-            results = _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
-            return self._marked(*results)
+        if not folds or not self._folds():
+            return _flash(_rows(self.query), key, value, 0.0, self.causal, attn_mask=mask, scale=self.scale)
         # The heads of a group become rows of one head: their keys are read once, not once per head.
         size = self.query.shape
         folded = _rows(self.query.reshape(size[0], key.shape[1], -1, size[3]))
         out, logsumexp = _flash(folded, key, value, 0.0, False, attn_mask=mask, scale=self.scale)
-        return self._marked(out.reshape(*size[:3], -1), logsumexp.reshape(size[:3]))
+        return out.reshape(*size[:3], -1), logsumexp.reshape(size[:3])
 
     def _marked(self, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
         """The results, where a row sees no key with output 0 and log-sum-exp `NOTHING` (the kernel returns 0)."""
