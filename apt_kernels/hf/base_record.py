@@ -104,7 +104,7 @@ def _is_json(value) -> bool:
 
 def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
     """The hash in each dtype of each sampled weight, by name; None if this process holds no complete weight."""
-    ours = {id(p) for prefix in state.prefixes.values() for p in prefix.parameters()}
+    ours = {id(p) for prefix in state.training_prefixes for p in prefix.parameters()}
     ours |= events.added_parameters(state.model)
     trained = {plain(name) for name in state.start} | merged_weights(state.model)
     weights = {

@@ -38,7 +38,7 @@ def reference_model(model: nn.Module, *, prefix: bool = True) -> PreTrainedModel
         passes: do not train, save or unpatch it.
 
     Raises:
-        PatchError: the model is not patched; its weights are sharded or offloaded; or another library replaced a
+        PatchError: the model is not patched, or several adapters are active; its weights are sharded or offloaded; or another library replaced a
             ``forward`` by one that would compute with the weights of ``model``.
         ArgumentError: ``prefix`` is not a bool.
 
@@ -53,6 +53,8 @@ def reference_model(model: nn.Module, *, prefix: bool = True) -> PreTrainedModel
     if not isinstance(prefix, bool):
         raise ArgumentError(f"prefix is {prefix!r}; it needs True or False")
     base = state.model
+    if state.others:
+        raise PatchError("several adapters are active; set the one that is to be the reference (set_adapter)")
     _refuse(model, base)
     trained = trainable_names(base, state.config)
     own = {id(parameter) for each in state.prefixes.values() for parameter in each.parameters()}

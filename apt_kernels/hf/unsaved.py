@@ -20,7 +20,7 @@ def samples(state: State) -> dict[str, Tensor]:
 
 def _frozen(state: State) -> Iterator[tuple[str, Tensor]]:
     added = events.added_parameters(state.model)
-    added |= {id(parameter) for prefix in state.prefixes.values() for parameter in prefix.parameters()}
+    added |= {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
     for name, parameter in state.model.named_parameters():
         if id(parameter) not in added and not parameter.requires_grad and base_record.is_whole(parameter):
             yield base_record.plain(name), parameter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import pytest
@@ -193,6 +194,9 @@ def test_save_names_the_adapter(tmp_path):
     for name in "ab":
         loaded = apt_kernels.patch(models.build("llama").double(), apt_kernels.adapters(patched)[name]).double()
         apt_kernels.load(loaded, tmp_path / name)
+        settings = json.loads((tmp_path / name / "apt_config.json").read_text())
+        assert settings["prefix_length"] == apt_kernels.adapters(patched)[name].to_json()["prefix_length"]
+        assert not any("apt" in each for each in settings["base"]["fingerprint"])
         alone = apt_kernels.set_adapter(copy.deepcopy(patched), name)
         with torch.no_grad():
             assert torch.equal(loaded(**given).logits, alone(**given).logits)
@@ -203,6 +207,7 @@ def test_what_needs_one_adapter_is_refused(tmp_path):
     for call in (
         lambda: apt_kernels.prune(patched, [1, 1]),
         lambda: apt_kernels.fold(patched),
+        lambda: apt_kernels.reference_model(patched),
         lambda: apt_kernels.export(patched, tmp_path, format="cartridge"),
     ):
         with pytest.raises(PatchError, match="active"):

@@ -84,7 +84,7 @@ def _tensors(output) -> Iterator[Tensor]:
 
 def _without_gradient(state) -> str | None:
     """The first parameter that trains and is offloaded."""
-    ours = {id(parameter) for prefix in state.prefixes.values() for parameter in prefix.parameters()}
+    ours = {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
     for name, parameter in state.parameters.items():
         trains = parameter.requires_grad and (name in state.start or id(parameter) in ours)
         if trains and parameter.device.type == "meta" and offload.holder(state.model, name) is not None:
