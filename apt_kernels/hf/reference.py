@@ -38,8 +38,8 @@ def reference_model(model: nn.Module, *, prefix: bool = True) -> PreTrainedModel
         passes: do not train, save or unpatch it.
 
     Raises:
-        PatchError: the model is not patched, or several adapters are active; its weights are sharded or offloaded; or another library replaced a
-            ``forward`` by one that would compute with the weights of ``model``.
+        PatchError: the model is not patched, or several adapters are active; its weights are sharded or offloaded; or
+            another library replaced a ``forward`` by one that would compute with the weights of ``model``.
         ArgumentError: ``prefix`` is not a bool.
 
     Examples:
