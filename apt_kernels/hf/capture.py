@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from .state import is_patched, state_of
 _CAPTURE = "apt_kernels_capture"
 # A larger difference of outputs, relative to the prefix's influence, is not rounding, not even in bfloat16.
 SAME = 0.05
+# Tokens for which reading in chunks is compared with reading at once.
+_TRIED = 7
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -138,13 +140,70 @@ def capture(model, ids: Tensor, positions: Tensor) -> dict[str, Captured]:
 
 def capture_forward(model, part: nn.Module, **inputs) -> dict[str, Captured]:
     """`capture` for any ``inputs`` of ``part``, a module of ``model``."""
+    return _captured(model, lambda: part(**inputs))
+
+
+def capture_text(model, ids: Tensor, first: int, chunk_size: int | None = None) -> dict[str, Captured]:
+    """`capture` for a text ``[1, M]`` from position ``first`` on, read at once or by `read_in_chunks`.
+
+    Keys and values are those of the whole text; in chunks, the other inputs are those for the last chunk.
+    """
+    length = ids.shape[1]
+    if chunk_size is None:
+        return capture(model, ids, torch.arange(first, first + length, device=ids.device)[None])
+    found = _captured(model, lambda: read_in_chunks(model, ids, first, chunk_size))
+    for name, own in found.items():
+        if own.key.shape[2] != length:
+            raise PatchError(
+                f"{name} got the keys of {own.key.shape[2]} of {length} tokens from the cache of "
+                f"{type(model).__name__}, which does not keep all; use chunk_size=None"
+            )
+    return found
+
+
+def read_in_chunks(model, ids: Tensor, first: int, chunk_size: int) -> Any:
+    """Run the model's body over a text ``[1, M]`` from position ``first`` on, ``chunk_size`` tokens at a time. Returns
+    the cache that it made, by which each chunk attends to the ones before."""
+    body, cache = getattr(model, "base_model", model), None
+    if not {"past_key_values", "kwargs"} & inspect.signature(body.forward).parameters.keys():
+        raise PatchError(
+            f"{type(model).__name__} takes no cache, so it cannot read a text in chunks; use chunk_size=None"
+        )
+    for at in range(0, ids.shape[1], chunk_size):
+        chunk = ids[:, at : at + chunk_size]
+        positions = torch.arange(first + at, first + at + chunk.shape[1], device=ids.device)[None]
+        given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        out = body(input_ids=chunk, position_ids=positions, use_cache=True, **given)
+        cache = getattr(out, "past_key_values", None)
+        if cache is None:
+            raise PatchError(
+                f"{type(model).__name__} returns no cache, so it cannot read a text in chunks; use chunk_size=None"
+            )
+    return cache
+
+
+def refuse_chunks(model, ids: Tensor) -> None:
+    """Raise `PatchError` unless the model reads the first tokens of a text in chunks as it reads them at once."""
+    few = ids[:, :_TRIED]
+    whole, parts = (capture_text(model, few, 0, size) for size in (None, max(1, few.shape[1] // 2)))
+    for name, own in whole.items():
+        for expected, found in zip(own[:2], parts[name][:2]):
+            if not torch.allclose(found, expected, rtol=SAME, atol=SAME * float(expected.std())):
+                raise PatchError(
+                    f"{name} has other keys or values where {type(model).__name__} reads a text in chunks by its "
+                    "cache; use chunk_size=None"
+                )
+
+
+def _captured(model, run: Callable[[], Any]) -> dict[str, Captured]:
+    """The inputs of each attention module's last call while ``run`` runs the model."""
     active = _Capture()
     handles = []
     try:
         handles += [m.register_forward_pre_hook(active.note, with_kwargs=True) for m in model.modules()]
         _active.capture = active
         with _capturing(model), evaluating(model), torch.no_grad():
-            part(**inputs)
+            run()
     except IndexError as error:
         raise PatchError(
             f"{type(model).__name__} has learned absolute positions, and none before position 0 ({error})"

@@ -6,11 +6,12 @@ run at positions -M to -1, and a checkpoint's keys are rotated by -M (hf/capture
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -18,41 +19,83 @@ from torch import Tensor
 
 from ..config import AptConfig, Settings
 from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
-from . import compat, patching
+from . import compat, patching, text
 from .adapter_file import read_tensor
-from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
+from .batches import check_batches, moved, next_token_loss
+from .capture import (
+    SAME,
+    Captured,
+    at_positions,
+    capture_text,
+    read_in_chunks,
+    refuse_chunks,
+    refuse_lengths,
+    refuse_no_decoder,
+    rotated,
+    window_of,
+)
 from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .state import Model, is_patched, prefixes
+from .transaction import atomic
 from .untrusted import read_json_file, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
+logger = logging.getLogger(__name__)
 
+# Tokens after the prefix whose logits are compared with the source's.
+_COMPARED = 4
+
+
+class _Source(NamedTuple):
+    """Keys and values of a prefix by the names of the attention modules, and what the model computes with them: the
+    logits ``expected`` for the tokens ``follow`` after it."""
+
+    tokens: dict[str, tuple[Tensor, Tensor]]
+    follow: Tensor
+    expected: Tensor
+
+
+@atomic
 def patch_from_text(
     model: Model,
-    input_ids: Tensor | Sequence[int],
+    input_ids: Tensor | str | Sequence[Any],
     config: AptConfig | None = None,
+    *,
+    tokenizer: Any = None,
+    chunk_size: int | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
     **settings: Unpack[Settings],
 ) -> Model:
     """`patch`, with the keys and values of a text of M tokens as the prefix: the start of CARTRIDGE.
 
     The patched model begins as an exact copy of the model that reads the text first: its outputs for any tokens are
-    those for the text followed by these tokens, except that no sliding window hides the prefix.
+    those for the text followed by these tokens, except that no sliding window hides the prefix. The first token is
+    frozen (``num_frozen_tokens``).
 
     Args:
         model: an unpatched causal model with rotary positions, or none.
-        input_ids: the text, ``[M]`` or ``[1, M]``.
+        input_ids: the text: token ids, ``[M]`` or ``[1, M]``; with ``tokenizer`` also a string, or the messages of a
+            chat (dicts with ``"role"`` and ``"content"``). With ``batches``: a list of such texts.
         config: an `AptConfig`, or its fields as keywords; ``prefix_length`` is the text's.
+        tokenizer: the model's tokenizer; its chat template makes a text of messages, without a generation prompt.
+        chunk_size: how many tokens of the text the model reads at a time, the earlier ones from its cache. The memory
+            for activations and logits then depends on this number, not on M; the prefix is the same up to rounding.
+            None: the whole text at once.
+        batches: dicts of the forward's arguments with ``labels``. Each text becomes the prefix in turn, and the one
+            with the lowest mean loss over the predicted tokens is chosen. The losses are logged (level INFO).
 
     Returns:
         The same model, patched.
 
     Raises:
-        PatchError: the copy could not be exact; the message names why, and the model is as it was.
+        PatchError: the copy could not be exact, or ``chunk_size`` is given and the model's cache does not allow it; the
+            message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
-        ArgumentError: ``input_ids`` are not the token ids of one text, or the model has no such token.
+        ArgumentError: ``input_ids`` are not one text (with ``batches``: a list of texts), the model has no such token,
+            the tokenizer cannot read it, a batch has no labels, or ``chunk_size`` is no positive int.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,27 +103,76 @@ def patch_from_text(
         >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
         >>> text = tokenizer("Answer briefly and name your source.", return_tensors="pt").input_ids
         >>> apt_kernels.patch_from_text(model, text)
+
+        The system message of a chat, read 256 tokens at a time:
+
+        >>> apt_kernels.unpatch(model)
+        >>> chat = [{"role": "system", "content": "Answer briefly and name your source."}]
+        >>> apt_kernels.patch_from_text(model, chat, tokenizer=tokenizer, chunk_size=256)
     """
-    ids = _token_ids(model, input_ids)
-    length = ids.shape[1]
-    config = _starting_config(model, config, settings, length, min(1, length - 1))
+    names = ["input_ids"]
+    if batches is not None:
+        check_batches(batches)
+        batches, input_ids = list(moved(batches, dummy_inputs.device(model))), text.candidates(input_ids)
+        names = [f"input_ids[{i}]" for i in range(len(input_ids))]
+    given = [input_ids] if batches is None else input_ids
+    read = [text.token_ids(model, each, tokenizer, name) for each, name in zip(given, names)]
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ArgumentError(f"chunk_size is {chunk_size!r}; it needs an int of at least 1 or None")
+    lengths = [ids.shape[1] for ids in read]
+    configs = [_starting_config(model, config, settings, length, min(1, length - 1)) for length in lengths]
     refuse_no_decoder(model)
     refuse_lengths(model)
+    if batches is None:
+        return _patch_with(model, configs[0], _read(model, read[0], chunk_size))
+    return _patch_with_best(model, read, configs, chunk_size, batches)
+
+
+def _patch_with_best(model, texts: list[Tensor], configs: list[AptConfig], chunk_size: int | None, batches: list):
+    """`_patch_with` the text that has the lowest loss over ``batches``; of equal ones the first."""
+    losses: list[float] = []
+    best = None
+    for number, (ids, config) in enumerate(zip(texts, configs)):
+        try:
+            source = _read(model, ids, chunk_size)
+            _patch_with(model, config, source)
+        except PatchError as error:
+            raise PatchError(f"input_ids[{number}]: {error}") from error
+        loss = next_token_loss(model, batches)
+        patching.unpatch(model)
+        if best is None or loss < min(losses):
+            best = config, source
+        losses.append(loss)
+    assert best is not None
+    logger.info("input_ids[%d] has the lowest of the losses %s", losses.index(min(losses)), losses)
+    return _patch_with(model, *best)
+
+
+def _read(model, ids: Tensor, chunk_size: int | None) -> _Source:
+    """The text ``[1, M]`` as the source of a prefix."""
     base: Any = model
-    ids = ids.to(dummy_inputs.device(model))
+    ids, length = ids.to(dummy_inputs.device(model)), ids.shape[1]
+    if chunk_size is not None and chunk_size >= length:
+        chunk_size = None
     at_positions(model, ids, -length)
-    captured = capture(model, ids, torch.arange(-length, 0, device=ids.device)[None])
-    tokens = {}
-    for name, own in captured.items():
-        _check_mask(name, own.mask, length)
-        tokens[name] = own.key[0], own.value[0]
+    if chunk_size is not None:
+        refuse_chunks(model, ids)
+    captured = capture_text(model, ids, -length, chunk_size)
+    count = min(_after(name, own.mask, length) for name, own in captured.items())
+    tokens = {name: (own.key[0], own.value[0]) for name, own in captured.items()}
     # Other tokens than the text's first: a text of one token has no influence on itself.
-    follow = (ids[:, :1] + torch.arange(1, 5, device=ids.device)) % base.get_input_embeddings().weight.shape[0]
+    follow = (ids[:, :1] + torch.arange(1, 1 + count, device=ids.device)) % base.get_input_embeddings().weight.shape[0]
     with evaluating(model), torch.no_grad():
-        expected = base(input_ids=torch.cat([ids, follow], dim=1), use_cache=False).logits[:, length:]
-    return _patch_with(model, config, tokens, follow, expected)
+        if chunk_size is None:
+            expected = base(input_ids=torch.cat([ids, follow], dim=1), use_cache=False).logits[:, length:]
+        else:
+            cache = read_in_chunks(model, ids, 0, chunk_size)
+            positions = torch.arange(length, length + follow.shape[1], device=ids.device)[None]
+            expected = base(input_ids=follow, position_ids=positions, past_key_values=cache).logits
+    return _Source(tokens, follow, expected)
 
 
+@atomic
 def patch_from_peft(
     model: Model,
     folder: str | os.PathLike,
@@ -123,8 +215,9 @@ def patch_from_peft(
     refuse_lengths(model)
     base: Any = model
     device = dummy_inputs.device(model)
-    probe = torch.arange(4, device=device)[:, None] + 5
-    here, there = at_positions(model, probe.T, -length)
+    follow = torch.arange(_COMPARED, device=device)[None] + 5
+    here, there = at_positions(model, follow, -length)
+    follow = follow[:, : min(_after(name, own.mask, length) for name, own in here.items())]
     tokens, source = {}, transformers.DynamicCache(config=base.config.get_text_config())
     dtype = next(model.parameters()).dtype
     for index, (name, own) in enumerate(here.items()):
@@ -132,35 +225,11 @@ def patch_from_peft(
         key, value = _layer_of(flat, layers, layer, own, name, Path(folder))
         key, value = key.to(device, dtype), value.to(device, dtype)
         source.update(key[None], value[None], layer)
-        _check_mask(name, own.mask, length)
         tokens[name] = rotated(model.get_submodule(name), name, key, own, there[name]), value
     with evaluating(model), torch.no_grad():
-        positions = torch.arange(length, length + 4, device=device)[None]
-        expected = base(input_ids=probe.T, position_ids=positions, past_key_values=source).logits
-    return _patch_with(model, config, tokens, probe.T, expected)
-
-
-def _token_ids(model, given) -> Tensor:
-    """``given`` as ``[1, M]``."""
-    needs = "it needs the token ids of one text, [M] or [1, M]"
-    if isinstance(given, (str, bytes)):
-        raise ArgumentError(f"input_ids is a {type(given).__name__}; {needs}: tokenizer(text).input_ids")
-    if isinstance(given, Mapping):
-        raise ArgumentError(f"input_ids is a {type(given).__name__}; {needs}: its ['input_ids']")
-    try:
-        ids = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"input_ids is a {type(given).__name__}; {needs} ({error})") from None
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ArgumentError(f"input_ids is {ids.dtype}; {needs}")
-    if not (ids.ndim == 1 or (ids.ndim == 2 and ids.shape[0] == 1)) or not ids.numel():
-        raise ArgumentError(f"input_ids has the shape {list(ids.shape)}; {needs}")
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    count = getattr(getattr(embeddings, "weight", None), "shape", [None])[0]
-    if count is not None and not 0 <= int(ids.min()) <= int(ids.max()) < count:
-        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-        raise ArgumentError(f"input_ids has {wrong}; the model has tokens from 0 to {count - 1}")
-    return ids.reshape(1, -1)
+        positions = torch.arange(length, length + follow.shape[1], device=device)[None]
+        expected = base(input_ids=follow, position_ids=positions, past_key_values=source).logits
+    return _patch_with(model, config, _Source(tokens, follow, expected))
 
 
 def _starting_config(
@@ -181,12 +250,15 @@ def _starting_config(
     return replace(config, num_frozen_tokens=frozen) if config.num_frozen_tokens is None else config
 
 
-def _check_mask(name: str, mask, length: int) -> None:
+def _after(name: str, mask, length: int) -> int:
+    """How many of `_COMPARED` tokens after a prefix of ``length`` see all of it in the source, which may hide it by a
+    sliding window; `PatchError` if none does, or if the module is not causal."""
     window = window_of(name, mask)
     if window is not None and window <= length:
         raise PatchError(
             f"{name} has a window of {window} tokens, too short for a prefix of {length} tokens and a token of the text"
         )
+    return _COMPARED if window is None else min(_COMPARED, window - length)
 
 
 def _read_peft(folder: Path) -> tuple[Tensor, int, int]:
@@ -233,29 +305,25 @@ def _layer_of(flat: Tensor, layers: int, layer: int, own: Captured, name: str, f
     return both[:, 0].transpose(0, 1), both[:, 1].transpose(0, 1)
 
 
-def _patch_with(model, config: AptConfig, tokens: dict, ids: Tensor, expected: Tensor):
-    """Patch, set the prefixes, compare the outputs for ``ids`` with the source's; if they differ, undo and raise."""
+def _patch_with(model, config: AptConfig, source: _Source):
+    """Patch and set the prefixes; raise `PatchError` if the outputs are not those of the source."""
+    follow, expected = source.follow, source.expected
     with evaluating(model), torch.no_grad():
-        bare = model(input_ids=ids, use_cache=False).logits
+        bare = model(input_ids=follow, use_cache=False).logits
     patching.patch_checked(model, config, None, initialise=False)
-    try:
-        found = prefixes(model)
-        missing = next((name for name in found if name not in tokens), None)
-        if missing:
-            raise PatchError(f"{missing} did not run in the forward of the text")
-        with torch.no_grad():
-            for name, prefix in found.items():
-                prefix.copy_(*tokens[name])
-        with evaluating(model), torch.no_grad():
-            apart = (model(input_ids=ids, use_cache=False).logits - expected).abs().max()
-        influence = (expected - bare).abs().max()
-        if not apart <= SAME * influence:
-            raise PatchError(
-                f"with the prefix, the logits of {type(model).__name__} differ from those of the source by "
-                f"{apart:.2g}; the source changes them by {influence:.2g}. Its attention depends on positions in a way "
-                "that a prefix cannot copy"
-            )
-    except BaseException:
-        patching.unpatch(model)
-        raise
+    found = prefixes(model)
+    missing = next((name for name in found if name not in source.tokens), None)
+    if missing:
+        raise PatchError(f"{missing} did not run in the forward of the text")
+    for name, prefix in found.items():
+        prefix.copy_(*source.tokens[name])
+    with evaluating(model), torch.no_grad():
+        apart = (model(input_ids=follow, use_cache=False).logits - expected).abs().max()
+    influence = (expected - bare).abs().max()
+    if not apart <= SAME * influence:
+        raise PatchError(
+            f"with the prefix, the logits of {type(model).__name__} differ from those of the source by {apart:.2g}; "
+            f"the source changes them by {influence:.2g}. Its attention depends on positions in a way that a prefix "
+            "cannot copy"
+        )
     return model

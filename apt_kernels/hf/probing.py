@@ -18,8 +18,9 @@ from transformers.utils.logging import tqdm as progress_bar
 from ..errors import ArgumentError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
+from .batches import check_batches, moved, run
 from .discovery.recording import evaluating
-from .state import Model, inner, state_of
+from .state import Model, state_of
 from .transaction import atomic, exclusive
 
 _one_at_a_time = threading.RLock()
@@ -317,10 +318,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress
         >>> print(found.table())
     """
     state = state_of(model)
-    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
-        raise ArgumentError(
-            f"batches is a {type(batches).__name__}; it needs dicts of the forward's arguments, in a list"
-        )
+    check_batches(batches)
     if not isinstance(progress, bool):
         raise ArgumentError(f"progress is {progress!r}; it needs True or False")
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
@@ -330,33 +328,14 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress
             "the model is on the meta device and has no values; give it values (model.to_empty, its weights)"
         )
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for batch in progress_bar(batches, desc="probe", unit="batch", delay=1) if progress else batches:
-            if not hasattr(batch, "items"):
-                raise ArgumentError(f"a batch is a {type(batch).__name__}; it needs a dict of the forward's arguments")
-            batch = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
+        shown = progress_bar(batches, desc="probe", unit="batch", delay=1) if progress else batches
+        for batch in moved(shown, device):
             with calls.observing(_observer(watches, batch.get("decoder_attention_mask"))):
-                _run(model, batch)
+                run(model, batch)
             examples += len(next(iter(batch.values())))
     if not examples:
         raise ArgumentError("batches is empty; probe needs at least one")
     return Probe([watch.found(name) for name, watch in watches.items()], pruning.modules(state), examples)
-
-
-def _run(model: nn.Module, batch: dict) -> None:
-    """One forward; `ArgumentError` where the model refuses the batch."""
-    try:
-        model(**batch)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, (ArgumentError, ConfigError)):
-            raise
-        given = ", ".join(
-            f"{name} {list(part.shape)}" if isinstance(part, Tensor) else f"{name} (a {type(part).__name__})"
-            for name, part in batch.items()
-        )
-        raise ArgumentError(
-            f"the {type(inner(model)).__name__} cannot run a batch of {given}: {type(error).__name__}: {error}. "
-            "A batch needs the forward's arguments as tensors: tokenizer(..., padding=True, return_tensors='pt')"
-        ) from error
 
 
 def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):

@@ -44,6 +44,7 @@ def substitutions(tmp_path_factory) -> list[tuple[str, str]]:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}  # TRL needs an end
         wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+        wrapped.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
         wrapped.save_pretrained(root / name)
         model.save_pretrained(root / name)
     return [

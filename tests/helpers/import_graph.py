@@ -28,11 +28,11 @@ LAYERS = {
 # The same inside hf: a part may import those in earlier lines, and others in its own line.
 HF_LAYERS = (
     ("calls", "compat", "site", "events"),
-    ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file", "model_card"),
+    ("state", "weights", "offload", "hub", "plot", "untrusted", "adapter_file", "model_card", "text"),
     ("attention",),
     ("discovery", "trainable", "transaction", "base_record", "capture", "precision", "vocabulary", "optimizer"),
     ("unsaved",),
-    ("patching",),
+    ("patching", "batches"),
     ("adapters", "pruning", "toggle", "summary", "reference"),
     ("checkpoint", "probing", "initialise", "folding", "composing", "export"),
     ("integrations", "commands"),

@@ -130,14 +130,10 @@ def test_a_copy_that_turns_out_wrong_is_taken_back(monkeypatch):
     from apt_kernels.hf import initialise
 
     model = models.build("llama")
-    before, original = snapshot(model), initialise.capture
-
-    def unrotated(model, ids, positions):
-        return original(
-            model, ids, positions - positions.min() if ids.shape[0] == 1 and ids.shape[1] > 1 else positions
-        )
-
-    monkeypatch.setattr(initialise, "capture", unrotated)
+    before, original = snapshot(model), initialise.capture_text
+    monkeypatch.setattr(
+        initialise, "capture_text", lambda model, ids, first, chunk_size: original(model, ids, 0, chunk_size)
+    )
     with pytest.raises(apt_kernels.PatchError, match="differ from those of the source"):
         apt_kernels.patch_from_text(model, TEXT)
     assert_unchanged(model, before)
