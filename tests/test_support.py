@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import models
-from support import catalog, peft_probes, run, table
+from support import catalog, peft_models, peft_probes, run, table
 
 ROOT = Path(__file__).parent.parent
 TEST = """
@@ -124,13 +124,13 @@ def test_what_pytest_reports_reaches_the_table(tmp_path):
 
 def test_a_probe_tells_right_from_wrong_and_from_errors():
     def wrong(family):
-        peft_probes.check(False, "two")
+        peft_models.check(False, "two")
 
     def raises(family):
         raise ValueError("three\nmore")
 
     def excused(family):
-        raise peft_probes.AsUnpatched("four")
+        raise peft_models.AsUnpatched("four")
 
     found = [peft_probes.verdict(probe, "llama") for probe in (lambda family: None, wrong, raises, excused)]
     assert found == [["right", None], ["WRONG", "two"], ["raises", "ValueError: three"], ["as unpatched", "four"]]

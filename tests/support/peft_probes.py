@@ -16,56 +16,7 @@ import transformers
 
 from helpers import models
 
-LENGTH, NEW = 4, 6
-_TASKS = {
-    "AutoModelForSequenceClassification": "SEQ_CLS",
-    "AutoModelForTokenClassification": "TOKEN_CLS",
-    "AutoModelForQuestionAnswering": "QUESTION_ANS",
-    "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModel": "FEATURE_EXTRACTION",
-}
-
-
-class Wrong(Exception):
-    """Another result than recomputation gives, and no error."""
-
-
-class AsUnpatched(Exception):
-    """The model gives another result than recomputation without any prefix, too."""
-
-
-def build(family: str, head: str | None = None, **options):
-    """A tiny model with a prefix that has an effect. For encoders without a head, PEFT has no masked language model."""
-    base = models.build(family, head, **options).double()
-    task = _TASKS.get(head)
-    if head is None:
-        task = "SEQ_2_SEQ_LM" if family in models.SEQ2SEQ else "CAUSAL_LM" if family in models.DECODERS else None
-    model = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=LENGTH)).double()
-    strengthen(model)
-    return model.eval()
-
-
-def strengthen(model, adapter: str = "default", seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if f"prompt_encoder.{adapter}." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.7)
-
-
-def prompt(family: str, padding: str | None = None, **options) -> dict:
-    given = models.inputs(family, padding, **options)
-    given.pop("decoder_input_ids", None)
-    return given
-
-
-def check(condition, what: str) -> None:
-    if not condition:
-        raise Wrong(what)
-
-
-def same(found, expected, what: str = "another result than recomputation", rtol=1e-6, atol=1e-8) -> None:
-    check(found.shape == expected.shape and torch.allclose(found, expected, rtol=rtol, atol=atol), what)
+from .peft_models import LENGTH, NEW, AsUnpatched, Wrong, build, check, head_for, prefix_of, prompt, same, strengthen
 
 
 def choose_next(model, family: str, ids, decoded, choose):
@@ -285,10 +236,6 @@ def rows_are_alone(model, family: str) -> bool:
     return True
 
 
-def prefix_of(model):
-    return [p for n, p in model.named_parameters() if "prompt_encoder" in n]
-
-
 def compiled(family):
     torch._dynamo.reset()
     model = build(family, "AutoModelForSequenceClassification" if family in models.ENCODERS else None)
@@ -425,10 +372,6 @@ def masked(family):
     model, given = build(family), models.inputs(family)
     model.train()(**given).logits.square().mean().backward()
     check(all(p.grad is not None and p.grad.abs().max() > 0 for p in prefix_of(model)), "the prefix gets no gradient")
-
-
-def head_for(family: str) -> str | None:
-    return "AutoModelForSequenceClassification" if family in models.ENCODERS else None
 
 
 def labelled(family: str, **options) -> dict:
