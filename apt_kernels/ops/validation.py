@@ -287,12 +287,11 @@ def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tu
 
 def _three_d(gate: Tensor, batch: int, queries: int, length: int) -> Tensor | None:
     """Logits ``[M]``, ``[B, M]`` or ``[B, T, M]`` as ``[B|1, T|1, M]``; None: they have another shape."""
-    shape = tuple(gate.shape)
-    if shape == (length,):
-        return gate.view(1, 1, -1)
-    if shape == (batch, length):
-        return gate.unsqueeze(1)
-    return gate if shape == (batch, queries, length) else None
+    # By the number of axes first: tuples of two lengths are compared by element, which guards unrelated sizes.
+    shapes = {1: (length,), 2: (batch, length), 3: (batch, queries, length)}
+    if tuple(gate.shape) != shapes.get(gate.ndim):
+        return None
+    return gate.view(1, 1, -1) if gate.ndim == 1 else gate.unsqueeze(1) if gate.ndim == 2 else gate
 
 
 def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
