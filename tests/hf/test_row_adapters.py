@@ -121,6 +121,21 @@ def test_the_names_follow_beams(family):
         assert torch.equal(found[i], alone(plain, patched, name).generate(**row(given, i), **options)), name
 
 
+@pytest.mark.parametrize("assistant", ["the base model", "the model itself", "the prompt"])
+@pytest.mark.parametrize("name", ["a", "b", "c", BASE])
+def test_assisted_decoding(name, assistant):
+    plain, patched = several("llama", ("first", "token", "static"))
+    given = models.inputs("llama", None, batch=1)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    how = {
+        "the base model": {"assistant_model": copy.deepcopy(plain)},
+        "the model itself": {"assistant_model": patched},
+        "the prompt": {"prompt_lookup_num_tokens": 2},
+    }
+    found = patched.generate(**given, **options, **how[assistant], adapter_names=[name])
+    assert torch.equal(found, alone(plain, patched, name).generate(**given, **options))
+
+
 def test_sampling_uses_the_row_s_distribution():
     plain, patched = several("llama", ("first", "token", "static"))
     given = models.inputs("llama", "left", batch=3)
