@@ -3,6 +3,7 @@
     python -m bench demo                           read a text into a prefix of a real decoder, train it, ask questions
     python -m bench speed                          time and memory against every peer on this machine
     python -m bench decoding                       host time that a prefix adds to a decoding step
+    python -m bench mixtures                       a batch with an adapter for each row, against one adapter and LoRA
     python -m bench compiled                       compile every tile of the Triton kernels, no GPU needed
     python -m bench quality main --task rte ...    the paper's comparisons on labelled data
     python -m bench first-use                      the default start and the README's snippet on pretrained models
@@ -25,13 +26,14 @@ COMMANDS = {
     "demo": "bench.demo.cli",
     "speed": "bench.speed.run",
     "decoding": "bench.speed.decoding",
+    "mixtures": "bench.speed.mixtures",
     "compiled": "bench.compiled.cli",
     "quality": "bench.quality.cli",
     "first-use": "bench.quality.first_use",
     "report": "bench.speed.report",
 }
 # Commands that train or time, for which it matters whether other processes use the cores.
-MEASURED = ("demo", "speed", "decoding", "quality")
+MEASURED = ("demo", "speed", "decoding", "mixtures", "quality")
 
 
 def main(given: list[str] | None = None) -> int:
