@@ -113,8 +113,8 @@ class AdaptivePrefix(nn.Module):
 
         Arguments as for `logits`. Without hidden states, the logits of a gate that reads them are None.
         """
-        unavailable = hidden_states is None and self.gate_entry.reads_hidden_states
-        gate = None if unavailable else self.logits(hidden_states, real_tokens, segments)
+        available = hidden_states is not None or not self.gate_entry.reads_hidden_states
+        gate = self.logits(hidden_states, real_tokens, segments) if available else None
         scale = None if self.layer_scale is None else self._local(self.layer_scale)
         if self.mesh is not None:
             from .sharding import sum_gradient
@@ -172,6 +172,6 @@ class AdaptivePrefix(nn.Module):
         self, hidden_states: Tensor | None, real_tokens: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor | None:
         """The logits of this layer's gate; see `gates.Gate.logits`. None without a gate."""
-        name = self.gate_entry.parameter
-        parameter = None if name is None else self._local(getattr(self, name))
-        return self.gate_entry.logits(parameter, hidden_states, real_tokens, segments)
+        entry = self.gate_entry
+        parameter = None if entry.parameter is None else self._local(getattr(self, entry.parameter))
+        return entry.logits(parameter, hidden_states, real_tokens, segments)

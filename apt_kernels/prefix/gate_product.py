@@ -21,11 +21,14 @@ def gate_product(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    recorded = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    if not recorded and hidden_states.dtype == weight.dtype == torch.float32:
+        return torch.nn.functional.linear(hidden_states, weight)
     rows = hidden_states.flatten(0, -2)
     # torch.func can transform, and torch.jit.save can write, torch's own operators only.
     if transforms.active() or torch.jit.is_tracing():
         logits = _composite(rows, weight)
-    elif torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+    elif recorded:
         logits = _GateProduct.apply(rows, weight)
     else:
         logits = _wide_product(rows, weight.to(rows.dtype).mT)
@@ -64,8 +67,6 @@ def _on_tensor_cores(tensor: Tensor) -> bool:
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``, summed and returned in float32 at least."""
-    if a.dtype == b.dtype == torch.float32:
-        return a @ b
     if _on_tensor_cores(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     wide = torch.promote_types(a.dtype, torch.float32)

@@ -80,3 +80,18 @@ def test_a_long_prefix_is_not_copied_for_every_row():
     with Largest() as largest:
         CPU.output(x, CPU.plan(x))
     assert largest.elements == x.prefix_key.numel()  # views of the prefix itself
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "hidden", [{"key_padding": torch.arange(9)[None] < 6}, {"dense": torch.arange(9) < 6}], ids=str
+)
+def test_hidden_keys_of_any_size_are_hidden(hidden, value, way):
+    x = Case(batch=1, queries=1, keys=9).inputs()
+    given = [x.prefix_key, x.prefix_value, x.gate[:, 0], x.layer_scale]
+    with torch.no_grad():
+        expected = apt_kernels.attention(x.query, x.key, x.value, *given, mask=Mask(**hidden))
+        key = x.key.clone()
+        key[:, :, 6:] = value
+        found = apt_kernels.attention(x.query, key, x.value, *given, mask=Mask(**hidden))
+    torch.testing.assert_close(found, expected)

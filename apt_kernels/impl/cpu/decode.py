@@ -33,10 +33,11 @@ def forward(x: Inputs, with_logsumexp: bool) -> Result | None:
     key, value = x.key, x.value
     if low > 0 or high < keys:
         key, value = key[:, :, low:high], value[:, :, low:high]
+    masked = by_position or any([part is not None for part in (x.key_padding, x.dense, x.bias, x.query_segments)])
     if x.sinks is None and batch * kv_heads * (high - low + length) * dim <= JOINED_ELEMENTS:
-        mask = stock.additive_mask(x, low, high, length, by_position)
-        return _joined(x, key, value, mask, with_logsumexp)
-    mask = stock.additive_mask(x, low, high, by_position=by_position) if high > low else None
+        return _joined(x, key, value, stock.additive_mask(x, low, high, length, by_position) if masked else None)
+    masked = masked and high > low
+    mask = stock.additive_mask(x, low, high, by_position=by_position) if masked else None
     return _apart(x, key, value, mask, with_logsumexp)
 
 
@@ -55,7 +56,7 @@ def _range(x: Inputs) -> tuple[int, int, bool]:
     return low, high, False
 
 
-def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None, with_logsumexp: bool) -> Result | None:
+def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None) -> Result | None:
     dtype, batch, weights = x.query.dtype, key.shape[0], x.weights()
     prefix_key, prefix_value = x.prefix_key, x.prefix_value
     if weights is not None:
@@ -63,13 +64,15 @@ def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None, with_log
         prefix_key, prefix_value = prefix_key * weights, prefix_value * weights
     if prefix_key.dtype != dtype or prefix_value.dtype != dtype:
         prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
-    if prefix_key.ndim == 3 or prefix_key.shape[0] < batch:
+    if batch == 1 and prefix_key.ndim == 3:
+        prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
+    elif prefix_key.ndim == 3 or prefix_key.shape[0] < batch:
         prefix_key, prefix_value = (part.expand(batch, -1, -1, -1) for part in (prefix_key, prefix_value))
     key, value = torch.cat((key, prefix_key), 2), torch.cat((value, prefix_value), 2)
     out, logsumexp = stock.Call(x.query, key, value, mask, x.scale).results(folds=False)
     if mask is not None and bool(logsumexp.isnan().any()):
         return None
-    return Result(out, logsumexp.contiguous() if with_logsumexp else logsumexp)
+    return Result(out, logsumexp.contiguous())
 
 
 def _apart(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None, with_logsumexp: bool) -> Result | None:
