@@ -64,6 +64,7 @@ class Mask:
 
     def visible(self, batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
         """The mask without its bias as a bool tensor ``[B, 1 or Hq, T, S]``, True where the key may be seen."""
+        self._check_causal()
         offset = keys - queries if self.query_offset is None else self.query_offset
         if isinstance(offset, Tensor):
             offset = offset.reshape(-1, 1)
@@ -79,8 +80,7 @@ class Mask:
 
     def check(self, batch: int, heads: int, queries: int, keys: int, device: torch.device) -> None:
         """Raise `ArgumentError` unless every part fits ``[B, Hq, T, S]`` on ``device``."""
-        if not isinstance(self.causal, int) or self.causal not in (0, 1):
-            raise ArgumentError(f"mask.causal is {self.causal!r}; it needs True or False")
+        self._check_causal()
         if self.window is not None:
             if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
                 raise ArgumentError(f"mask.window is {self.window!r}; it needs a pair (left, right)")
@@ -105,6 +105,10 @@ class Mask:
             _check_device(f"mask.{name}", part, device)
         if (self.query_segments is None) != (self.key_segments is None):
             raise ArgumentError("mask.query_segments and mask.key_segments need each other: only one is given")
+
+    def _check_causal(self) -> None:
+        if not isinstance(self.causal, int) or self.causal not in (0, 1):
+            raise ArgumentError(f"mask.causal is {self.causal!r}; it needs True or False")
 
     def _check_offset(self, batch: int, device: torch.device) -> None:
         offset = self.query_offset

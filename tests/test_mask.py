@@ -1,8 +1,9 @@
 """`Mask`: the parts combine and move as the docstring says."""
 
+import pytest
 import torch
 
-from apt_kernels import Mask
+from apt_kernels import ArgumentError, Mask
 
 
 def brute(mask, batch, queries, keys):
@@ -53,3 +54,8 @@ def test_to_moves_tensors_and_casts_the_bias_alone():
     assert moved.query_offset.dtype == torch.int64
     assert moved.causal
     assert mask.bias.dtype == torch.float32
+
+
+def test_what_is_no_flag_is_refused_by_visible_too():
+    with pytest.raises(ArgumentError, match=r"mask\.causal is 'no'; it needs True or False"):
+        Mask(causal="no").visible(1, 2, 3, torch.device("cpu"))

@@ -28,7 +28,7 @@ from .adapters import adapters, add_checked, refuse_detached, rename, set_adapte
 from .discovery.selection import lengths_of
 from .model_card import card
 from .patching import patch_checked
-from .state import Model, State, inner, is_as_made, is_patched, named_parameters, own_name, state_of
+from .state import Model, State, inner, is_as_made, is_patched, named_parameters, own_name, remember_saved, state_of
 from .trainable import trainable_names
 from .transaction import atomic, undisturbed
 from .untrusted import shown
@@ -200,6 +200,7 @@ def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] 
     if broken is not None:
         warnings.warn(f"{broken} has values that are not finite; load refuses them by default", stacklevel=4)
     write_adapter(folder, tensors, settings)
+    remember_saved(_adapter(state_of(model), name).prefixes.values())
     return settings
 
 
@@ -477,6 +478,7 @@ def _fill(model, target: _Adapter, file: AdapterFile, allow_non_finite: bool) ->
                 )
         for name, tensor in tensors.items():
             offload.write(inner(model), name, parameters[name], tensor)
+        remember_saved(target.prefixes.values())
 
 
 def _split(prefixes: Mapping[str, AdaptivePrefix], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -126,7 +127,19 @@ def prefixes(model: nn.Module) -> dict[str, AdaptivePrefix]:
 
 def remember_start(prefix: AdaptivePrefix) -> None:
     """Store a few elements of each parameter of a new prefix, so that `is_as_made` detects a change."""
-    prefix.start = _samples(prefix)
+    prefix.start, prefix.saved = _samples(prefix), {}
+
+
+def remember_saved(prefixes: Iterable[AdaptivePrefix]) -> None:
+    """Store the same for prefixes that are on disk as they are now."""
+    for prefix in prefixes:
+        prefix.saved = _samples(prefix)
+
+
+def is_saved(prefix: AdaptivePrefix) -> bool:
+    """Whether the prefix is on disk, or has the values that it was made with."""
+    now, saved = _samples(prefix), prefix.saved
+    return is_as_made(prefix) or (saved.keys() == now.keys() and all(_same(saved[name], now[name]) for name in now))
 
 
 def is_as_made(prefix: AdaptivePrefix) -> bool:

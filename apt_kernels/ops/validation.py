@@ -337,18 +337,17 @@ def _offset(mask: Mask, default: int) -> tuple[int, Tensor | None]:
 def _seed(dropout_p, seed, device) -> Tensor | None:
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p < 1:
         raise ArgumentError(f"dropout_p is {dropout_p!r}; it needs a number in [0, 1)")
-    if not dropout_p:
-        return None
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ArgumentError(f"seed has shape {list(seed.shape)}, dtype {seed.dtype}; it needs one int64 element")
         check_device("seed", seed, device)
-        return seed.reshape(1)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
         raise ArgumentError(f"seed is {seed!r}; it needs a 64-bit int, a one-element int64 tensor, or None")
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _softcap(softcap) -> float:

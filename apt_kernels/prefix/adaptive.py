@@ -48,6 +48,7 @@ class AdaptivePrefix(nn.Module):
     frozen_key: nn.Parameter | None
     frozen_value: nn.Parameter | None
     start: dict[str, Tensor]  # samples of the initial values, see `hf.state.remember_start`
+    saved: dict[str, Tensor]  # the same of the values that were last saved or loaded
 
     def __init__(
         self,

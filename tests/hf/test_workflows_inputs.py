@@ -307,6 +307,13 @@ def test_what_patch_from_text_cannot_read(given, message):
         apt_kernels.patch_from_text(llama(), given)
 
 
+@pytest.mark.parametrize("model", ["llama", None, torch.nn.Linear(2, 2)])
+def test_what_is_no_model_of_transformers(model, tmp_path):
+    for call in (apt_kernels.patch, lambda model: apt_kernels.patch_from_text(model, [3, 4])):
+        with pytest.raises(apt_kernels.PatchError, match=f"the model is a {type(model).__name__}; patch needs"):
+            call(model)
+
+
 def test_a_peft_model_in_the_place_of_its_folder():
     model = peft.get_peft_model(llama(), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(ArgumentError, match=r"folder is a PeftModelForCausalLM; .*save_pretrained\(folder\) first"):

@@ -223,6 +223,20 @@ def test_running_statistics_that_training_changed_are_named(tmp_path):
         apt_kernels.save(model, tmp_path)
 
 
+def test_save_pretrained_of_one_of_two_adapters(tmp_path):
+    model = stir(apt_kernels.patch(llama(), prefix_length=4))
+    stir(apt_kernels.add_adapter(model, "b", prefix_length=2))
+    with pytest.warns(UserWarning, match="active adapter, 'b', alone; 'default' changed since the last save"):
+        model.save_pretrained(tmp_path / "b")
+    apt_kernels.save(model, tmp_path / "default", adapter="default")
+    other = apt_kernels.load(llama(), tmp_path / "default")
+    apt_kernels.add_adapter(other, "new")
+    for each in (model, other):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            each.save_pretrained(tmp_path / "again")
+
+
 def test_casts_and_moves_are_no_changes(tmp_path):
     model = apt_kernels.patch(bert(), prefix_length=4)
     for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):

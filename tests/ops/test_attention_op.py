@@ -192,6 +192,8 @@ WRONG = {
     "dropout": ({"dropout_p": 1.0}, r"dropout_p is 1.0; it needs a number in \[0, 1\)"),
     "seed": ({"dropout_p": 0.1, "seed": 1.5}, "seed is 1.5; it needs a 64-bit int"),
     "seed tensor": ({"dropout_p": 0.1, "seed": torch.zeros(1)}, "seed has shape .* one int64 element"),
+    "seed without dropout": ({"seed": "x"}, "seed is 'x'; it needs a 64-bit int"),
+    "logsumexp": ({"return_logsumexp": "no"}, "return_logsumexp is 'no'; it needs True or False"),
     "mask type": ({"mask": torch.ones(5, 6)}, "mask is a Tensor; it needs an apt_kernels.Mask"),
     "window": ({"mask": Mask(window=(-1, None))}, r"mask.window is \(-1, None\); each side"),
     "window pair": ({"mask": Mask(window=3)}, r"mask.window is 3; it needs a pair"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...prefix.adaptive import AdaptivePrefix
 from .. import compat, events, hub, precision
-from ..adapters import adapters, delete_adapter, set_adapter
+from ..adapters import adapters, delete_adapter, rename, set_adapter
 from ..checkpoint import CONFIG, WEIGHTS, load, save_adapter, weights_to_write
 from ..patching import unpatch
 from ..state import inner, is_patched, state_of
@@ -212,10 +212,16 @@ def _set_adapter(original, self, adapter_name, *args, **kwargs):
     if not _has_prefix(self):
         return original(self, adapter_name, *args, **kwargs)
     before = self.active_adapter
+    held, state = _prefix_beside(self, before), state_of(self)
     result = original(self, adapter_name, *args, **kwargs)
+    own = held == state.adapter != before and adapter_name != before
     try:
+        if own:
+            rename(state, before)  # it belongs to that adapter of PEFT, not to whichever is active
         _follow(self)
     except BaseException:
+        if own:
+            rename(state, held)
         original(self, before)
         raise
     return result

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .. import compat, events, offload, weights
 from ..adapter_file import refuse_file, replacing, write_tensors, writing
 from ..adapters import adapters, set_adapter
 from ..checkpoint import WEIGHTS, check_path, save_adapter, save_unfolded, weights_to_write, whole
-from ..state import named_parameters, state_of
+from ..state import State, is_saved, named_parameters, state_of
 from ..trainable import trainable_names
 from . import sentence_transformers
 from .sentence_transformers import NO_MODEL, is_ours
@@ -83,6 +84,7 @@ class SavePretrained:
         hub: dict[str, Any] = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
         hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
         save_adapter(self.model, folder, state_dict=state_dict, **hub)
+        _warn_of_other_adapters(state_of(self.model))
         with writing(folder):
             self._write_beside(folder, state_dict, theirs)
 
@@ -130,6 +132,17 @@ def _save_several(state, folder: Path, is_main_process: bool, more: bool) -> Non
     with writing(folder):
         _write_no_model(folder)
         write_tensors(folder / TRAINER_WEIGHTS, held)
+
+
+def _warn_of_other_adapters(state: State) -> None:
+    """Warn if an adapter that is not active changed since it was last saved or loaded."""
+    names = [name for name, each in state.parked.items() if not all(map(is_saved, each.prefixes.values()))]
+    if names:
+        warnings.warn(
+            f"save_pretrained writes the active adapter, {state.adapter!r}, alone; {', '.join(map(repr, names))} "
+            f"changed since the last save: call apt_kernels.save(model, folder, adapter={names[0]!r})",
+            stacklevel=3,
+        )
 
 
 def _into_its_adapter(model, state_dict: dict, prefix: str, *_) -> None:

@@ -106,6 +106,24 @@ def test_a_prefix_that_patch_made_belongs_to_pefts_active_adapter(name, tmp_path
     assert torch.equal(logits(model), expected)
 
 
+def test_the_prefix_of_patch_stays_with_its_lora_when_another_is_activated(two, tmp_path):
+    """Its name was "default", and it went to the folder of whichever LoRA was active."""
+    model = peft.get_peft_model(models.build("llama"), lora(5), adapter_name="x")
+    apt_kernels.patch(model, prefix_length=3)
+    randomise(model, 4)
+    expected = logits(model)
+    model.add_adapter("y", lora(6))
+    with pytest.warns(UserWarning, match="no prefix of the name 'y': that of 'x' stays active"):
+        model.set_adapter("y")
+    model.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "x" / "adapter.safetensors").exists()
+    assert not (tmp_path / "both" / "y" / "adapter.safetensors").exists()
+    again = peft.PeftModel.from_pretrained(models.build("llama"), tmp_path / "both" / "x", adapter_name="x")
+    assert torch.equal(logits(again), expected)
+    model.set_adapter("x")
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_lora_without_a_prefix_says_which_stays_active(two, tmp_path):
     model, _ = two
     model.add_adapter("c", lora(4))
