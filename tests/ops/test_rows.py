@@ -11,6 +11,7 @@ from hypothesis import given
 
 import apt_kernels
 from apt_kernels.errors import ArgumentError, ImplementationError
+from apt_kernels.impl.cpu import decode
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from helpers import accuracy
 from helpers.cases import CASES, Case, cases, examples
@@ -29,6 +30,15 @@ def mixtures(draw, **only) -> Case:
 @examples(60)
 def test_any_mixture(case):
     accuracy.check(case.inputs(), "cpu")
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 40], ids=["apart", "joined"])
+@given(case=mixtures(queries=(1,)))
+@examples(30)
+def test_any_mixture_in_decoding(limit, case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "JOINED_ELEMENTS_BY_ROW", limit)
+        accuracy.check(case.inputs(), "cpu")
 
 
 def alone(x: Inputs, row: int) -> tuple[Inputs, int]:
@@ -129,6 +139,23 @@ def test_a_gate_of_inf_is_exactly_one():
         found = torch.ops.apt_kernels.attention(*opened.flat(), implementation)[0]
         expected = torch.ops.apt_kernels.attention(*replace(x, gate=None).flat(), implementation)[0]
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_a_row_without_a_prefix_whose_keys_are_hidden_sees_nothing(implementation, queries):
+    given = operands(batch=3)
+    given["query"] = given["query"][:, :, :1].expand(-1, -1, queries, -1)
+    given["prefix_index"] = torch.tensor([-1, 0, -1])
+    padding = torch.ones(3, given["key"].shape[2], dtype=torch.bool)
+    padding[:2] = False  # of the first row, which sees nothing, and of the second, which sees its prefix
+    out, logsumexp = apt_kernels.attention(
+        **given, mask=apt_kernels.Mask(key_padding=padding), implementation=implementation, return_logsumexp=True
+    )
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert bool(torch.isneginf(logsumexp[0]).all())
+    assert bool(torch.isfinite(logsumexp[1:]).all())
+    assert bool((out[1:] != 0).any(-1).all())
 
 
 def neighbour(x: Inputs, monkeypatch) -> None:

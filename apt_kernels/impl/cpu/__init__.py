@@ -55,9 +55,10 @@ class Cpu(Backend):
     def _forward(self, x: Inputs, plan: Plan, with_logsumexp: bool) -> Result:
         if plan.strategy == "blockwise":
             return Result(*blocks.forward(x))
-        if x.query.shape[2] == 1 and x.prefix_index is None:
+        if x.query.shape[2] == 1:
             found = decode.forward(x, with_logsumexp)
-            return Result(*blocks.forward(x)) if found is None else found
+            if found is not None or x.prefix_index is None:
+                return Result(*blocks.forward(x)) if found is None else found
         per_query = x.gate_per_query
         result = Result(*blocks.forward(x, stock.forward(x))) if per_query else prefix.forward(x, plan.strategy)
         if _is_masked(x) and bool(result.logsumexp.isnan().any()):

@@ -21,21 +21,29 @@ from . import stock
 
 # Most elements of the keys and the prefix of all rows for which a copy of them is faster than further operators.
 JOINED_ELEMENTS = 1 << 16
+# The same with a prefix for each row, where the operators are more.
+JOINED_ELEMENTS_BY_ROW = 1 << 18
 
 
 def forward(x: Inputs, with_logsumexp: bool) -> Result | None:
-    """The op's forward; None where a hidden logit was infinite or NaN, to which the stock kernel adds the mask.
+    """The op's forward; None where a hidden logit was infinite or NaN, to which the stock kernel adds the mask, and for
+    a prefix for each row where keys are many.
 
     ``with_logsumexp`` False: what is in the place of the log-sum-exp is not to be used.
     """
     batch, _, kv_heads, _, keys, length, dim, _ = x.sizes
+    by_row = x.prefix_index is not None
     low, high, by_position = _range(x)
     key, value = x.key, x.value
     if low > 0 or high < keys:
         key, value = key[:, :, low:high], value[:, :, low:high]
     masked = by_position or any([part is not None for part in (x.key_padding, x.dense, x.bias, x.query_segments)])
-    if x.sinks is None and batch * kv_heads * (high - low + length) * dim <= JOINED_ELEMENTS:
-        return _joined(x, key, value, stock.additive_mask(x, low, high, length, by_position) if masked else None)
+    most = JOINED_ELEMENTS_BY_ROW if by_row else JOINED_ELEMENTS
+    if x.sinks is None and batch * kv_heads * (high - low + length) * dim <= most:
+        mask = stock.additive_mask(x, low, high, length, by_position) if masked else None
+        return _joined(x, key, value, mask)
+    if by_row:
+        return None
     masked = masked and high > low
     mask = stock.additive_mask(x, low, high, by_position=by_position) if masked else None
     return _apart(x, key, value, mask, with_logsumexp)
@@ -59,6 +67,14 @@ def _range(x: Inputs) -> tuple[int, int, bool]:
 def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None) -> Result | None:
     dtype, batch, weights = x.query.dtype, key.shape[0], x.weights()
     prefix_key, prefix_value = x.prefix_key, x.prefix_value
+    hidden = None
+    if x.prefix_index is not None:
+        prefix_key, prefix_value = x.prefix_rows(prefix_key), x.prefix_rows(prefix_value)
+        hidden = stock.prefix_mask(x)
+    if hidden is not None:
+        keys = x.query.new_zeros(batch, 1, 1, key.shape[2], dtype=x.compute_dtype)
+        before = keys if mask is None else mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
+        mask = torch.cat((before, hidden.expand(-1, before.shape[1], -1, -1)), -1)
     if weights is not None:
         weights = weights.mT.unsqueeze(1)
         prefix_key, prefix_value = prefix_key * weights, prefix_value * weights
@@ -69,7 +85,8 @@ def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None) -> Resul
     elif prefix_key.ndim == 3 or prefix_key.shape[0] < batch:
         prefix_key, prefix_value = (part.expand(batch, -1, -1, -1) for part in (prefix_key, prefix_value))
     key, value = torch.cat((key, prefix_key), 2), torch.cat((value, prefix_value), 2)
-    out, logsumexp = stock.Call(x.query, key, value, mask, x.scale).results(folds=False)
+    call = stock.Call(x.query, key, value, mask, x.scale)
+    out, logsumexp = call.results(folds=False) if hidden is None else call.forward()
     if mask is not None and bool(logsumexp.isnan().any()):
         return None
     return Result(out, logsumexp.contiguous())
