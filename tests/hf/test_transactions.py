@@ -201,6 +201,39 @@ def test_interrupted_at_every_line_the_model_is_as_it_was(call, build, tmp_path)
     assert not equal(everything(model), before)
 
 
+BOTH = ["b", "default"]
+TOGETHER = {
+    "one, then several": ("default", lambda model: apt_kernels.set_adapter(model, BOTH)),
+    "several, then one": (BOTH, lambda model: apt_kernels.set_adapter(model, "b")),
+    "several, then others": (BOTH, lambda model: apt_kernels.set_adapter(model, BOTH[::-1])),
+    "several, then a new one": (BOTH, lambda model: apt_kernels.add_adapter(model, "c", prefix_length=1)),
+    "several, then none": (BOTH, apt_kernels.unpatch),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.hypothesis
+@pytest.mark.parametrize("call", TOGETHER)
+def test_interrupted_at_every_line_as_several_adapters_become_active(call):
+    model, (start, change) = trained(gptj), TOGETHER[call]
+    apt_kernels.set_adapter(model, start)
+    change(copy.deepcopy(model))  # what is computed once a process
+    twin = copy.deepcopy(model)
+    with AtLine() as counted:
+        change(twin)
+    before, draw = everything(model), random.Random(call)
+    for place, count in counted.seen.items():
+        if EVERY or draw.random() < 0.3:
+            with pytest.raises(Stop), AtLine((place, count)):
+                change(model)
+            assert equal(everything(model), before), place
+    names = [name for name in ("default", "b") if name in apt_kernels.adapters(model)]
+    ids = torch.tensor([[3, 4, 5, 6]] * len(names))
+    model(input_ids=ids, adapter_names=names).logits.sum().backward()
+    change(model)
+    assert not equal(everything(model), before)
+
+
 def checkpoint(folder):
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     settings = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
