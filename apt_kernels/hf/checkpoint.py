@@ -284,9 +284,10 @@ def _store(model, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor
 
 def _gathered(model, saved: _Adapter) -> dict[str, Tensor]:
     weights.meet(model, saved.all.values())
+    trained = weights.in_float32(saved.all)
     with weights.gathered(model, saved.all.values()):
         base = inner(model)
-        return {name: whole(offload.read(base, name, tensor)) for name, tensor in saved.all.items()}
+        return {name: whole(trained.get(name, offload.read(base, name, p))) for name, p in saved.all.items()}
 
 
 def weights_to_write(model, is_main_process: bool, state_dict: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -73,6 +73,25 @@ def gathered(model, parameters: Iterable[Tensor], changed: bool = False) -> Iter
             yield
     else:
         yield
+
+
+def in_float32(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 values that DeepSpeed trains in the place of half-precision parameters of ZeRO-3, gathered, by name.
+
+    Every process has to call.
+    """
+    ours = {name: p for name, p in parameters.items() if is_zero3_half(p)}
+    if not ours:
+        return {}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {name: safe_get_full_fp32_param(parameter) for name, parameter in ours.items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def is_zero3_half(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in half precision."""
+    return hasattr(parameter, "ds_id") and parameter.dtype in (torch.float16, torch.bfloat16)
 
 
 def meet(model, parameters: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import LlamaForSequenceClassification
 from transformers.distributed import DistributedConfig
 
 import apt_kernels
@@ -284,6 +285,44 @@ def tensor_parallel(family: str, folder: Path) -> None:
         assert apt_kernels.summary(model) == apt_kernels.summary(twin)
         if family != "phi3":  # whose prefixes are replicated
             refused(functools.partial(apt_kernels.prune, model, [1] * len(apt_kernels.prefixes(model))))
+    if family == "llama":
+        tensor_parallel_head(folder)
+
+
+def tensor_parallel_head(folder: Path) -> None:
+    """A new head on a bfloat16 base: a float32 copy, equal on every process; `unpatch` gives the base's head back."""
+    config = models.config("llama")
+    config.num_labels, config.pad_token_id, config.vocab_size = 2, 0, 100
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(config).bfloat16()
+    if not dist.get_rank():
+        base.save_pretrained(folder / "head")
+    dist.barrier()
+    given = models.inputs("llama", None, batch=4)
+    given["labels"] = given["input_ids"][:, 0] % 2
+    twin = apt_kernels.patch(copy.deepcopy(base).train(), prefix_length=3, init_seed=0)
+    randomise(twin)
+    plan = DistributedConfig(tp_size=PROCESSES)
+    model = type(base).from_pretrained(folder / "head", dtype=torch.bfloat16, distributed_config=plan)
+    apt_kernels.patch(model.train(), prefix_length=3)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(placed_like(parameter, twin.get_parameter(name)))
+    expected, found = train(twin, given), train(model, given)
+    torch.testing.assert_close(found[0], expected[0], rtol=0.02, atol=0.02)  # sums in bfloat16, in another order
+    for name, grad in expected[1].items():
+        assert torch.cosine_similarity(found[1][name].flatten(), grad.flatten(), dim=0) > 0.98, name
+    heads = [torch.empty_like(model.score.weight) for _ in range(PROCESSES)]
+    dist.all_gather(heads, model.score.weight.detach())
+    assert torch.equal(*heads)
+    apt_kernels.save(model, folder / f"head{dist.get_rank()}")
+    saved = load_file(folder / f"head{dist.get_rank()}" / "adapter.safetensors")["score.weight"]
+    assert torch.equal(saved, heads[0])
+    apt_kernels.unpatch(model)
+    assert model.score.weight.dtype == torch.bfloat16
+    assert torch.equal(model.score.weight, base.score.weight)
 
 
 def check_sharding(prefix, twin, whole: bool) -> None:
@@ -342,6 +381,40 @@ def zero3_with(family: str, folder: Path, frozen: int, given: dict) -> None:
     saving_alone_raises(engine, folder)
     assert apt_kernels.summary(engine) == apt_kernels.summary(twin)
     refused(lambda: apt_kernels.unpatch(engine))
+    if head_of(family):
+        zero3_half(family, folder)
+
+
+def zero3_half(family: str, folder: Path) -> None:
+    """In bfloat16, DeepSpeed trains float32 copies: they are saved, and a load that they would overwrite is refused."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    given, base = batch(family), models.build(family, head_of(family)).bfloat16()
+    twin, model = (apt_kernels.patch(copy.deepcopy(base).train(), prefix_length=3, init_seed=0) for _ in range(2))
+    expected = train(twin, given)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.SGD(trained.values(), lr=LR)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine.backward(engine(**own_rows(given)).loss)
+    for name, grad in expected[1].items():  # rows are summed in another order, in bfloat16
+        found = safe_get_full_grad(trained[name]).float()
+        torch.testing.assert_close(found, grad, rtol=0.1, atol=0.06 * float(grad.abs().max()))
+    engine.step()
+    copies = {name: safe_get_full_fp32_param(parameter).view(parameter.ds_shape) for name, parameter in trained.items()}
+    place = folder / f"half{dist.get_rank()}"
+    apt_kernels.save(engine, place)
+    saved = load_file(place / "adapter.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    torch.testing.assert_close(saved, copies, rtol=0, atol=0)
+    refused(lambda: apt_kernels.load(engine, place))
 
 
 def refused(call) -> None:

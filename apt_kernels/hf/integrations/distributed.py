@@ -9,7 +9,7 @@ from torch import nn
 from ...errors import PatchError
 from .. import events
 from ..state import is_patched, prefixes
-from ..weights import fsdp1
+from ..weights import fsdp1, is_zero3_half
 
 
 class Distributed(events.Integration):
@@ -25,6 +25,8 @@ class Distributed(events.Integration):
             _refuse_wrapped(model)
         if action == "prune":
             _refuse_spread(model)
+        if action == "load":
+            _refuse_trained_copies(model)
 
 
 def _refuse_wrapped(model) -> None:
@@ -57,6 +59,16 @@ def _refuse_spread(model) -> None:
         raise PatchError(
             f"tensor parallelism spreads the prefix of {spread[0]} over processes; save the adapter, and call "
             "apt_kernels.prune on a model that one process holds, before it is sharded"
+        )
+
+
+def _refuse_trained_copies(model) -> None:
+    """Raise `PatchError` if DeepSpeed trains float32 copies of the prefixes, which would overwrite what is loaded."""
+    found = prefixes(model) if is_patched(model) else {}
+    if any(is_zero3_half(parameter) for prefix in found.values() for parameter in prefix.parameters()):
+        raise PatchError(
+            "DeepSpeed trains float32 copies of the prefixes, and its next step would overwrite what is loaded; call "
+            "apt_kernels.load before deepspeed.initialize"
         )
 
 
