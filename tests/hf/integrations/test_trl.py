@@ -172,6 +172,29 @@ def test_dpo_reference(own, folder, tokenizer, tmp_path):
     assert shared <= {p.data_ptr() for p in reference.parameters()}
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the adapter", "the base model"])
+def test_kto_reference(own, folder, tokenizer, tmp_path):
+    """1 - sigmoid(0) at the first step where the model equals its reference."""
+    model = patched(folder)
+    data = datasets.Dataset.from_dict(
+        {
+            "prompt": [sentence(i, 5) for i in range(SIZE)],
+            "completion": [" " + sentence(i + 50, 4) for i in range(SIZE)],
+            "label": [i % 2 == 0 for i in range(SIZE)],
+        }
+    )
+    args = arguments(trl.KTOConfig, tmp_path, per_device_train_batch_size=SIZE)
+    given = {"args": args, "train_dataset": data, "processing_class": tokenizer}
+    if own:
+        with pytest.raises(apt_kernels.PatchError, match="second base model"):
+            trl.KTOTrainer(patched(folder), **given)
+    trainer = trl.KTOTrainer(model, ref_model=apt_kernels.reference_model(model, prefix=own), **given)
+    trainer.train()
+    losses = logged(trainer)
+    assert (losses[0] == pytest.approx(0.5, abs=1e-5)) == own
+    assert losses[-1] < losses[0]
+
+
 def test_dpo_with_log_probabilities_from_before_the_training(folder, tokenizer, tmp_path):
     """TRL's own way without any reference model: the model that trains computes them before the first step."""
     model = patched(folder)
@@ -214,8 +237,9 @@ def test_a_reference_that_would_be_another_is_refused(folder, tokenizer, tmp_pat
     trainer = trl.DPOTrainer(model, args=args, **given)
     with pytest.raises(apt_kernels.PatchError, match="the reference would have the prefix that trains"):
         trainer.train()
-    with pytest.raises(apt_kernels.PatchError, match=r"second base model .* Create the trainer with beta=0"):
-        grpo(patched(folder), tokenizer, tmp_path, beta=0.04)
+    for name in ("GRPO", "RLOO"):
+        with pytest.raises(apt_kernels.PatchError, match=r"second base model .* Create the trainer with beta=0"):
+            grpo(patched(folder), tokenizer, tmp_path, name, beta=0.04)
     # Models without a prefix are unaffected.
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     trl.DPOTrainer(plain, args=arguments(trl.DPOConfig, tmp_path), **given).train()
@@ -251,19 +275,20 @@ def lengths(completions, **given):
 GRPO = {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 4, "temperature": 1.0}
 
 
-def grpo(model, tokenizer, folder, **options):
+def grpo(model, tokenizer, folder, name="GRPO", **options):
     data = datasets.Dataset.from_dict({"prompt": [sentence(i, 4) for i in range(SIZE)]})
-    args = arguments(trl.GRPOConfig, folder, **{**GRPO, **options})
-    return trl.GRPOTrainer(model, lengths, args=args, train_dataset=data, processing_class=tokenizer)
+    args = arguments(getattr(trl, f"{name}Config"), folder, **{**GRPO, **options})
+    return getattr(trl, f"{name}Trainer")(model, lengths, args=args, train_dataset=data, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["the adapter", "the base model"])
-def test_grpo_reference(own, folder, tokenizer, tmp_path):
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_reference_of_grpo_and_rloo(name, own, folder, tokenizer, tmp_path):
     """The logged KL divergence is 0 at the first step if the reference is the adapter as it was."""
     model = patched(folder)
     before = base_of(model)
     reference = apt_kernels.reference_model(model, prefix=own)
-    trainer = grpo(model, tokenizer, tmp_path, beta=0.0)
+    trainer = grpo(model, tokenizer, tmp_path, name, beta=0.0)
     assert trainer.ref_model is None
     add_fused_lm_head(reference, temperature=trainer.temperature)
     trainer.ref_model, trainer.beta = reference, 0.1
