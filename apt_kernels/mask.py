@@ -94,6 +94,7 @@ class Mask:
                 continue
             if not isinstance(part, Tensor):
                 raise ArgumentError(f"mask.{name} is a {type(part).__name__}; it needs a torch.Tensor or None")
+            check_place(f"mask.{name}", part, device)
             self._check_shape(name, part, batch, heads, queries, keys)
             if name in ("key_padding", "dense"):
                 _check_bool(f"mask.{name}", part)
@@ -102,7 +103,6 @@ class Mask:
                     raise ArgumentError(f"mask.bias has dtype {part.dtype}; it needs a floating-point dtype")
             else:
                 _check_integer(f"mask.{name}", part)
-            _check_device(f"mask.{name}", part, device)
         if (self.query_segments is None) != (self.key_segments is None):
             raise ArgumentError("mask.query_segments and mask.key_segments need each other: only one is given")
 
@@ -118,7 +118,7 @@ class Mask:
                 raise ArgumentError(
                     f"mask.query_offset has shape {list(offset.shape)}; it needs [], [1] or [B] = [{batch}]"
                 )
-            _check_device("mask.query_offset", offset, device)
+            check_place("mask.query_offset", offset, device)
         elif offset is not None and not _is_int(offset):
             raise ArgumentError(f"mask.query_offset is {offset!r}; it needs an int, an integer tensor or None")
 
@@ -180,7 +180,10 @@ def _check_bool(name: str, tensor: Tensor) -> None:
         raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs torch.bool (True: may be seen)")
 
 
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_place(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise `ArgumentError` unless ``tensor`` is dense and on ``device``, the query's."""
+    if tensor.layout is not torch.strided:
+        raise ArgumentError(f"{name} has the layout {tensor.layout}; it needs a dense tensor (torch.strided)")
     if tensor.device != device:
         raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {device}")
 

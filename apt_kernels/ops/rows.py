@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .values import check_device, check_integers, check_range
+from ..mask import check_place
+from .values import check_integers, check_range
 
 
 def check_prefix(
@@ -44,14 +45,14 @@ def check(index, lengths, prefix_key: Tensor, batch: int, device) -> tuple[Tenso
         raise ArgumentError(
             f"prefix_index has shape {list(index.shape)}; it needs [B] = [{batch}], one adapter for each batch row"
         )
-    check_device("prefix_index", index, device)
+    check_place("prefix_index", index, device)
     check_range("prefix_index", index, -1, adapters - 1, f"-1: no prefix; prefix_key has {adapters} adapters")
     if lengths is None:
         return index.to(torch.int64), torch.full((adapters,), length, dtype=torch.int64, device=device)
     check_integers("prefix_lengths", lengths)
     if tuple(lengths.shape) != (adapters,):
         raise ArgumentError(f"prefix_lengths has shape {list(lengths.shape)}; it needs [A] = [{adapters}]")
-    check_device("prefix_lengths", lengths, device)
+    check_place("prefix_lengths", lengths, device)
     check_range("prefix_lengths", lengths, 0, length, f"prefix_key has {length} columns")
     return index.to(torch.int64), lengths.to(torch.int64)
 

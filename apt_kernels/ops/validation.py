@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..impl.inputs import Inputs
-from ..mask import Mask
+from ..mask import Mask, check_place
 from . import rows
-from .values import check_device, check_integers, check_range
+from .values import check_integers, check_range
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -55,7 +55,7 @@ def make_inputs(
     """Validate `attention`'s arguments and convert them to `Inputs`."""
     if others:
         refuse(others)
-    if gate_index is prefix_index is prefix_lengths is sinks is softcap is None and dropout_p == 0:
+    if gate_index is prefix_index is prefix_lengths is sinks is softcap is seed is None and dropout_p == 0:
         x = _ordinary(query, key, value, prefix_key, prefix_value, gate, layer_scale, mask, scale, dropout_p)
         if x is not None:
             return x
@@ -63,8 +63,7 @@ def make_inputs(
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
-        if tensor.layout is not torch.strided:
-            raise ArgumentError(f"{name} has the layout {tensor.layout}; it needs a dense tensor (torch.strided)")
+        check_place(name, tensor, query.device)
     query, key, value, prefix_key, prefix_value = _cast(query, key, value, prefix_key, prefix_value)
     _check_core(query, key, value, prefix_key, prefix_value, prefix_index is not None)
     batch, heads, queries, head_dim = query.shape
@@ -203,7 +202,7 @@ def _plain(tensor) -> bool:
 
 def _is_side(tensor) -> bool:
     """Whether it is a plain floating-point tensor on the CPU."""
-    return _plain(tensor) and tensor.is_cpu and tensor.dtype in _DTYPES
+    return _plain(tensor) and tensor.is_cpu and tensor.layout is torch.strided and tensor.dtype in _DTYPES
 
 
 def _cast(query: Tensor, key: Tensor, value: Tensor, *prefix: Tensor) -> list[Tensor]:
@@ -248,9 +247,6 @@ def _check_core(query, key, value, prefix_key, prefix_value, by_row: bool) -> No
     for name, tensor in (("prefix_key", prefix_key), ("prefix_value", prefix_value)):
         if tensor.dtype != dtype and tensor.dtype != torch.float32:
             raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32 or the query's, {dtype}")
-    device = query.device
-    for name, tensor in (("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)):
-        check_device(name, tensor, device)
 
 
 def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -260,7 +256,7 @@ def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device
         raise ArgumentError(f"{name} has shape {list(tensor.shape)}; it needs {list(shape)}")
     if tensor.dtype not in _DTYPES:
         raise ArgumentError(f"{name} has dtype {tensor.dtype}; it needs float32, float64, bfloat16 or float16")
-    check_device(name, tensor, device)
+    check_place(name, tensor, device)
 
 
 def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tuple[Tensor | None, Tensor | None]:
@@ -270,6 +266,7 @@ def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tu
         return None, None
     if not isinstance(gate, Tensor):
         raise ArgumentError(f"gate is a {type(gate).__name__}; it needs a torch.Tensor of logits")
+    check_place("gate", gate, device)
     if gate_index is not None:
         if gate.ndim != 2 or gate.shape[1] != length or gate.shape[0] == 0:
             raise ArgumentError(f"gate has shape {list(gate.shape)}; beside gate_index it needs [G, M] = [G, {length}]")
@@ -300,7 +297,7 @@ def _gate_index(index, rows: int, batch: int, queries: int, device) -> Tensor:
         raise ArgumentError(
             f"gate_index has shape {list(index.shape)}; it needs [B] = [{batch}] or [B, T] = [{batch}, {queries}]"
         )
-    check_device("gate_index", index, device)
+    check_place("gate_index", index, device)
     check_range("gate_index", index, 0, rows - 1, f"gate has {rows} rows")
     index = index.to(torch.int64)
     return index[:, None] if index.ndim == 1 else index
@@ -340,7 +337,7 @@ def _seed(dropout_p, seed, device) -> Tensor | None:
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ArgumentError(f"seed has shape {list(seed.shape)}, dtype {seed.dtype}; it needs one int64 element")
-        check_device("seed", seed, device)
+        check_place("seed", seed, device)
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
         raise ArgumentError(f"seed is {seed!r}; it needs a 64-bit int, a one-element int64 tensor, or None")
     if not dropout_p:

@@ -32,12 +32,6 @@ def check_integers(name: str, tensor) -> None:
         raise ArgumentError(f"{name} is {has}; it needs an integer tensor")
 
 
-def check_device(name: str, tensor: Tensor, device) -> None:
-    """Raise `ArgumentError` unless ``tensor`` is on ``device``, the query's."""
-    if tensor.device != device:
-        raise ArgumentError(f"{name} is on {tensor.device}; it needs the query's device, {device}")
-
-
 def check_range(name: str, tensor: Tensor, least: int, most: int, because: str) -> None:
     """Raise `ArgumentError` if a value is out of range; not on an accelerator, where that would wait for the device."""
     if tensor.device.type == "cpu" and has_values(tensor) and tensor.numel():

@@ -161,6 +161,17 @@ def ints(*shape):
 
 WRONG = {
     "sparse": ({"query": torch.ones(2, 4, 5, 8).to_sparse()}, "query has the layout torch.sparse_coo"),
+    "sparse gate": ({"gate": torch.ones(3).to_sparse()}, "gate has the layout torch.sparse_coo"),
+    "sparse scale": ({"layer_scale": torch.ones(1).to_sparse()}, "layer_scale has the layout torch.sparse_coo"),
+    "sparse sinks": ({"sinks": torch.ones(4).to_sparse()}, "sinks has the layout torch.sparse_coo"),
+    "sparse bias": (
+        {"mask": Mask(bias=torch.ones(5, 7).to_sparse())},
+        "mask.bias has the layout torch.sparse_coo",
+    ),
+    "sparse padding": (
+        {"mask": Mask(key_padding=torch.ones(2, 7, dtype=torch.bool).to_sparse())},
+        "mask.key_padding has the layout torch.sparse_coo",
+    ),
     "query shape": ({"query": torch.randn(4, 5, 8)}, r"query has shape \[4, 5, 8\]; it needs \[B, Hq, T, D\]"),
     "query dtype": ({"query": ints(2, 4, 5, 8)}, "query has dtype torch.int64"),
     "query type": ({"query": [1.0]}, "query is a list; it needs a torch.Tensor"),
