@@ -5,10 +5,11 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_kernels import ConfigError, patterns
+from helpers.cases import examples
 
 NAMES = ["model.layers.11.self_attn.q_proj.weight", "classifier.bias", "", "a", "aab.b\n", "layers.1"]
 ATOMS = st.sampled_from(["a", "b", r"\.", ".", r"\d", r"\w", r"\S", "[ab]", "[^a]", "[0-9.]", "^", "$", r"\b", r"\B"])
@@ -31,8 +32,8 @@ def expressions(draw, depth=2):
     return draw(st.sampled_from(["(?={})", "(?!{})", "(?<=a)", "(?<!b.)"])).format(parts[0])
 
 
-@settings(max_examples=150)
 @given(expressions(), st.text("ab.1_\n", max_size=8))
+@examples(150)
 def test_a_search_finds_what_re_finds(pattern, text):
     assert patterns.search(pattern, text) == (re.search(pattern, text) is not None)
 
