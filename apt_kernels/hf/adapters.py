@@ -94,8 +94,8 @@ def set_adapter(model: Model, name: str | Sequence[str]) -> Model:
 
     The parameters of several active adapters are all parameters of the model: the first one's at ``module.apt``, the
     others' in ``module.apt_others``. Every call then needs ``adapter_names``, which names one of the model's adapters
-    for each row. An adapter is trained by its own rows alone; one without rows in a batch gets no gradient (None), so
-    that an optimizer does not change it.
+    for each row, or ``"__base__"``. An adapter is trained by its own rows alone; one without rows in a batch gets no
+    gradient (None), so that an optimizer does not change it.
 
     Args:
         model: a patched model.

@@ -167,8 +167,10 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
     weights.reshard(state.model)
     if name is None and state.others:
         names = ", ".join(map(repr, (state.adapter, *state.others)))
-        raise PatchError(f"the adapters {names} are active together; name one (adapter=...), or set one adapter")
-    if name is not None and (not isinstance(name, str) or name not in adapters(state.model)):
+        raise PatchError(f"the adapters {names} are active together; name one: save(..., adapter=...) for each")
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"adapter is {name!r}; it needs one adapter's name. To save several, call save for each")
+    if name is not None and name not in adapters(state.model):
         names = ", ".join(map(repr, adapters(state.model)))
         raise ConfigError(f"adapter is {name!r}; the model has the adapters {names}")
     held = None if name is None else state.parked.get(name)
@@ -194,19 +196,19 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
 
 def _write(model, folder: Path, name: str | None, state_dict: dict[str, Tensor] | None) -> dict:
     """Write the adapter; returns its settings."""
-    tensors, settings = _collected(model, name, state_dict)
+    tensors, settings, prefixes = _collected(model, name, state_dict)
     unsaved.warn_of_changes(state_of(model))
     broken = next((n for n, tensor in tensors.items() if not _is_finite(tensor)), None)
     if broken is not None:
         warnings.warn(f"{broken} has values that are not finite; load refuses them by default", stacklevel=4)
     write_adapter(folder, tensors, settings)
-    remember_saved(_adapter(state_of(model), name).prefixes.values())
+    remember_saved(prefixes)
     return settings
 
 
 @undisturbed
-def _collected(model, name: str | None, state_dict: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], dict]:
-    """The weights and the settings to write."""
+def _collected(model, name: str | None, state_dict: dict[str, Tensor] | None) -> tuple[dict, dict, list]:
+    """The weights and the settings to write, and the adapter's prefixes."""
     state = state_of(model)
     saved = _adapter(state, name)
     if state_dict is not None and not isinstance(state_dict, Mapping):
@@ -214,7 +216,8 @@ def _collected(model, name: str | None, state_dict: dict[str, Tensor] | None) ->
     if state_dict is not None and name not in (None, state.adapter):
         raise AdapterError(f"state_dict holds the weights of {state.adapter!r}, the active adapter, not of {name!r}")
     found = _gathered(model, saved) if state_dict is None else _given(saved, state_dict)
-    return _folded(saved.prefixes, found), _settings(state, saved, name or state.adapter)
+    settings = _settings(state, saved, name or state.adapter)
+    return _folded(saved.prefixes, found), settings, list(saved.prefixes.values())
 
 
 def _settings(state: State, saved: _Adapter, name: str) -> dict:
@@ -411,8 +414,16 @@ def load(
         events.check("load", model)
         _make_room(model, name, config, file, example_inputs)
         state = state_of(model)
-        _fill(model, _adapter(state), file, allow_non_finite)
+        target = _adapter(state)
+        _fill(model, target, file, allow_non_finite)
+        new = _new_heads(file, target)
     base_record.warn_if_changed(state, file.settings.get("base"), file.path)
+    if new:
+        warnings.warn(
+            f"{file.path} was trained on a model without {', '.join(new)}: the values there stay the model's, and "
+            "train with the adapter",
+            stacklevel=3,
+        )
     events.changed("load", state)
     return model
 
@@ -526,6 +537,14 @@ def _check(file: AdapterFile, target: _Adapter, parameters: Mapping[str, Tensor]
             )
         if list(entry.shape) != wanted[name]:
             raise AdapterError(f"{file.path}: {name} is {list(entry.shape)}; the model's is {wanted[name]}")
-    missing = next((name for name in wanted if name not in file.entries), None)
+    missing = next((name for name in wanted if name not in file.entries and name not in _new_heads(file, target)), None)
     if missing is not None:
         raise AdapterError(f"{file.path} lacks {missing}, which the model needs")
+
+
+def _new_heads(file: AdapterFile, target: _Adapter) -> list[str]:
+    """What the model trains beside the prefixes by default and the adapter's did not have: the head of another task."""
+    trained = file.settings.get("trained")
+    if target.config.trainable is not None or not isinstance(trained, list):
+        return []
+    return sorted(name for name in target.beside if name not in file.entries and name not in trained)

@@ -23,7 +23,7 @@ from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .folding import folded, refuse_gates
 from .probing import probe
-from .state import State, state_of
+from .state import State, refuse_several, state_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -125,6 +125,7 @@ def export(
     if kind is None:
         raise ArgumentError(f"format is {format!r}; it needs one of {', '.join(map(repr, _FORMATS))}")
     state = state_of(model)
+    refuse_several(state, "to export")
     weights, given = _mean_weights(state, approximate, batches)
     _refuse_more(model, state)
     layers = _layers(model, None, max_length, weights)
@@ -188,6 +189,7 @@ def _layers(
         raise ArgumentError(f"max_length is {max_length!r}; it needs an int >= 1, or None")
     state = state_of(model)
     base: Any = state.model
+    refuse_several(state, "to export")
     if state.disabled:
         raise PatchError("the prefix is disabled; export it outside of apt_kernels.disabled")
     length = _common_length(state, weights is None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from .checkpoint import folded_weights
-from .state import state_of
+from .state import refuse_several, state_of
 
 
 def fold(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -44,6 +44,7 @@ def folded(
     model: nn.Module, dtype: torch.dtype, weights: Mapping[str, Sequence[float]] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """`fold` in another dtype. ``weights``: for each module the M factors to use instead of its gate and scale."""
+    refuse_several(state_of(model), "to fold")
     prefixes = state_of(model).prefixes
     if weights is None:
         refuse_gates(prefixes)

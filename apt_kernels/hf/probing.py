@@ -20,7 +20,7 @@ from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
 from .batches import check_batches, moved, run
 from .discovery.recording import evaluating
-from .state import Model, state_of
+from .state import Model, refuse_several, state_of
 from .transaction import atomic, exclusive
 
 _one_at_a_time = threading.RLock()
@@ -318,6 +318,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress
         >>> print(found.table())
     """
     state = state_of(model)
+    refuse_several(state, "to probe")
     check_batches(batches)
     if not isinstance(progress, bool):
         raise ArgumentError(f"progress is {progress!r}; it needs True or False")
@@ -330,6 +331,11 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         shown = progress_bar(batches, desc="probe", unit="batch", delay=1) if progress else batches
         for batch in moved(shown, device):
+            if "adapter_names" in batch:
+                raise ArgumentError(
+                    f"a batch has adapter_names; the gates are those of the active adapter, {state.adapter!r}, for all "
+                    "rows: leave the names out, and set the adapter to read (set_adapter)"
+                )
             with calls.observing(_observer(watches, batch.get("decoder_attention_mask"))):
                 run(model, batch)
             examples += len(next(iter(batch.values())))
@@ -378,8 +384,7 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     """
     state = state_of(model)
     events.check("prune", model)
-    if state.others:
-        raise PatchError("several adapters are active; set the one to prune (set_adapter)")
+    refuse_several(state, "to prune")
     names = pruning.modules(state)
     if probe is not None and not isinstance(probe, Probe):
         raise ConfigError(f"probe is a {type(probe).__name__}; it needs what apt_kernels.probe returns, or None")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import ArgumentError, PatchError
 from . import events, offload
 from .patching import detach
-from .state import Parked, state_of
+from .state import Parked, refuse_several, state_of
 from .trainable import trainable_names
 from .transaction import undisturbed
 from .weights import distributes, fsdp1
@@ -53,8 +53,7 @@ def reference_model(model: nn.Module, *, prefix: bool = True) -> PreTrainedModel
     if not isinstance(prefix, bool):
         raise ArgumentError(f"prefix is {prefix!r}; it needs True or False")
     base = state.model
-    if state.others:
-        raise PatchError("several adapters are active; set the one that is to be the reference (set_adapter)")
+    refuse_several(state, "that is to be the reference")
     _refuse(model, base)
     trained = trainable_names(base, state.config)
     own = {id(parameter) for each in state.prefixes.values() for parameter in each.parameters()}

@@ -115,6 +115,13 @@ def state_of(model) -> State:
     return model._apt_state
 
 
+def refuse_several(state: State, purpose: str) -> None:
+    """Raise `PatchError` if several adapters are active; ``purpose``: what needs one, such as "to prune"."""
+    if state.others:
+        names = ", ".join(map(repr, (state.adapter, *state.others)))
+        raise PatchError(f"the adapters {names} are active together; set the one {purpose}: set_adapter(model, name)")
+
+
 def prefixes(model: nn.Module) -> dict[str, AdaptivePrefix]:
     """The attention modules' names and their `AdaptivePrefix`, in model order. `PatchError` if not patched.
 

@@ -333,12 +333,15 @@ def test_an_adapter_of_another_base_is_refused_or_warned_about(tmp_path):
     with torch.device("meta"):
         nowhere = models.build("llama")
     apt_kernels.save(apt_kernels.load(models.build("llama"), tmp_path), tmp_path)
-    assert base_record.of(SimpleNamespace(model=nowhere, prefixes={}, start={}))["fingerprint"] is None
+    assert (
+        base_record.of(SimpleNamespace(model=nowhere, prefixes={}, training_prefixes=[], start={}))["fingerprint"]
+        is None
+    )
 
 
 def test_a_record_is_the_same_in_a_narrower_dtype_and_behind_peft():
     def record(model):
-        return base_record.of(SimpleNamespace(model=model, prefixes={}, start={}))["fingerprint"]
+        return base_record.of(SimpleNamespace(model=model, prefixes={}, training_prefixes=[], start={}))["fingerprint"]
 
     wide, narrow = record(models.build("llama")), record(models.build("llama").bfloat16())
     assert narrow == {name: {"bfloat16": hashes["bfloat16"]} for name, hashes in wide.items()}
@@ -484,3 +487,26 @@ def test_what_the_hub_could_not_take_is_refused_before_anything_is_written(given
     with pytest.raises(apt_kernels.ArgumentError, match=message):
         apt_kernels.save(trained("bert"), tmp_path / "adapter", repo_id="owner/name", **given)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_of_a_language_model_gives_a_classifier_its_prefixes(tmp_path):
+    """Another head is new: it keeps its values, is named, and trains."""
+    language = apt_kernels.patch(models.build("llama"), prefix_length=3)
+    randomise(language)
+    apt_kernels.save(language, tmp_path)
+    model = models.build("llama", "AutoModelForSequenceClassification")
+    model.model.load_state_dict(models.build("llama").model.state_dict())
+    head = model.score.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"trained on a model without score\.weight"):
+        apt_kernels.load(model, tmp_path)
+    assert torch.equal(model.score.weight, head)
+    assert model.score.weight.requires_grad
+    for prefix, expected in zip(apt_kernels.prefixes(model).values(), apt_kernels.prefixes(language).values()):
+        assert torch.equal(prefix.key, expected.key)
+    # A head that the adapter was trained with has to be in the file, and has to be in the model.
+    apt_kernels.save(model, tmp_path / "classifier")
+    with pytest.raises(apt_kernels.AdapterError, match=r"'score\.weight', which the model does not have"):
+        apt_kernels.load(models.build("llama"), tmp_path / "classifier")
+    apt_kernels.save(apt_kernels.patch(models.build("llama"), prefix_length=3, trainable="lm_head"), tmp_path / "named")
+    with pytest.raises(apt_kernels.AdapterError, match="does not fit"):
+        apt_kernels.load(models.build("llama", "AutoModelForSequenceClassification"), tmp_path / "named")

@@ -376,3 +376,16 @@ def test_a_probe_prints_in_a_few_short_lines():
     many = type(found)(found.layers * 30, found.modules * 30, 3)
     assert str(many).splitlines()[-1] == "  ... and 49 more"
     assert len(repr(found.layers[0])) < 150
+
+
+def test_names_of_adapters_are_refused():
+    """The prefixes that are watched are the active adapter's."""
+    model = apt_kernels.patch(models.build("llama"), prefix_length=4)
+    apt_kernels.add_adapter(model, "b", prefix_length=4)
+    batch = {**models.inputs("llama", batch=2), "adapter_names": ["default", "b"]}
+    for call in (
+        lambda: apt_kernels.probe(model, [batch]),
+        lambda: apt_kernels.export(model, "folder", approximate="mean", batches=[batch]),
+    ):
+        with pytest.raises(apt_kernels.ArgumentError, match=r"a batch has adapter_names; .* active adapter, 'b'"):
+            call()

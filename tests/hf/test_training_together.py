@@ -158,7 +158,6 @@ def test_a_call_without_names_raises():
         lambda: patched(**given),
         lambda: patched.model(**given),
         lambda: patched.generate(**given, max_new_tokens=2),
-        lambda: apt_kernels.probe(patched, [given]),
     ):
         with pytest.raises(PatchError, match=message):
             call()
@@ -188,6 +187,8 @@ def test_save_names_the_adapter(tmp_path):
     patched = apt_kernels.set_adapter(several("llama"), ["a", "b"])
     with pytest.raises(PatchError, match=r"'a', 'b' are active together; name one"):
         apt_kernels.save(patched, tmp_path)
+    with pytest.raises(ConfigError, match=r"adapter is \['a', 'b'\]; it needs one adapter's name"):
+        apt_kernels.save(patched, tmp_path, adapter=["a", "b"])
     for name in "ab":
         apt_kernels.save(patched, tmp_path / name, adapter=name)
     given = models.inputs("llama", padding=None)
@@ -206,11 +207,13 @@ def test_what_needs_one_adapter_is_refused(tmp_path):
     patched = apt_kernels.set_adapter(several("llama"), ["b", "c"])
     for call in (
         lambda: apt_kernels.prune(patched, [1, 1]),
+        lambda: apt_kernels.probe(patched, [{**models.inputs("llama", batch=2), "adapter_names": ["b", "c"]}]),
         lambda: apt_kernels.fold(patched),
+        lambda: apt_kernels.as_past_key_values(patched),
         lambda: apt_kernels.reference_model(patched),
         lambda: apt_kernels.export(patched, tmp_path, format="cartridge"),
     ):
-        with pytest.raises(PatchError, match="active"):
+        with pytest.raises(PatchError, match=r"'b', 'c' are active together; set the one .*set_adapter\(model, name\)"):
             call()
     with pytest.raises(ConfigError, match="name is 'c', an active adapter"):
         apt_kernels.delete_adapter(patched, "c")
@@ -254,23 +257,16 @@ def test_unpatch_leaves_nothing():
         assert torch.equal(patched(**given).logits, before(**given).logits)
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows of a data set with a column that names the adapter."""
-
-    def __init__(self, names):
-        self.names, self.given = names, models.inputs("llama", padding=None, batch=len(names))
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        row = {k: v[i] for k, v in self.given.items()}
-        return {**row, "labels": row["input_ids"], "adapter_names": self.names[i]}
-
-
 def collate(rows):
-    names = [row.pop("adapter_names") for row in rows]
-    return {**transformers.default_data_collator(rows), "adapter_names": names}
+    bare = [{key: value for key, value in row.items() if key != "adapter_names"} for row in rows]
+    return {**transformers.default_data_collator(bare), "adapter_names": [row["adapter_names"] for row in rows]}
+
+
+def data(names):
+    """Rows with a column that names the adapter."""
+    given = models.inputs("llama", padding=None, batch=len(names))
+    rows = [{key: part[i] for key, part in given.items()} for i in range(len(names))]
+    return [{**row, "labels": row["input_ids"], "adapter_names": name} for row, name in zip(rows, names)]
 
 
 def test_trainer_with_a_column_of_names_saves_and_resumes(tmp_path):
@@ -281,7 +277,7 @@ def test_trainer_with_a_column_of_names_saves_and_resumes(tmp_path):
             tmp_path, max_steps=steps, per_device_train_batch_size=3, save_steps=2, report_to=[], seed=3,
             learning_rate=1e-2, remove_unused_columns=False, use_cpu=True, logging_steps=1,
         )  # fmt: skip
-        return transformers.Trainer(model, arguments, train_dataset=Rows(names), data_collator=collate)
+        return transformers.Trainer(model, arguments, train_dataset=data(names), data_collator=collate)
 
     whole = trainer(apt_kernels.set_adapter(several("llama"), ["a", "b"]), 4)
     whole.train()
