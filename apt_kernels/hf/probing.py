@@ -18,7 +18,9 @@ from transformers.utils.logging import tqdm as progress_bar
 from ..errors import ArgumentError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
+from .adapter_file import writing
 from .batches import check_batches, moved, run
+from .checkpoint import check_path
 from .discovery.recording import evaluating
 from .state import Model, refuse_several, state_of
 from .transaction import atomic, exclusive
@@ -150,8 +152,10 @@ class Probe:
             raise ArgumentError(f"data is not what Probe.to_json returns ({type(error).__name__}: {error})") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write `to_json` to a file. `AdapterError` if it cannot be written."""
+        check_path(path)
+        with writing(Path(path)):
+            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     def picture(self, path: str | os.PathLike, title: str = "Mean weight of each prefix token") -> None:
         """Write a heat map of layers by prefix tokens, with a profile by layer, to an image file. Needs matplotlib."""
@@ -159,7 +163,9 @@ class Probe:
 
         draw(self, path, title)
 
-    def lengths(self, *, budget: int | None = None, threshold: float | None = None, grow: bool = False) -> Lengths:
+    def lengths(
+        self, *unnamed, budget: int | None = None, threshold: float | None = None, grow: bool = False
+    ) -> Lengths:
         """Prefix lengths per attention module in proportion to the weights. Give exactly one of budget and threshold.
 
         Args:
@@ -171,6 +177,8 @@ class Probe:
         Raises:
             ArgumentError: neither or both are given, or the budget exceeds the current total without ``grow``.
         """
+        if unnamed:
+            raise ArgumentError(f"lengths is given {unnamed[0]!r} without a name; it needs budget= or threshold=")
         if (budget is None) == (threshold is None):
             given = "neither" if budget is None else "both"
             raise ArgumentError(f"lengths needs exactly one of budget and threshold; {given} is given")

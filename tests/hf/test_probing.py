@@ -389,3 +389,13 @@ def test_names_of_adapters_are_refused():
     ):
         with pytest.raises(apt_kernels.ArgumentError, match=r"a batch has adapter_names; .* active adapter, 'b'"):
             call()
+
+
+def test_a_probe_that_cannot_be_written_and_an_argument_without_a_name_are_named(tmp_path):
+    found = apt_kernels.probe(apt_kernels.patch(models.build("llama"), prefix_length=2), [models.inputs("llama")])
+    with pytest.raises(apt_kernels.AdapterError, match="cannot be written: Is a directory"):
+        found.save(tmp_path)
+    with pytest.raises(apt_kernels.ConfigError, match="folder is a NoneType; it needs a path"):
+        found.save(None)
+    with pytest.raises(apt_kernels.ArgumentError, match="lengths is given 3 without a name; it needs budget= or"):
+        found.lengths(3)

@@ -248,6 +248,15 @@ def test_task_heads_are_refused():
     apt_kernels.set_adapter(model, ["c", "d"])
 
 
+def test_a_replaced_module_with_the_prefix_of_a_further_adapter_is_refused():
+    model = apt_kernels.patch(models.build("llama"), prefix_length=2, layers=[0])
+    apt_kernels.add_adapter(model, "b", prefix_length=2, layers=[1])
+    apt_kernels.set_adapter(model, ["default", "b"])
+    model.model.layers[1].self_attn = copy.deepcopy(models.build("llama").model.layers[1].self_attn)
+    with pytest.raises(PatchError, match=r"layers\.1\.self_attn has no prefix any more"):
+        model(**models.inputs("llama", batch=2), adapter_names=["default", "b"])
+
+
 def test_unpatch_leaves_nothing():
     before = models.build("llama").double()
     patched = apt_kernels.unpatch(apt_kernels.set_adapter(several("llama"), ["a", "b"]))

@@ -12,7 +12,7 @@ class Places:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.modules = {name: module for name, module in model.named_modules() if "apt" in module._modules}
+        self.modules = {name: module for name, module in model.named_modules() if _has_prefix(module)}
         self.steps = _steps(model, list(self.modules))
 
     def check(self) -> None:
@@ -28,12 +28,17 @@ class Places:
         names = {id(module): name for name, module in now.items()}
         for name, module in self.modules.items():
             there = now.get(name)
-            if id(module) not in names and there is not None and not any("apt" in m._modules for m in there.modules()):
+            if id(module) not in names and there is not None and not any(map(_has_prefix, there.modules())):
                 raise PatchError(
                     f"{name} has no prefix any more: it was replaced since the patch. Put the old module back, or call "
                     "apt_kernels.unpatch(model), change the model, and patch it then"
                 )
         self.steps = _steps(self.model, [names[id(m)] for m in self.modules.values() if id(m) in names])
+
+
+def _has_prefix(module: nn.Module) -> bool:
+    """Whether an attention module has a prefix of an active adapter."""
+    return "apt" in module._modules or "apt_others" in module._modules
 
 
 def _steps(model: nn.Module, names: list[str]) -> list[tuple[nn.Module, str, nn.Module]]:
