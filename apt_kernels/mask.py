@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError
+
+# What other libraries call the parts of a mask.
+_NAMED_OTHERWISE = {
+    "is_causal": "causal=",
+    "attn_mask": "dense= (bool) or bias= (added to the logits)",
+    "attention_mask": "key_padding= ([B, S] bool), dense= or bias=",
+    "padding": "key_padding=",
+    "key_padding_mask": "key_padding=, where True means that the key may be seen",
+    "sliding_window": "window=(left, right)",
+    "window_size": "window=(left, right)",
+    "segment_ids": "query_segments= and key_segments=",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +57,15 @@ class Mask:
     key_segments: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+
+    def __new__(cls, *args, **kwargs):
+        """Raise `ArgumentError` for a name that other libraries use."""
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                known = ", ".join(cls.__dataclass_fields__)
+                hint = f"; use {_NAMED_OTHERWISE[name]}" if name in _NAMED_OTHERWISE else ""
+                raise ArgumentError(f"Mask has no {name!r}{hint}. It has {known}")
+        return super().__new__(cls)
 
     @property
     def window_sizes(self) -> tuple[int, int]:
@@ -130,6 +152,10 @@ class Mask:
         length = queries if name == "query_segments" else keys
         if tuple(part.shape) != (batch, length):
             raise ArgumentError(f"mask.{name} has shape {list(part.shape)}; it needs [{batch}, {length}]")
+
+
+# `help` would show that of `__new__`.
+Mask.__signature__ = inspect.Signature(list(inspect.signature(Mask.__init__).parameters.values())[1:])  # type: ignore[attr-defined]
 
 
 def visible_keys(

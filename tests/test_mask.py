@@ -1,5 +1,10 @@
 """`Mask`: the parts combine and move as the docstring says."""
 
+import copy
+import inspect
+import pickle
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -59,3 +64,28 @@ def test_to_moves_tensors_and_casts_the_bias_alone():
 def test_what_is_no_flag_is_refused_by_visible_too():
     with pytest.raises(ArgumentError, match=r"mask\.causal is 'no'; it needs True or False"):
         Mask(causal="no").visible(1, 2, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"is_causal": True}, "Mask has no 'is_causal'; use causal=. It has causal, window"),
+        ({"padding": None}, "Mask has no 'padding'; use key_padding="),
+        ({"causal": True, "shape": 3}, r"Mask has no 'shape'\. It has causal, window"),
+    ],
+)
+def test_names_of_other_libraries(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        Mask(**given)
+
+
+def test_copies():
+    mask = Mask(causal=True, key_padding=torch.ones(1, 2, dtype=torch.bool))
+    for made in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), replace(mask, window=(3, 0))):
+        assert made.causal
+        assert torch.equal(made.key_padding, mask.key_padding)
+
+
+def test_help_shows_the_arguments():
+    names = [field.name for field in fields(Mask)]
+    assert list(inspect.signature(Mask).parameters) == names
