@@ -118,6 +118,8 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
         try:
             file = stack.enter_context(opened(path))
         except FileNotFoundError:
+            if not folder.exists():
+                raise AdapterError(f"{folder} does not exist; it needs a folder that apt_kernels.save wrote") from None
             missing = WEIGHTS if (folder / CONFIG).exists() else f"{CONFIG} and no {WEIGHTS}"
             raise AdapterError(f"{folder} has no {missing}; it is not an adapter folder") from None
         yield _read(folder, path, file)

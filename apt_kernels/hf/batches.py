@@ -57,9 +57,17 @@ def next_token_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> f
     with evaluating(model):
         for batch in moved(batches, offload.device(inner(model))):
             labels = batch.get("labels")
-            predicted = int((labels[..., 1:] != _IGNORED).sum()) if isinstance(labels, Tensor) else 0
-            if not predicted:
+            if labels is None:
                 raise ArgumentError(f"a batch has no labels to predict, but {', '.join(batch)}; it needs labels")
+            if not isinstance(labels, Tensor):
+                raise ArgumentError(f"the labels of a batch are a {type(labels).__name__}; they need to be a tensor")
+            predicted = int((labels[..., 1:] != _IGNORED).sum())
+            if not predicted:
+                which = "" if (labels == _IGNORED).all() else " after the first token of a row"
+                raise ArgumentError(
+                    f"all labels of a batch{which} are {_IGNORED}, so there is nothing to predict; the tokens to "
+                    "predict need their ids as labels"
+                )
             total += float(run(model, batch).loss) * predicted
             count += predicted
     if not count:

@@ -46,18 +46,23 @@ class Captured(NamedTuple):
     scaling: float
 
 
-def refuse_no_decoder(model) -> None:
-    """Raise `PatchError` unless the model is a causal language model that takes position ids."""
+def refuse_no_decoder(model, instead: str = "") -> None:
+    """Raise `PatchError` unless the model is a causal language model that takes position ids.
+
+    ``instead``, here and below, is the end of the message: what to do instead.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
         raise PatchError(
             f"{type(model).__name__} is an encoder-decoder model; keys and values of a text or checkpoint fit "
-            "decoders alone"
+            f"decoders alone{instead}"
         )
     if model.get_output_embeddings() is None or "position_ids" not in inspect.signature(model.forward).parameters:
-        raise PatchError(f"{type(model).__name__} is not a causal language model whose forward takes position_ids")
+        raise PatchError(
+            f"{type(model).__name__} is not a causal language model whose forward takes position_ids{instead}"
+        )
 
 
-def refuse_lengths(model) -> None:
+def refuse_lengths(model, instead: str = "") -> None:
     """Raise `PatchError` if the rotary frequencies depend on the length."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope.get("rope_type")] + [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
@@ -65,11 +70,13 @@ def refuse_lengths(model) -> None:
     if found:
         raise PatchError(
             f"{type(model).__name__} has rotary frequencies that depend on the length ({found!r}); copied keys would "
-            "be wrong at other lengths"
+            f"be wrong at other lengths{instead}"
         )
 
 
-def at_positions(model, ids: Tensor, position: int) -> tuple[dict[str, Captured], dict[str, Captured]]:
+def at_positions(
+    model, ids: Tensor, position: int, instead: str = ""
+) -> tuple[dict[str, Captured], dict[str, Captured]]:
     """Inputs for single tokens at position 0 and at ``position``; `PatchError` if values depend on the position."""
     ids = ids.reshape(-1, 1)[:4]
     here, near = (capture(model, ids, torch.full_like(ids, at)) for at in (0, 1))
@@ -77,7 +84,7 @@ def at_positions(model, ids: Tensor, position: int) -> tuple[dict[str, Captured]
     if apart:
         raise PatchError(
             f"{type(model).__name__} has learned absolute positions: the keys or values of {apart} depend on them, so "
-            "a copy at another position cannot be exact"
+            f"a copy at another position cannot be exact{instead}"
         )
     return here, capture(model, ids, torch.full_like(ids, position))
 

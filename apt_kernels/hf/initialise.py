@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Tokens after the prefix whose logits are compared with the source's.
 _COMPARED = 4
+# What to do where a prefix cannot be a copy.
+_INSTEAD = "; use patch(model, prefix_length=...), which starts from vocabulary tokens or random values"
 
 
 class _Source(NamedTuple):
@@ -95,7 +97,7 @@ def patch_from_text(
             message names why, and the model is as it was.
         ConfigError: a setting does not start at a weight of 1, or is out of range.
         ArgumentError: ``input_ids`` are not one text (with ``batches``: a list of texts), the model has no such token,
-            the tokenizer cannot read it, a batch has no labels, or ``chunk_size`` is no positive int.
+            the tokenizer cannot read it, a batch has no labels or only -100, or ``chunk_size`` is no positive int.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -115,14 +117,16 @@ def patch_from_text(
         check_batches(batches)
         batches, input_ids = list(moved(batches, dummy_inputs.device(model))), text.candidates(input_ids)
         names = [f"input_ids[{i}]" for i in range(len(input_ids))]
+    else:
+        text.refuse_several(input_ids, tokenizer)
     given = [input_ids] if batches is None else input_ids
     read = [text.token_ids(model, each, tokenizer, name) for each, name in zip(given, names)]
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ArgumentError(f"chunk_size is {chunk_size!r}; it needs an int of at least 1 or None")
     lengths = [ids.shape[1] for ids in read]
     configs = [_starting_config(model, config, settings, length, min(1, length - 1)) for length in lengths]
-    refuse_no_decoder(model)
-    refuse_lengths(model)
+    refuse_no_decoder(model, _INSTEAD)
+    refuse_lengths(model, _INSTEAD)
     if batches is None:
         return _patch_with(model, configs[0], _read(model, read[0], chunk_size))
     return _patch_with_best(model, read, configs, chunk_size, batches)
@@ -154,7 +158,7 @@ def _read(model, ids: Tensor, chunk_size: int | None) -> _Source:
     ids, length = ids.to(dummy_inputs.device(model)), ids.shape[1]
     if chunk_size is not None and chunk_size >= length:
         chunk_size = None
-    at_positions(model, ids, -length)
+    at_positions(model, ids, -length, _INSTEAD)
     if chunk_size is not None:
         refuse_chunks(model, ids)
     captured = capture_text(model, ids, -length, chunk_size)
@@ -211,12 +215,12 @@ def patch_from_peft(
     flat, layers, frozen = _read_peft(Path(folder))
     length = flat.shape[0]
     config = _starting_config(model, config, settings, length, frozen)
-    refuse_no_decoder(model)
-    refuse_lengths(model)
+    refuse_no_decoder(model, _INSTEAD)
+    refuse_lengths(model, _INSTEAD)
     base: Any = model
     device = dummy_inputs.device(model)
     follow = torch.arange(_COMPARED, device=device)[None] + 5
-    here, there = at_positions(model, follow, -length)
+    here, there = at_positions(model, follow, -length, _INSTEAD)
     follow = follow[:, : min(_after(name, own.mask, length) for name, own in here.items())]
     tokens, source = {}, transformers.DynamicCache(config=base.config.get_text_config())
     dtype = next(model.parameters()).dtype
@@ -269,6 +273,10 @@ def _read_peft(folder: Path) -> tuple[Tensor, int, int]:
     try:
         given, flat = read_json_file(settings), read_tensor(weights, "prompt_embeddings")
     except FileNotFoundError:
+        if not folder.exists():
+            raise AdapterError(
+                f"{folder} does not exist; it needs a folder with {settings.name} and {weights.name}"
+            ) from None
         name = next(path.name for path in (settings, weights) if not path.exists())
         raise AdapterError(f"{folder} has no {name}; pickled checkpoints are not read") from None
     kind = given.get("peft_type") if isinstance(given, dict) else None

@@ -363,8 +363,8 @@ def _observer(watches: dict[str, _Watch], decoder_mask: Tensor | None):
 
 @atomic
 def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> Model:
-    """Shorten a trained model's prefixes in place: each layer keeps its frozen tokens and those with the largest
-    weights, in order.
+    """Shorten a trained model's prefixes in place: each layer keeps the tokens with the largest weights, in order.
+    Frozen tokens are removed last: only where a length is below their number, from their end.
 
     The other tokens' keys, values and gates are removed from the softmax. A gate of 0 does not do that: it leaves a key
     of zeros, which still takes softmax mass (docs/method.md shows how much). The shorter prefix is saved and loaded

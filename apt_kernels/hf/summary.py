@@ -20,6 +20,7 @@ class Layer:
     gate: str
     parameters: int
     adapter: str = ""  # whose prefix it is; "" without a prefix
+    frozen: int = 0  # how many of the tokens do not train (`num_frozen_tokens`)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Summary:
         lines = [f"{which}: {self.trainable:,} of {self.total:,} parameters are trainable ({share:.3g} %)"]
         rows = [("attention module", "kind", "length", "gate", "parameters")]
         shown = {x: f"{x.name} ({x.adapter})" if len(names) > 1 and x.adapter else x.name for x in self.layers}
-        rows += [(shown[x], x.kind, str(x.length), x.gate, f"{x.parameters:,}") for x in self.layers]
+        rows += [(shown[x], x.kind, _length(x), x.gate, f"{x.parameters:,}") for x in self.layers]
         rows += [(name, "beside the prefix", "", "", f"{size:,}") for name, size in self.beside]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         for name, kind, length, gate, size in rows:
@@ -66,7 +67,7 @@ def summary(model: nn.Module) -> Summary:
         here = [prefix for prefix in (found.get(site.name), *others) if prefix is not None]
         for prefix in here:
             size = sum(_size(p) for p in prefix.parameters() if p.requires_grad)
-            layers.append(Layer(site.name, site.kind, prefix.length, prefix.gate, size, prefix.adapter))
+            layers.append(Layer(site.name, site.kind, prefix.length, prefix.gate, size, prefix.adapter, prefix.frozen))
         if not here:
             layers.append(Layer(site.name, site.kind, 0, "", 0))
     beside = [(n, _size(p)) for n, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
@@ -77,6 +78,10 @@ def summary(model: nn.Module) -> Summary:
         tuple(layers),
         tuple(beside),
     )
+
+
+def _length(layer: Layer) -> str:
+    return f"{layer.length} ({layer.frozen} frozen)" if layer.frozen else str(layer.length)
 
 
 def _size(parameter: nn.Parameter) -> int:

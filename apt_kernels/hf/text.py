@@ -22,7 +22,8 @@ def token_ids(model, given: Any, tokenizer: Any = None, name: str = "input_ids")
         raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}; it needs the tokenizer of the model")
     if isinstance(given, str) and tokenizer is not None:
         given = _tokenized(name, lambda: tokenizer(given))
-    elif isinstance(given, (list, tuple)) and given and all(isinstance(each, Mapping) for each in given):
+    elif isinstance(given, (list, tuple)) and any(isinstance(each, Mapping) for each in given):
+        _check_messages(given, name)
         if tokenizer is None:
             raise ArgumentError(
                 f"{name} is a list of messages; it needs tokenizer=, whose chat template makes the text"
@@ -32,11 +33,50 @@ def token_ids(model, given: Any, tokenizer: Any = None, name: str = "input_ids")
     return _checked(model, given, name)
 
 
+def refuse_several(given: Any, tokenizer: Any) -> None:
+    """Raise `ArgumentError` for a list of texts where one text is needed."""
+    if not isinstance(given, (list, tuple)) or any(isinstance(each, Mapping) for each in given):
+        return
+    if any(_is_text(each, tokenizer, alone=len(given) == 1) for each in given):
+        raise ArgumentError(
+            "input_ids is a list of texts; it needs one text, such as input_ids[0]. To choose the best of several "
+            "texts, pass batches= as well"
+        )
+
+
+def _is_text(entry: Any, tokenizer: Any, alone: bool) -> bool:
+    """Whether an entry of a list is a text. A list of ids that is ``alone`` in its list is a row of ``[1, M]``."""
+    if isinstance(entry, (list, tuple)):
+        return not alone or any(isinstance(each, Mapping) for each in entry)
+    return (isinstance(entry, str) and tokenizer is not None) or (isinstance(entry, Tensor) and entry.ndim > 0)
+
+
+def _check_messages(given: Sequence[Any], name: str) -> None:
+    """Raise `ArgumentError` for an entry that is no message of a chat."""
+    needs = "'role' and 'content' (or instead of 'content' what the chat template reads, such as 'tool_calls')"
+    for number, each in enumerate(given):
+        if not isinstance(each, Mapping):
+            raise ArgumentError(
+                f"{name}[{number}] is a {type(each).__name__}, not a message; a list of messages needs dicts alone, "
+                f"each with {needs}"
+            )
+        if "role" not in each or len(each) < 2:
+            keys = ", ".join(repr(key) for key in each)
+            missing = "content" if "role" in each else "role"
+            raise ArgumentError(
+                f"{name}[{number}] has no '{missing}'{', but ' + keys if keys else ''}; a message needs {needs}"
+            )
+
+
 def _tokenized(name: str, call: Callable[[], Mapping[str, Any]]) -> Any:
     try:
-        return call()["input_ids"]
+        ids = call()["input_ids"]
+        empty = not len(ids)
     except Exception as error:  # a chat template may raise any error for messages that it does not expect
         raise ArgumentError(f"the tokenizer cannot read {name}: {error}") from error
+    if empty:
+        raise ArgumentError(f"the text is empty: the tokenizer makes no tokens of {name}; it needs at least one")
+    return ids
 
 
 def _checked(model, given: Any, name: str) -> Tensor:
@@ -51,9 +91,11 @@ def _checked(model, given: Any, name: str) -> Tensor:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"{name} is a {type(given).__name__}; {_NEEDS} ({error})") from None
+    if not ids.numel():  # before the dtype: torch makes an empty list float32
+        raise ArgumentError(f"the text is empty: {name} has no tokens; it needs at least one")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ArgumentError(f"{name} is {ids.dtype}; {_NEEDS}")
-    if not (ids.ndim == 1 or (ids.ndim == 2 and ids.shape[0] == 1)) or not ids.numel():
+    if not (ids.ndim == 1 or (ids.ndim == 2 and ids.shape[0] == 1)):
         raise ArgumentError(f"{name} has the shape {list(ids.shape)}; {_NEEDS}")
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     count = getattr(getattr(embeddings, "weight", None), "shape", [None])[0]

@@ -1,6 +1,7 @@
 """The documentation is right: its code runs, its links resolve, the messages it quotes exist."""
 
 import inspect
+import logging
 import re
 
 import matplotlib
@@ -15,7 +16,7 @@ WITH_CODE = [page for page in PAGES if documentation.python_blocks(page)]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=documentation.name)
-def test_the_code_runs(page, substitutions, tmp_path, monkeypatch):
+def test_the_code_runs(page, substitutions, tmp_path, monkeypatch, request, caplog):
     """All blocks of a page, one after the other, in one namespace."""
     monkeypatch.chdir(tmp_path)
     if page.name == "trl.md":
@@ -26,12 +27,16 @@ def test_the_code_runs(page, substitutions, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     matplotlib.use("agg")
     torch.manual_seed(0)
+    logger = logging.getLogger("apt_kernels")  # a page may set its level
+    request.addfinalizer(lambda level=logger.level: logger.setLevel(level))
     namespace = {"__name__": "__main__"}
     for line, code in documentation.python_blocks(page):
         for written, replacement in substitutions:
             code = code.replace(written, replacement)
         # Errors name the page's own lines.
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+    if page.name == "long-prefixes.md":
+        assert "has the lowest of the losses" in caplog.text, "the page's logging settings do not show the losses"
     if page.name in ("README.md", "quickstart.md"):
         assert namespace["loss"].item() < 0.35, "the learning rate that the page shows does not train"
 

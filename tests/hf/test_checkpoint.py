@@ -510,3 +510,11 @@ def test_an_adapter_of_a_language_model_gives_a_classifier_its_prefixes(tmp_path
     apt_kernels.save(apt_kernels.patch(models.build("llama"), prefix_length=3, trainable="lm_head"), tmp_path / "named")
     with pytest.raises(apt_kernels.AdapterError, match="does not fit"):
         apt_kernels.load(models.build("llama", "AutoModelForSequenceClassification"), tmp_path / "named")
+
+
+def test_a_folder_that_does_not_exist_is_told_from_one_without_an_adapter(tmp_path):
+    model = models.build("llama")
+    with pytest.raises(apt_kernels.AdapterError, match=r"nowhere does not exist; it needs .* apt_kernels\.save"):
+        apt_kernels.load(model, tmp_path / "nowhere")
+    with pytest.raises(apt_kernels.AdapterError, match=r"has no apt_config\.json and no adapter\.safetensors"):
+        apt_kernels.load(model, tmp_path)

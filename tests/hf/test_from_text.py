@@ -167,10 +167,37 @@ def test_messages_and_strings_are_the_tokens_that_the_tokenizer_makes(given, ren
         (CHAT, {}, "input_ids is a list of messages; it needs tokenizer="),
         ("the cat", {}, r"input_ids is a str; .*tokenizer\(text\)\.input_ids, or the text with tokenizer="),
         (CHAT, {"tokenizer": tokenizer(None)}, "the tokenizer cannot read input_ids: .*chat_template"),
-        ([{"rule": "user"}], {"tokenizer": tokenizer("{{ messages[0].role + 'x' }}")}, "the tokenizer cannot read"),
+        (CHAT, {"tokenizer": tokenizer("{{ messages[0].rule + 'x' }}")}, "the tokenizer cannot read"),
         (CHAT, {"tokenizer": models}, "tokenizer is a module; it needs the tokenizer of the model"),
-        ([CHAT, CHAT], {"tokenizer": tokenizer()}, r"input_ids is a list; it needs the token ids of one text"),
-        ("", {"tokenizer": tokenizer()}, r"input_ids is torch.float32|shape \[0\]"),
+        ([CHAT, CHAT], {"tokenizer": tokenizer()}, "input_ids is a list of texts; it needs one text.*pass batches="),
+        (
+            ["the cat", "dog"],
+            {"tokenizer": tokenizer()},
+            r"a list of texts; it needs one text.*input_ids\[0\].*batches=",
+        ),
+        (("the cat",), {"tokenizer": tokenizer()}, "input_ids is a list of texts; it needs one text"),
+        ([[5, 6], [7]], {}, "input_ids is a list of texts; it needs one text"),
+        ([TEXT, TEXT], {}, "input_ids is a list of texts; it needs one text"),
+        ("", {"tokenizer": tokenizer()}, "the text is empty: the tokenizer makes no tokens of input_ids"),
+        ("  ", {"tokenizer": tokenizer()}, "the text is empty: the tokenizer makes no tokens of input_ids"),
+        (CHAT, {"tokenizer": tokenizer("{{ '' }}")}, "the text is empty: the tokenizer makes no tokens of input_ids"),
+        ([], {"tokenizer": tokenizer()}, "the text is empty: input_ids has no tokens; it needs at least one"),
+        ([[]], {}, "the text is empty: input_ids has no tokens"),
+        (torch.tensor([]), {}, "the text is empty: input_ids has no tokens"),
+        (torch.empty(1, 0, dtype=torch.long), {}, "the text is empty: input_ids has no tokens"),
+        (
+            [CHAT[0], "b"],
+            {"tokenizer": tokenizer()},
+            r"input_ids\[1\] is a str, not a message;.*a list of messages needs",
+        ),
+        (["b", CHAT[0]], {"tokenizer": tokenizer()}, r"input_ids\[0\] is a str, not a message"),
+        (
+            [{"from": "user", "value": "a"}],
+            {"tokenizer": tokenizer()},
+            r"input_ids\[0\] has no 'role', but 'from', 'value'",
+        ),
+        ([CHAT[0], {"role": "user"}], {"tokenizer": tokenizer()}, r"input_ids\[1\] has no 'content', but 'role'"),
+        ([{}], {"tokenizer": tokenizer()}, r"input_ids\[0\] has no 'role'; a message needs 'role' and 'content'"),
         ({"role": "user"}, {"tokenizer": tokenizer()}, "input_ids is a dict"),
     ],
 )
@@ -180,6 +207,13 @@ def test_what_is_no_text_is_named(given, options, message):
     with pytest.raises(apt_kernels.ArgumentError, match=message):
         apt_kernels.patch_from_text(model, given, **options)
     assert_unchanged(model, before)
+
+
+def test_a_message_may_have_other_keys_than_content():
+    calls = [CHAT[0], {"role": "assistant", "tool_calls": [{"function": {"name": "cat", "arguments": {}}}]}]
+    model = apt_kernels.patch_from_text(build("llama"), calls, tokenizer=tokenizer())
+    assert {prefix.length for prefix in apt_kernels.prefixes(model).values()} == {11}
+    apt_kernels.unpatch(model)
 
 
 # ---- The best of several texts
@@ -256,7 +290,19 @@ def test_batches_of_a_generator_are_used_for_every_text():
         (CANDIDATES, {"input_ids": TEXT}, "batches is a dict"),
         (CANDIDATES, [TEXT], "a batch is a Tensor"),
         (CANDIDATES, [{"input_ids": TEXT[None]}], "a batch has no labels to predict, but input_ids"),
-        (CANDIDATES, [{"input_ids": TEXT[None], "labels": torch.full((1, 6), -100)}], "no labels to predict"),
+        (CANDIDATES, [{"input_ids": TEXT[None], "labels": torch.full((1, 6), -100)}], "all labels of a batch are -100"),
+        (
+            CANDIDATES,
+            [{"input_ids": TEXT[None], "labels": torch.tensor([[7] + 5 * [-100]])}],
+            "the first token of a row",
+        ),
+        (
+            CANDIDATES,
+            [{"input_ids": TEXT[None], "labels": TEXT.tolist()}],
+            "the labels of a batch are a list; .*tensor",
+        ),
+        ([[7, 8], []], batches(), r"the text is empty: input_ids\[1\] has no tokens"),
+        ([[7, 8], [{"role": "user"}]], batches(), r"input_ids\[1\]\[0\] has no 'content'"),
         (CANDIDATES, [{"ids": TEXT[None], "labels": TEXT[None]}], "cannot run a batch of ids"),
         ([[7, 8], [1, 99999]], batches(), r"input_ids\[1\] has 99999; the model has tokens from 0 to 98"),
         ([[7, 8], "text"], batches(), r"input_ids\[1\] is a str"),

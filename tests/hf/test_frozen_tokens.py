@@ -193,6 +193,9 @@ def test_a_pruned_model_is_saved_and_loaded(tmp_path):
 def test_summary_counts_what_trains():
     model = apt_kernels.patch(models.build("llama"), prefix_length=6, num_frozen_tokens=2)
     found = apt_kernels.summary(model)
+    assert {layer.frozen for layer in found.layers} == {2}
+    assert str(found).count("  6 (2 frozen)  ") == len(found.layers)
+    assert "frozen" not in str(apt_kernels.summary(apt_kernels.patch(models.build("llama"), prefix_length=6)))
     assert found.trainable == sum(layer.parameters for layer in found.layers)
     assert found.trainable == sum(p.numel() for group in apt_kernels.parameter_groups(model) for p in group["params"])
 

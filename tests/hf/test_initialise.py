@@ -196,7 +196,7 @@ def test_a_bad_checkpoint_names_its_fault(harm, message, tmp_path):
         (["a", "b"], "input_ids is a list; it needs the token ids"),
         (torch.ones(2, 5, dtype=torch.long), r"input_ids has the shape \[2, 5\]; it needs .* one text"),
         (torch.ones(5), "input_ids is torch.float32"),
-        ([], r"input_ids is torch.float32|shape \[0\]"),
+        ([], "the text is empty: input_ids has no tokens"),
         ([1, 99999], "input_ids has 99999; the model has tokens from 0 to 98"),
         ([1, -2], "input_ids has -2"),
     ],
@@ -212,3 +212,18 @@ def test_what_is_not_the_token_ids_of_a_text_is_named(given, message):
 def test_a_model_in_the_place_of_a_folder_is_named():
     with pytest.raises(apt_kernels.ArgumentError, match=r"folder is a Linear; it needs the path.*save_pretrained"):
         apt_kernels.patch_from_peft(models.build("llama"), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
+def test_a_model_that_cannot_start_from_a_text_is_told_what_can(family):
+    model = models.build(family)
+    with pytest.raises(apt_kernels.PatchError, match=r"use patch\(model, prefix_length=...\), which starts from"):
+        apt_kernels.patch_from_text(model, [5, 6])
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_a_folder_that_does_not_exist_is_told_from_one_without_a_checkpoint(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = "nowhere does not exist" if folder == "nowhere" else "empty has no adapter_config.json"
+    with pytest.raises(apt_kernels.AdapterError, match=message):
+        apt_kernels.patch_from_peft(models.build("llama"), tmp_path / folder)

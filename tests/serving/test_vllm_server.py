@@ -91,7 +91,7 @@ def test_a_server_whose_adapter_is_refused_ends(folders, tmp_path):
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGTERM)
-    assert "nowhere has no apt_config.json and no adapter.safetensors; it is not an adapter folder" in path.read_text()
+    assert "nowhere does not exist; it needs a folder that apt_kernels.save wrote" in path.read_text()
 
 
 def wait(server, address, log, seconds=300):
