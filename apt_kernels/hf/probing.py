@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import tqdm as progress_bar
+from transformers import logging
 
 from ..errors import ArgumentError, ConfigError, PatchError
 from ..prefix.adaptive import AdaptivePrefix
@@ -337,7 +337,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress
             "the model is on the meta device and has no values; give it values (model.to_empty, its weights)"
         )
     with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        shown = progress_bar(batches, desc="probe", unit="batch", delay=1) if progress else batches
+        shown = logging.tqdm(batches, desc="probe", unit="batch", delay=1) if progress else batches
         for batch in moved(shown, device):
             if "adapter_names" in batch:
                 raise ArgumentError(

@@ -147,9 +147,9 @@ def test_progress_is_shown_where_transformers_shows_it(shown, given, monkeypatch
 
     monkeypatch.setattr(transformers.utils.logging.tqdm_lib, "tqdm", Bar)
     model, batches = patched(), [models.inputs("bert", seed=seed) for seed in range(3)]
-    if given == "disabled":
-        monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
-        given = {}
+    # Another test may have called transformers.logging.disable_progress_bar().
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", given != "disabled")
+    given = {} if given == "disabled" else given
     found = apt_kernels.probe(model, batches, **given)
     assert [(bar.n, bar.total, bar.desc) for bar in bars] == ([(3, 3, "probe")] if shown else [])
     assert found == apt_kernels.probe(model, iter(batches), progress=False)
