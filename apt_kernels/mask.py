@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Mask:
         >>> window = apt_kernels.Mask(causal=True, window=(1023, None))  # the last 1,024 tokens
     """
 
+    __signature__: ClassVar[inspect.Signature]
+
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     query_offset: int | Tensor | None = None
@@ -62,7 +65,7 @@ class Mask:
         """Raise `ArgumentError` for a name that other libraries use."""
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
-                known = ", ".join(cls.__dataclass_fields__)
+                known = ", ".join(field.name for field in fields(cls))
                 hint = f"; use {_NAMED_OTHERWISE[name]}" if name in _NAMED_OTHERWISE else ""
                 raise ArgumentError(f"Mask has no {name!r}{hint}. It has {known}")
         return super().__new__(cls)
@@ -155,7 +158,7 @@ class Mask:
 
 
 # `help` would show that of `__new__`.
-Mask.__signature__ = inspect.Signature(list(inspect.signature(Mask.__init__).parameters.values())[1:])  # type: ignore[attr-defined]
+Mask.__signature__ = inspect.Signature(list(inspect.signature(Mask.__init__).parameters.values())[1:])
 
 
 def visible_keys(

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,23 +86,29 @@ def save(
     if folder is None and repo_id is None:
         raise AdapterError("folder and repo_id are None; save needs one of them")
     unsaved.warn_of_others(model, state_of(model))
-    given: dict[str, Any] = {"private": private, "commit_message": commit_message, "subfolder": subfolder}
-    save_adapter(model, folder, adapter=adapter, repo_id=repo_id, metrics=metrics, state_dict=state_dict, **given)
+    upload = Upload(repo_id, private, commit_message, subfolder)
+    save_adapter(model, folder, adapter, state_dict, upload, metrics)
+
+
+class Upload(NamedTuple):
+    """Where `save` uploads an adapter to; see its arguments."""
+
+    repo_id: str | None = None
+    private: bool | None = None
+    commit_message: str | None = None
+    subfolder: str | None = None
 
 
 def save_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike | None = None,
-    *,
+    model,
+    folder,
     adapter: str | None = None,
-    repo_id: str | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    subfolder: str | None = None,
-    metrics: Mapping[str, float] | None = None,
     state_dict: dict[str, Tensor] | None = None,
+    upload: Upload | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """`save`, where the caller saves PEFT's weights."""
+    repo_id, private, commit_message, subfolder = upload or Upload()
     if folder is not None:
         check_path(folder)
     _check_upload(private, commit_message, metrics)
@@ -537,7 +543,8 @@ def _check(file: AdapterFile, target: _Adapter, parameters: Mapping[str, Tensor]
             )
         if list(entry.shape) != wanted[name]:
             raise AdapterError(f"{file.path}: {name} is {list(entry.shape)}; the model's is {wanted[name]}")
-    missing = next((name for name in wanted if name not in file.entries and name not in _new_heads(file, target)), None)
+    new = _new_heads(file, target)
+    missing = next((name for name in wanted if name not in file.entries and name not in new), None)
     if missing is not None:
         raise AdapterError(f"{file.path} lacks {missing}, which the model needs")
 

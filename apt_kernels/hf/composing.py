@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def _config(
         common[each] = values.pop() if len(values) == 1 else defaults[each]
     return AptConfig(
         prefix_length=lengths[0] if len(set(lengths)) == 1 else tuple(lengths),
-        gate=gate,  # type: ignore[arg-type]
+        gate=cast("gates.GateName", gate),
         layer_scale=any(config.layer_scale for config in configs),
         num_frozen_tokens=_frozen(configs, parts) or None,
         trainable=trainable.pop() if len(trainable) == 1 else tuple(f"^{re.escape(each)}$" for each in sorted(trained)),

@@ -80,8 +80,6 @@ def make_inputs(
     gate, gate_index = _gate(gate, gate_index, batch, queries, length, device)
     if sinks is not None:
         _check_float("sinks", sinks, (heads,), device)
-    offset, offset_tensor = _offset(mask, keys - queries)
-    window_left, window_right = mask.window_sizes
     return Inputs(
         query=query,
         key=key,
@@ -91,24 +89,33 @@ def make_inputs(
         gate=gate,
         layer_scale=_layer_scale(layer_scale, adapters, device),
         sinks=sinks,
-        bias=_four_d(mask.bias),
         gate_index=gate_index,
-        dense=_four_d(mask.dense),
-        key_padding=mask.key_padding,
-        query_segments=mask.query_segments,
-        key_segments=mask.key_segments,
-        query_offset=offset_tensor,
         seed=_seed(dropout_p, seed, device),
         prefix_index=prefix_index,
         prefix_lengths=prefix_lengths,
-        offset=offset,
-        causal=bool(mask.causal),
-        window_left=window_left,
-        window_right=window_right,
         scale=head_dim**-0.5 if scale is None else _finite("scale", scale),
         softcap=_softcap(softcap),
         dropout_p=float(dropout_p),
+        **_of_mask(mask, keys - queries),
     )
+
+
+def _of_mask(mask: Mask, default_offset: int) -> dict[str, Any]:
+    """The fields of `Inputs` that a mask gives."""
+    offset, query_offset = _offset(mask, default_offset)
+    window_left, window_right = mask.window_sizes
+    return {
+        "bias": _four_d(mask.bias),
+        "dense": _four_d(mask.dense),
+        "key_padding": mask.key_padding,
+        "query_segments": mask.query_segments,
+        "key_segments": mask.key_segments,
+        "query_offset": query_offset,
+        "offset": offset,
+        "causal": bool(mask.causal),
+        "window_left": window_left,
+        "window_right": window_right,
+    }
 
 
 def _ordinary(query, key, value, prefix_key, prefix_value, gate, layer_scale, mask, scale, dropout_p) -> Inputs | None:
@@ -154,8 +161,6 @@ def _ordinary(query, key, value, prefix_key, prefix_value, gate, layer_scale, ma
         return None
     else:
         mask.check(batch, heads, queries, keys, query.device)
-    offset, offset_tensor = _offset(mask, keys - queries)
-    window_left, window_right = mask.window_sizes
     return Inputs(
         query=query,
         key=key,
@@ -164,17 +169,8 @@ def _ordinary(query, key, value, prefix_key, prefix_value, gate, layer_scale, ma
         prefix_value=prefix_value,
         gate=gate,
         layer_scale=layer_scale,
-        bias=_four_d(mask.bias),
-        dense=_four_d(mask.dense),
-        key_padding=mask.key_padding,
-        query_segments=mask.query_segments,
-        key_segments=mask.key_segments,
-        query_offset=offset_tensor,
-        offset=offset,
-        causal=bool(mask.causal),
-        window_left=window_left,
-        window_right=window_right,
         scale=head_dim**-0.5 if scale is None else scale,
+        **_of_mask(mask, keys - queries),
         **_ABSENT,
     )
 

@@ -13,6 +13,8 @@ import torch
 
 import apt_kernels
 
+from . import sharing
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("numpy", "peft", "pytest-benchmark")
@@ -108,3 +110,11 @@ def commit() -> dict:
         "id": identity,
         "dirty": bool(git("status", "--porcelain", "--", "apt_kernels", "bench", "csrc", ":(exclude)bench/results")),
     }
+
+
+def conditions(settings: str) -> str:
+    """A line under a table of CPU times: the machine, the settings, the commit, and whether the machine was idle."""
+    code, busy = commit(), sharing.busy_cores()
+    changed = " with changes" if code["dirty"] else ""
+    others = "" if busy is None or busy < sharing.BUSY else f"; not idle, other processes used {busy:.1f} cores"
+    return f"{line(machine(torch.device('cpu')))}; {settings}, commit {code['id'][:12]}{changed}{others}"

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 import apt_kernels
-from bench.common import sharing
-from bench.common.machine import commit, line, machine
+from bench.common.machine import conditions
 from bench.common.markdown import markdown
 
 from .models import with_same_weights
@@ -135,9 +134,5 @@ def main(given: list[str] | None = None) -> int:
                 lines.append((cache, str(rows), said, f"{low:.0f}", f"{median:.0f} ({first:.0f} to {third:.0f})"))
     print(markdown(("cache", "rows", "step", "fifth percentile", "median (quartiles)"), lines))
     settings = f"{options.rounds} rounds, prefix {options.length}, prompt {options.prompt}"
-    code = commit()
-    settings += f", commit {code['id'][:12]}{' with changes' if code['dirty'] else ''}"
-    busy = sharing.busy_cores()
-    others = "" if busy is None or busy < sharing.BUSY else f"; not idle, other processes used {busy:.1f} cores"
-    print(f"\n{line(machine(torch.device('cpu')))}; {settings}{others}")
+    print(f"\n{conditions(settings)}")
     return 0

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import apt_kernels
-from bench.common import sharing
-from bench.common.machine import commit, line, machine
+from bench.common.machine import conditions
 from bench.common.markdown import markdown
 
 from .models import with_same_weights
@@ -178,10 +177,6 @@ def main(given: list[str] | None = None) -> int:
     print(markdown(("pass", "adapters", "call", "ms", "relative to one adapter: median (quartiles)"), lines))
     sizes = ", ".join(f"{name} {size:,} bytes" for name, size in found["bytes"].items())
     settings = f"{options.rounds} rounds, {ROWS} rows, prefix {options.length}, LoRA rank {options.rank}"
-    code = commit()
-    settings += f", commit {code['id'][:12]}{' with changes' if code['dirty'] else ''}"
-    busy = sharing.busy_cores()
-    others = "" if busy is None or busy < sharing.BUSY else f"; not idle, other processes used {busy:.1f} cores"
     print(f"\nAn adapter's parameters: {sizes}.")
-    print(f"{line(machine(torch.device('cpu')))}; {settings}{others}")
+    print(conditions(settings))
     return 0

@@ -76,7 +76,9 @@ def test_a_path_that_cannot_be_written(made, tmp_path):
         assert tree(tmp_path) == before
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions bind no administrator")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0, reason="the administrator, or this system, may write in a read-only folder"
+)
 def test_a_folder_without_permission(tmp_path):
     model = apt_kernels.patch(llama(), prefix_length=4)
     tmp_path.chmod(0o555)

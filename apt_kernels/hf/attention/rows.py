@@ -167,7 +167,7 @@ def _constant(prefix: Any, module: nn.Module) -> Any:
 def serving(module) -> tuple[Any, Mixture | None]:
     """The prefix with which a module attends now, None: without one; and the mixture, of which it is the first."""
     prefix, local = getattr(module, "apt", None), calls.local
-    several = getattr(module, "apt_others", None) is not None
+    several = "apt_others" in module._modules
     if prefix is None and local.rows is None and not several:
         return None, None
     if local.disabled and calls.disabling_of(getattr(module, "apt_token", None)) is not None:

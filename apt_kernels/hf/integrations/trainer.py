@@ -8,7 +8,6 @@ import shutil
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ...errors import AdapterError, PatchError
 from .. import compat, events, offload, weights
 from ..adapter_file import refuse_file, replacing, write_tensors, writing
 from ..adapters import adapters, set_adapter
-from ..checkpoint import WEIGHTS, check_path, save_adapter, save_unfolded, weights_to_write, whole
+from ..checkpoint import WEIGHTS, Upload, check_path, save_adapter, save_unfolded, weights_to_write, whole
 from ..state import State, is_saved, named_parameters, state_of
 from ..trainable import trainable_names
 from . import sentence_transformers
@@ -81,9 +80,9 @@ class SavePretrained:
             type(self.model).save_pretrained(self.model, folder, is_main_process=is_main_process)
         if state_dict is None:
             return
-        hub: dict[str, Any] = {"repo_id": kwargs.get("repo_id") or folder.name} if push_to_hub else {}
-        hub |= {name: kwargs.get(name) for name in ("private", "commit_message")}
-        save_adapter(self.model, folder, state_dict=state_dict, **hub)
+        to = (kwargs.get("repo_id") or folder.name) if push_to_hub else None
+        upload = Upload(to, kwargs.get("private"), kwargs.get("commit_message"))
+        save_adapter(self.model, folder, state_dict=state_dict, upload=upload)
         _warn_of_other_adapters(state_of(self.model))
         with writing(folder):
             self._write_beside(folder, state_dict, theirs)

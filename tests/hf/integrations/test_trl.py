@@ -13,10 +13,9 @@ import apt_kernels
 from helpers import models
 from helpers.patched import randomise
 
+# The extra "test" has TRL for Python 3.11 or newer, and TRL has datasets; Python 3.10 has neither.
 trl = pytest.importorskip("trl", reason="TRL is not installed (it needs Python 3.11)")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed; TRL needs it")
-
-from trl.trainer.utils import add_fused_lm_head  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(90)]
 SIZE = 8  # rows of the data
@@ -290,7 +289,7 @@ def test_reference_of_grpo_and_rloo(name, own, folder, tokenizer, tmp_path):
     reference = apt_kernels.reference_model(model, prefix=own)
     trainer = grpo(model, tokenizer, tmp_path, name, beta=0.0)
     assert trainer.ref_model is None
-    add_fused_lm_head(reference, temperature=trainer.temperature)
+    trl.trainer.utils.add_fused_lm_head(reference, temperature=trainer.temperature)
     trainer.ref_model, trainer.beta = reference, 0.1
     trainer.train()
     divergence = logged(trainer, "kl")
