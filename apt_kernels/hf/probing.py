@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import logging
 
 from ..errors import ArgumentError, ConfigError, PatchError
+from ..ops.values import check_flag
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
 from .adapter_file import writing
@@ -186,8 +187,7 @@ class Probe:
             isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf
         ):
             raise ArgumentError(f"threshold is {threshold!r}; it needs a finite number of at least 0")
-        if not isinstance(grow, bool):
-            raise ArgumentError(f"grow is {grow!r}; it needs True or False")
+        check_flag("grow", grow)
         if threshold is not None:
             found = [
                 sum(i < layer.frozen or abs(weight) >= threshold for i, weight in enumerate(layer.effective))
@@ -328,8 +328,7 @@ def probe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress
     state = state_of(model)
     refuse_several(state, "to probe")
     check_batches(batches)
-    if not isinstance(progress, bool):
-        raise ArgumentError(f"progress is {progress!r}; it needs True or False")
+    check_flag("progress", progress)
     watches = {name: _Watch(prefix) for name, prefix in state.prefixes.items()}
     examples, device = 0, offload.device(state.model)
     if device.type == "meta":

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ArgumentError, PatchError
+from ..errors import PatchError
+from ..ops.values import check_flag
 from . import events, offload
 from .patching import detach
 from .state import Parked, refuse_several, state_of
@@ -50,8 +51,7 @@ def reference_model(model: nn.Module, *, prefix: bool = True) -> PreTrainedModel
         False
     """
     state = state_of(model)
-    if not isinstance(prefix, bool):
-        raise ArgumentError(f"prefix is {prefix!r}; it needs True or False")
+    check_flag("prefix", prefix)
     base = state.model
     refuse_several(state, "that is to be the reference")
     _refuse(model, base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -190,3 +190,13 @@ def test_autocast_takes_any_mixture(autocast, dtype, prefix_dtype):
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)  # one rounding to bfloat16 is 0.004
     out.sum().backward()
     assert all(part.grad.dtype == prefix_dtype for part in prefix)
+
+
+def test_tensors_are_all_fields_that_hold_one():
+    """They are listed by hand, since this runs in each layer of a decoding step."""
+    names = [field.name for field in fields(Inputs)]
+    given = {field.name: torch.zeros(1) if "Tensor" in str(field.type) else 0 for field in fields(Inputs)}
+    found = Inputs(**given).tensors()
+    wanted = [given[name] for name in names if isinstance(given[name], Tensor)]
+    assert [id(part) for part in sorted(found, key=id)] == [id(part) for part in sorted(wanted, key=id)]
+    assert len(found) == names.index("offset")
