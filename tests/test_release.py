@@ -5,14 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 import pytest
 import yaml
 
 import apt_kernels
-from helpers.documentation import ROOT
+from helpers.documentation import ROOT, script
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,13 +20,6 @@ else:
 
 needs_tomllib = pytest.mark.skipif(tomllib is None, reason="tomllib comes with Python 3.11")
 VERSION = apt_kernels.__version__
-
-
-def script():
-    spec = util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -53,7 +45,7 @@ def ready(tmp_path) -> Path:
 
 @needs_tomllib
 def test_a_tree_that_is_ready_is_released(ready):
-    assert script().missing(ready, f"v{VERSION}") == []
+    assert script(".ci/release.py").missing(ready, f"v{VERSION}") == []
 
 
 @needs_tomllib
@@ -85,7 +77,7 @@ def test_a_tree_that_is_ready_is_released(ready):
 )
 def test_what_is_missing_is_named(ready, file, old, new, tag, message):
     edit(ready / file, old, new)
-    assert any(message in line for line in script().missing(ready, tag))
+    assert any(message in line for line in script(".ci/release.py").missing(ready, tag))
 
 
 @needs_tomllib
@@ -105,7 +97,8 @@ def test_a_tag_is_checked_before_it_is_built_and_only_then_published():
     commands = [step.get("run", "") for step in jobs["build"]["steps"]]
     checked = next(i for i, command in enumerate(commands) if ".ci/release.py" in command)
     assert checked < commands.index("python -m build")
-    assert jobs["install"]["needs"] == "build"
+    assert jobs["library"]["needs"] == "build"
+    assert jobs["install"]["needs"] == ["build", "library"]
     assert jobs["publish"]["needs"] == "install"
     # Trusted publishing: the one job that may ask for an identity, and no secret anywhere.
     assert [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})] == ["publish"]
@@ -116,7 +109,7 @@ def test_a_tag_is_checked_before_it_is_built_and_only_then_published():
 
 def test_the_oldest_versions_of_the_workflow_are_those_of_the_package():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    oldest = workflow("release.yml")["jobs"]["install"]["strategy"]["matrix"]["include"][0]
+    oldest = workflow("release.yml")["jobs"]["install"]["strategy"]["matrix"]["with"][0]
     wanted = (
         re.search(r'requires-python = ">=([\d.]+)"', project)[1],
         re.findall(r'"((?:torch|transformers)>=[^"]+)"', project),

@@ -1,6 +1,5 @@
 """``examples/self_study.py``: it learns, continues after an interrupt, and says what the prefix costs."""
 
-import importlib.util
 import json
 
 import pytest
@@ -9,17 +8,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import apt_kernels
 from helpers import chats, pretrained
-from helpers.documentation import ROOT
+from helpers.documentation import script
 
 TEXT = "the cat is red . the dog is green . the bird lives in the old tree . the fish lives in the blue sea ."
 
 
 @pytest.fixture
 def self_study():
-    spec = importlib.util.spec_from_file_location("self_study", ROOT / "examples" / "self_study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("examples/self_study.py")
 
 
 SMALL = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -17,6 +19,14 @@ PAGES = [
 ]
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def script(path: str) -> ModuleType:
+    """A Python file of the repository that is in no package, imported anew."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def name(page: Path) -> str:

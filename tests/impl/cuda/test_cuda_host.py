@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from dataclasses import replace
 from itertools import product
 
@@ -229,34 +227,3 @@ def test_the_host_build_is_never_chosen_by_itself(monkeypatch):
     monkeypatch.setattr(library, "host", None)
     with pytest.raises(ImplementationError, match=r"implementation 'cuda' cannot serve this call: .*(library|device)"):
         choose.choose(x, "cuda")
-
-
-# What torch 2.11's libtorch_cpu.so exports of the C functions behind the stable ABI, as far as it is used here.
-_STABLE_IN_2_11 = {
-    "aoti_torch_": """
-        abi_version delete_library_object delete_tensor_object get_data_ptr get_dim get_dtype
-        get_size get_stride library_def library_init_def library_init_impl
-    """,
-    "aoti_torch_dtype_": """
-        bfloat16 bool complex128 complex32 complex64 element_size float16 float32 float64
-        float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz int16 int32 int64 int8 uint16
-        uint32 uint64 uint8
-    """,
-    "torch_": """
-        delete_list library_impl list_get_item list_push_back list_size new_list_reserve_size
-        new_string_handle
-    """,
-    "torch_dtype_": "float4_e2m1fn_x2 float8_e8m0fnu",
-}
-
-
-def test_one_binary_for_every_torch_from_2_11():
-    """Only the library's binding uses torch, and only these C functions."""
-    found = subprocess.run(["nm", "-D", "--undefined-only", cuda_host.library()], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    undefined = {line.split()[-1].partition("@")[0] for line in found.stdout.splitlines()}
-    of_torch = {name for name in undefined if re.search("torch|c10|2at", name)}
-    allowed = {prefix + name for prefix, names in _STABLE_IN_2_11.items() for name in names.split()}
-    assert "aoti_torch_library_def" in of_torch
-    assert of_torch <= allowed
-    assert not [name for name in undefined if re.match("Py|_Py|cuda|cu[A-Z]", name)]
