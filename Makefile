@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 # user's cache, in a folder named by a checksum of its requirements.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/apt_kernels/vllm-$(shell cat requirements-vllm.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo bench docs test test-vllm lint format fuzz sweep support cuda library report rates sanitize clean
+.PHONY: help demo bench docs test test-vllm lint format fuzz sweep support cuda library report rates flash4 sanitize clean
 
 help:
 	@echo 'make demo   a real decoder reads a text into a prefix, learns, answers; write demo-output/ (set-up included)'
@@ -27,6 +27,7 @@ help:
 	@echo 'make library   build the CUDA library into the source tree; needs nvcc (TORCH_CUDA_ARCH_LIST: for which chips)'
 	@echo 'make report    compile the CUDA kernels; registers, spills, shared memory; needs nvcc'
 	@echo 'make rates     instructions of the Triton kernels for each element, held to their budgets, on two Tritons'
+	@echo 'make flash4    compile flash-attn-4 as the strategy merge_flash4 calls it, in an environment of its own in the cache'
 	@echo 'make sanitize  the CUDA kernels on the CPU under the address, undefined-behaviour and thread sanitizers'
 	@echo 'make clean  remove what make made'
 
@@ -99,6 +100,9 @@ report: $(VENV)/stamp
 rates: $(VENV)/stamp
 	$(RUN) -m bench compiled rates $(ARGS)
 	$(RUN) -m bench compiled rates --triton 3.6.0 $(ARGS)
+
+flash4: $(VENV)/stamp
+	$(RUN) -m bench compiled flash4 $(ARGS)
 
 sanitize: $(VENV)/stamp
 	PYTHONPATH=.:tests $(RUN) -m helpers.sanitize $(ARGS)

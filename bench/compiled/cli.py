@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "report": "bench.compiled.report",
     "library": "bench.compiled.cuda_report",
+    "flash4": "bench.compiled.flash4",
     "launches": "bench.compiled.launches",
     "overhead": "bench.compiled.launch_overhead",
     "rates": "bench.compiled.rates",

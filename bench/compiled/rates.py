@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common import packages
 from .aot_compile import CHIPS, VARIANTS, Job, run_launchers
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -105,6 +106,11 @@ def _loops(found: list[tuple[str, str]], labels: dict[str, int]) -> list[list[st
     return [body for body in bodies if any(_PRODUCTS.match(name) for name in body)]
 
 
+def product_loops(cubin: bytes) -> list[list[str]]:
+    """The names of the instructions of each innermost loop with matrix products, in NVIDIA's code."""
+    return _loops(*_nvidia(cubin))
+
+
 def places(kernel: str, named: dict) -> list[tuple[str, int]]:
     """The loops of products of a kernel in the order of its code, with the elements of the tile of each."""
     constants = named["C"]
@@ -186,10 +192,7 @@ def faults(loop: Loop, allowed: dict[str, dict[str, float]], triton: str) -> lis
 
 def with_triton(release: str, arguments: list[str]) -> int:
     """Count with another release of Triton, in a process of its own; it is installed into the user's cache."""
-    folder = Path.home() / ".cache" / "apt_kernels" / f"triton-{release}"
-    if not (folder / "triton").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        subprocess.run([*pip, f"triton=={release}"], check=True)
+    folder = packages.installed(f"triton-{release}", f"triton=={release}")
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "bench", "compiled", "rates", *arguments]
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode

@@ -29,7 +29,7 @@ Operands = dict[str, Tensor | None]
 PER_QUERY = "does not apply: every query would need keys of its own"
 CUDA_ONLY = "a CUDA kernel"
 # Strategies that an implementation can be forced to use; its own choice is measured under its plain name.
-STRATEGIES = {"cpu": ("merge", "concat", "blockwise"), "triton": ("merge", "fused")}
+STRATEGIES = {"cpu": ("merge", "concat", "blockwise"), "triton": (*stock.KERNELS, "fused")}
 # The specification materialises every score, so it is measured up to this many only.
 REFERENCE_SCORES = 1 << 23
 
@@ -242,8 +242,8 @@ def _forced_obstacle(implementation: str, strategy: str, problem: Problem) -> st
     obstacle = _obstacle(implementation, problem)
     if obstacle is None and _strategy(implementation, problem) == strategy:
         return f"what ours:{implementation} chooses here"
-    if obstacle is None and (implementation, strategy) == ("triton", "merge"):
-        return stock.obstacle(_inputs(problem))
+    if obstacle is None and implementation == "triton" and strategy in stock.KERNELS:
+        return stock.KERNELS[strategy].obstacle(_inputs(problem))
     if obstacle is None and strategy == "concat":
         if problem.shape.gate_per_query:
             return PER_QUERY

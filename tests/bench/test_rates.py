@@ -54,18 +54,17 @@ def test_another_triton_is_counted_in_a_process_of_its_own(monkeypatch, tmp_path
     asked = []
 
     def run(command, **named):
-        asked.append((command[1:], named.get("env", {}).get("PYTHONPATH")))
+        asked.append((command[1:], named["env"]["PYTHONPATH"]))
         return SimpleNamespace(returncode=3)
 
     monkeypatch.setattr(rates.subprocess, "run", run)
-    monkeypatch.setattr(rates.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(rates.packages, "installed", lambda *given: asked.append(given) or tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert rates.main(["--head", "64", "--triton", "3.6.0", "--update"]) == 3
-    folder = str(tmp_path / ".cache" / "apt_kernels" / "triton-3.6.0")
-    (installed, _), (counted, path) = asked
-    assert installed[-2:] == [folder, "triton==3.6.0"]
+    installed, (counted, path) = asked
+    assert installed == ("triton-3.6.0", "triton==3.6.0")
     assert counted == ["-m", "bench", "compiled", "rates", "--head", "64", "--update"]
-    assert path == folder
+    assert path == str(tmp_path)
 
 
 def test_what_is_at_fault():

@@ -18,8 +18,9 @@ def _interpreted() -> bool:
 
 
 class Triton(Backend):
-    """``"split"``: few queries, the keys divided among programs; ``"merge"``: a library's kernel on the tokens, merged
-    with the prefix through the log-sum-exp; ``"fused"``: prefix and tokens in one kernel."""
+    """``"split"``: few queries, the keys divided among programs; ``"merge"`` (cuDNN)
+    and ``"merge_flash4"`` (flash-attn-4): a library's kernel on the tokens, merged with the prefix through the
+    log-sum-exp; ``"fused"``: prefix and tokens in one kernel."""
 
     name = "triton"
 
@@ -47,7 +48,8 @@ class Triton(Backend):
         architecture = tiles.architecture(x.query.device)
         if tiles.is_split(x, architecture):
             return "split"
-        return "merge" if tiles.is_merged(x, architecture) and stock.obstacle(x) is None else "fused"
+        merged = tiles.merged_by(x, architecture)
+        return merged if merged and stock.KERNELS[merged].obstacle(x) is None else "fused"
 
     def forward(self, x: Inputs, plan: Plan) -> Result:
         from . import attend

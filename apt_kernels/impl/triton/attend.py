@@ -1,6 +1,7 @@
 """Forward: each program processes a tile of queries of one head over the prefix, then over the visible tokens.
 
-With ``merge``, a library's kernel computes the tokens; the program starts from its result and adds the prefix.
+With ``merge`` and ``merge_flash4``, a library's kernel computes the tokens; the program starts from its result and adds
+the prefix.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def attention_forward(
 
 
 def forward(x: Inputs, strategy: str) -> tuple[Tensor, Tensor]:
-    """The op's forward, ``"fused"``, ``"split"`` or ``"merge"``."""
+    """The op's forward: ``"fused"``, ``"split"``, or the name of a stock kernel."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
     problem = Problem(x)
     out = heads_last_empty(x.query, batch, heads, queries, value_dim)
@@ -173,11 +174,13 @@ def forward(x: Inputs, strategy: str) -> tuple[Tensor, Tensor]:
     if strategy == "split":
         split_forward(problem, rows(out), logsumexp)
         return out, logsumexp
-    tokens, tokens_logsumexp = stock.forward(x) if strategy == "merge" else (None, None)
+    kernel = stock.KERNELS.get(strategy)
+    tokens, tokens_logsumexp = kernel.forward(x) if kernel else (None, None)
+    sinks = None if kernel and kernel.takes_sinks else x.sinks
     tile, first, to = problem.tile("forward"), rows(tokens), rows(out)
     launch(
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
-        problem.operands, first, tokens_logsumexp, to, logsumexp, x.sinks, problem.gate, problem.seen, x.seed,
+        problem.operands, first, tokens_logsumexp, to, logsumexp, sinks, problem.gate, problem.seen, x.seed,
         (odd(problem.band(tile)),), problem.numbers, *problem.scales, C=problem.constants(first, to),
         ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
     )  # fmt: skip

@@ -210,9 +210,10 @@ def backward(
     """The op's backward; only the gradients in ``needs`` are computed. ``strategy`` as in `attend.forward`."""
     need, grads = dict(zip(DIFFERENTIABLE, needs)), dict.fromkeys(DIFFERENTIABLE)
     of_query, still = None, need
-    # The library's backward takes no gradient of the log-sum-exp; ours does, whichever strategy the forward used.
-    if strategy == "merge" and grad_logsumexp is None and any(needs[:3]):
-        of_query, grads["key"], grads["value"] = stock.backward(x, out, logsumexp, grad_out)
+    kernel = stock.KERNELS.get(strategy)
+    # Ours takes a gradient of the log-sum-exp, whichever strategy the forward used; a library's may not.
+    if kernel and (grad_logsumexp is None or kernel.takes_logsumexp_gradient) and any(needs[:3]):
+        of_query, grads["key"], grads["value"] = kernel.backward(x, out, logsumexp, grad_out, grad_logsumexp)
         still = need | {"key": False, "value": False}
     problem, d_out = Problem(x), rows(grad_out)
     rest = (logsumexp, grad_logsumexp, of_query if need["query"] else None, need["query"])

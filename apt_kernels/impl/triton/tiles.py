@@ -140,8 +140,8 @@ _PROCESSORS = {
     "sm_80": 108, "sm_86": 84, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx90a": 104, "gfx942": 304,
     "interpreter": 1,
 }  # fmt: skip
-# The number of tokens from which `merge` is used, by architecture and head size. Not measured yet: no entries.
-_MERGED: dict[tuple[str, int], int] = {}
+# By architecture and head size, a stock kernel and the number of tokens from which it is used. Not measured: empty.
+_MERGED: dict[tuple[str, int], tuple[str, int]] = {}
 ARCHITECTURES = tuple(sorted(_TABLE))
 WIDTHS = (2, 4, 8)
 HEADS = (64, 128, 256)
@@ -238,10 +238,10 @@ def is_split(x: Inputs, architecture: str) -> bool:
     return queries == 1 or (few and keys >= _split_sizes(architecture)[1])
 
 
-def is_merged(x: Inputs, architecture: str) -> bool:
-    """Whether to use ``merge`` where a stock kernel supports the call (see `stock.obstacle`)."""
-    least = _MERGED.get((architecture, padded(x.query.shape[3])))
-    return least is not None and min(x.query.shape[2], x.key.shape[2]) >= least
+def merged_by(x: Inputs, architecture: str) -> str | None:
+    """The stock kernel to use where it supports the call (see `stock.Kernel`); None: none."""
+    name, least = _MERGED.get((architecture, padded(x.query.shape[3])), (None, 0))
+    return name if min(x.query.shape[2], x.key.shape[2]) >= least else None
 
 
 def splits(architecture: str, programs: int, columns: int) -> int:

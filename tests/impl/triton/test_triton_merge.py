@@ -12,9 +12,11 @@ import apt_kernels
 from apt_kernels import Mask
 from apt_kernels.impl.inputs import DIFFERENTIABLE
 from apt_kernels.ops import choose
+from helpers import merged as merged_calls
 from helpers.accuracy import check, differentiable, poisoned_memory
 from helpers.cases import Case, cases, examples
-from helpers.kernels import BACKWARD, DEVICE
+from helpers.kernels import DEVICE
+from helpers.merged import use
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -25,32 +27,12 @@ PLAIN = Case(batch=2, kv_heads=1, group=2, dtype=DTYPES[0], prefix_dtype=torch.f
 
 @pytest.fixture(autouse=True)
 def merged(monkeypatch):
-    """Use "merge" for every head size, from one token on."""
-    from apt_kernels.impl.triton import tiles
-
-    architecture = tiles.architecture(torch.device(DEVICE))
-    for dim in (16, 32, 64, 128, 256):
-        monkeypatch.setitem(tiles._MERGED, (architecture, dim), 1)
+    use(monkeypatch, "merge")
 
 
 def hold(x, fused_backward: bool = False, wanted=None) -> None:
-    """Check it by the error rule; the stock kernel computes the tokens in the forward, and in the backward unless
-    ``fused_backward``."""
-    from apt_kernels.impl.triton import stock
-    from apt_kernels.impl.triton.arguments import LAUNCHES
-
-    assert choose.choose(x, "triton").strategy == "merge"
-    LAUNCHES.clear()
-    calls = []
-    own = stock.forward, stock.backward
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stock, "forward", lambda *args: calls.append("forward") or own[0](*args))
-        patch.setattr(stock, "backward", lambda *args: calls.append("backward") or own[1](*args))
-        generator = torch.Generator().manual_seed(7)
-        check(x, "triton", wanted=wanted, generator=generator, logsumexp_gradient=fused_backward)
-    assert dict(LAUNCHES) == dict.fromkeys({"attention_forward"} | BACKWARD, 1)
     alone = fused_backward or (wanted is not None and not set(wanted) & {"query", "key", "value"})
-    assert calls == (["forward"] if alone else ["forward", "backward"])
+    merged_calls.hold(x, "merge", forward_alone=alone, wanted=wanted, logsumexp_gradient=fused_backward)
 
 
 @pytest.mark.parametrize("gate", ["none", "static", "row", "query", "indexed", "indexed_query"])
@@ -195,10 +177,10 @@ def test_torch_compile():
     ids=str,
 )
 def test_what_no_stock_kernel_takes_is_fused(change, reason):
-    from apt_kernels.impl.triton import stock
+    from apt_kernels.impl.triton.stock import cudnn
 
     x = replace(PLAIN, **change).inputs(DEVICE)
-    assert reason in stock.obstacle(x)
+    assert reason in cudnn.obstacle(x)
     assert choose.choose(x, "triton").strategy == "fused"
 
 
@@ -215,46 +197,46 @@ def test_what_no_stock_kernel_takes_is_fused(change, reason):
     ids=str,
 )
 def test_what_cudnn_takes(change, reason, monkeypatch):
-    from apt_kernels.impl.triton import stock
+    from apt_kernels.impl.triton.stock import cudnn
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    found = stock._cudnn_obstacle(replace(PLAIN, **{"dtype": torch.bfloat16, **change}).inputs())
+    found = cudnn._cudnn_obstacle(replace(PLAIN, **{"dtype": torch.bfloat16, **change}).inputs())
     assert found is None if reason is None else reason in found
 
 
 def test_cudnn_takes_rows_at_multiples_of_16_bytes(monkeypatch):
-    from apt_kernels.impl.triton import stock
+    from apt_kernels.impl.triton.stock import cudnn
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     x = replace(PLAIN, dtype=torch.bfloat16).inputs()
     for columns, taken in ((slice(8, 32), True), (slice(4, 28), False)):
         wide = torch.cat([x.key, x.key], dim=-1)
-        assert (stock._cudnn_obstacle(replace(x, key=wide[..., columns])) is None) == taken
+        assert (cudnn._cudnn_obstacle(replace(x, key=wide[..., columns])) is None) == taken
     odd = torch.cat([x.key, x.key[..., :1]], dim=-1)[..., :-1]
-    assert "multiples of 16 bytes" in stock._cudnn_obstacle(replace(x, key=odd))
+    assert "multiples of 16 bytes" in cudnn._cudnn_obstacle(replace(x, key=odd))
 
 
 def test_wide_heads_go_to_cudnn_on_hopper(monkeypatch):
-    from apt_kernels.impl.triton import stock
+    from apt_kernels.impl.triton.stock import cudnn
 
     for capability, version, most in (((9, 0), 91000, 256), ((9, 0), 90900, 128), ((10, 0), 91000, 128)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda found=version: found)
-        assert stock._most_columns(torch.device("cuda")) == most
+        assert cudnn._most_columns(torch.device("cuda")) == most
 
 
 def test_cudnn_is_not_asked_for_deterministic_gradients(monkeypatch):
-    from apt_kernels.impl.triton import stock
+    from apt_kernels.impl.triton.stock import cudnn
 
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     x = replace(PLAIN, dtype=torch.bfloat16).inputs()
     torch.use_deterministic_algorithms(True)
     try:
-        assert "not deterministic" in stock._cudnn_obstacle(x)
+        assert "not deterministic" in cudnn._cudnn_obstacle(x)
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    assert stock._cudnn_obstacle(x) == "cuDNN is not available"
+    assert cudnn._cudnn_obstacle(x) == "cuDNN is not available"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -262,17 +244,17 @@ def test_cudnn_is_called_as_torch_declares_it(causal):
     """Without a device: the results of the operators' shape functions have the layout that the kernels expect."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from apt_kernels.impl.triton import stock
+    from apt_kernels.impl.triton.stock import cudnn
 
     case = replace(PLAIN, dtype=torch.bfloat16, head_dim=64, value_dim=64, causal=causal)
     with FakeTensorMode(allow_non_fake_inputs=True):
         drawn = case.inputs()
         parts = {name: torch.empty_like(getattr(drawn, name), device="cuda") for name in ("query", "key", "value")}
         x = replace(drawn, **parts)
-        out, logsumexp = stock.forward(x)
+        out, logsumexp = cudnn.forward(x)
         assert out.shape == x.query.shape
         assert (logsumexp.shape, logsumexp.dtype) == (x.query.shape[:3], torch.float32)
-        grads = stock.backward(x, out, logsumexp.contiguous(), torch.empty_like(out))
+        grads = cudnn.backward(x, out, logsumexp.contiguous(), torch.empty_like(out))
         assert [grad.shape for grad in grads] == [part.shape for part in (x.query, x.key, x.value)]
 
 

@@ -1,23 +1,18 @@
-"""A library's kernel ("stock kernel") on the tokens, for `merge`: cuDNN's on NVIDIA GPUs, torch's for the CPU under the
-interpreter.
-
-Both return the log-sum-exp, and their backward uses the output and the log-sum-exp that it is given: those of the whole
-softmax give the exact gradients of a part of its columns.
-"""
+"""cuDNN's kernels on the tokens, through torch; torch's own for the CPU where Triton is interpreted."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..inputs import Inputs, dense_last
+from ...inputs import Inputs, dense_last
 
 _OPS = torch.ops.aten
 _CUDNN_BATCH = 65535
 
 
 def obstacle(x: Inputs) -> str | None:
-    """Why no stock kernel can compute the tokens of these inputs; None: one can."""
+    """Why it cannot compute the tokens of these inputs; None: it can."""
     _, _, _, queries, keys, _, head_dim, value_dim = x.sizes
     given = ("key_padding", "query_segments", "dense", "bias", "query_offset", "sinks")
     present = [name for name in given if getattr(x, name) is not None]
@@ -74,8 +69,13 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     return out, logsumexp.reshape(x.query.shape[:3]).contiguous()
 
 
-def backward(x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value through the tokens; ``out, logsumexp`` are those of the whole softmax."""
+def backward(
+    x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value through the tokens; ``out, logsumexp`` are those of the whole softmax.
+
+    Neither library takes a gradient of the log-sum-exp.
+    """
     given = _operands(grad_out, x.query, x.key, x.value, out)
     if x.query.device.type == "cpu":
         return _OPS._scaled_dot_product_flash_attention_for_cpu_backward(
