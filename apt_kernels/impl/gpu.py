@@ -14,8 +14,6 @@ MAX_HEAD_DIM = 256
 
 def obstacle(x: Inputs) -> str | None:
     """Why the kernels cannot compute prefixes or heads of these sizes; None: they can."""
-    if x.prefix_index is not None:
-        return "prefix_index is given; it takes one prefix for all rows"
     *_, head_dim, value_dim = x.sizes
     if max(head_dim, value_dim) > MAX_HEAD_DIM:
         return f"head sizes are {head_dim} and {value_dim}; it takes up to {MAX_HEAD_DIM}"

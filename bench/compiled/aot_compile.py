@@ -71,6 +71,7 @@ class Variant:
 
     ``merge``: the tokens go to a stock kernel, which takes half precision and heads of up to 128 columns (256 on 9.0),
     and is ahead of Triton's on the chips of data centres since Hopper.
+    ``adapters``: their number, with a prefix for each row.
     ``odd_head``: not a power of two. ``unaligned``: not a multiple of 8 either, so that rows load element by element.
     """
 
@@ -85,6 +86,7 @@ class Variant:
     unaligned: bool = False
     tf32: bool = False
     merge: bool = False
+    adapters: int = 0
     default: bool = False
 
 
@@ -100,6 +102,10 @@ VARIANTS = {
     "decode_padding": Variant(queries=1, mask="padding", default=True),
     "merge": Variant(merge=True, default=True),
     "merge_gate_query": Variant(gate="query", merge=True, default=True),
+    "mixed": Variant(adapters=3, default=True),
+    "mixed_gate_query": Variant(gate="query", adapters=3, default=True),
+    "mixed_decode": Variant(gate="query", queries=1, adapters=3, default=True),
+    "mixed_merge": Variant(merge=True, adapters=3, default=True),
     "bias": Variant(mask="bias"),
     "dropout": Variant(dropout=True),
     "segments": Variant(mask="segments"),
@@ -196,7 +202,7 @@ def make_job_inputs(job: Job, batch: int = 2, queries: int | None = None, keys: 
     gate_shape = gates.get(variant.gate, (3, prefix))
     index_shape = {"indexed": (batch,), "indexed_query": (batch, queries)}.get(variant.gate)
     side = dtype if job.width == 8 else torch.float32
-    segments = variant.mask == "segments"
+    segments, lead = variant.mask == "segments", (variant.adapters,) if variant.adapters else ()
     mask = Mask(
         causal=variant.mask != "none",
         window=(64, None) if variant.mask == "window" else None,
@@ -209,10 +215,11 @@ def make_job_inputs(job: Job, batch: int = 2, queries: int | None = None, keys: 
     return make_inputs(
         zeros(batch, queries, heads, dim).transpose(1, 2),
         *(zeros(batch, keys, kv_heads, dim).transpose(1, 2) for _ in range(2)),
-        *(zeros(kv_heads, prefix, dim, of=side) for _ in range(2)),
+        *(zeros(*lead, kv_heads, prefix, dim, of=side) for _ in range(2)),
         None if gate_shape is None else zeros(*gate_shape, of=side),
-        zeros(1, of=side),
+        zeros(variant.adapters or 1, of=side),
         mask=mask,
+        prefix_index=zeros(batch, of=torch.int64) if lead else None,
         gate_index=None if index_shape is None else zeros(*index_shape, of=torch.int64),
         softcap=30.0 if variant.softcap else None,
         sinks=zeros(heads, of=side) if variant.sinks else None,

@@ -31,6 +31,7 @@ SUBSET = (
     ("sm_90", 128, "causal"),
     ("sm_80", 128, "causal"),
     ("sm_100", 128, "causal"),
+    ("sm_90", 128, "mixed"),
 )
 # Sizes that leave whole tiles, edges and several tiles of the prefix to every kernel.
 _SIZES = {"queries": 4096, "keys": 4096, "prefix": 64}

@@ -241,6 +241,15 @@ def cases(draw, **only: tuple) -> Case:
     return Case(**fields, seed=draw(st.integers(0, 2**31 - 1)))
 
 
+@st.composite
+def mixtures(draw, **only) -> Case:
+    """Cases with several adapters, without dropout, whose numbers depend on a row's place in the batch."""
+    case = draw(cases(**{"dropout": (0.0,), "batch": (1, 2, 3, 5), **only}))
+    adapters = tuple(draw(st.lists(st.integers(0, case.length), min_size=1, max_size=4)))
+    rows = tuple(draw(st.lists(st.integers(-1, len(adapters) - 1), min_size=case.batch, max_size=case.batch)))
+    return replace(case, adapters=adapters, rows=rows, gate_inf=draw(st.booleans()))
+
+
 def inputs(device: str = "cpu", **only: tuple) -> st.SearchStrategy[Inputs]:
     """The inputs of `cases`. Prefer `cases` in tests: a failing case is printed in one line that can be pasted."""
     return cases(**only).map(lambda case: case.inputs(device))

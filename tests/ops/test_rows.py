@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
@@ -12,18 +11,11 @@ from hypothesis import given
 import apt_kernels
 from apt_kernels.errors import ArgumentError, ImplementationError
 from apt_kernels.impl.cpu import decode
+from apt_kernels.impl.cuda import library
 from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
+from apt_kernels.ops import choose
 from helpers import accuracy
-from helpers.cases import CASES, Case, cases, examples
-
-
-@st.composite
-def mixtures(draw, **only) -> Case:
-    """Cases with several adapters, without dropout, whose numbers depend on a row's place in the batch."""
-    case = draw(cases(dropout=(0.0,), batch=(1, 2, 3, 5), **only))
-    adapters = tuple(draw(st.lists(st.integers(0, case.length), min_size=1, max_size=4)))
-    rows = tuple(draw(st.lists(st.integers(-1, len(adapters) - 1), min_size=case.batch, max_size=case.batch)))
-    return replace(case, adapters=adapters, rows=rows, gate_inf=draw(st.booleans()))
+from helpers.cases import CASES, examples, mixtures
 
 
 @given(case=mixtures())
@@ -245,14 +237,15 @@ def test_gate_and_index_of_rows_without_a_prefix_are_ignored():
 def test_the_choice_says_which_implementations_have_no_prefix_for_each_row(monkeypatch):
     plan = apt_kernels.selected(**operands())
     assert (plan.name, plan.strategy) == ("cpu", "merge")
-    monkeypatch.setattr(type(apt_kernels.ops.choose.load("cpu")), "obstacle_for", lambda self, x: "planted")
-    monkeypatch.setattr(type(apt_kernels.ops.choose.load("triton")), "obstacle", lambda self: None)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in ("cpu", "triton"):
+        monkeypatch.setattr(type(choose.load(name)), "obstacle_for", lambda self, x: "planted")
+    monkeypatch.setattr(choose.load("cuda"), "obstacle", lambda: None)
+    monkeypatch.setattr(library, "host", object())
     plan = apt_kernels.selected(**operands())
     assert plan.name == "reference"
-    assert "triton: prefix_index is given; it takes one prefix for all rows" in plan.reason
-    with pytest.raises(ImplementationError, match="'triton' cannot serve this call: prefix_index is given"):
-        apt_kernels.attention(**operands(), implementation="triton")
+    assert "cuda: prefix_index is given; it takes one prefix for all rows" in plan.reason
+    with pytest.raises(ImplementationError, match=r"'cuda' cannot serve this call: prefix_index is given.*'triton'"):
+        apt_kernels.attention(**operands(), implementation="cuda")
 
 
 @pytest.mark.parametrize("name", ["mixed_gate_static", "mixed_gate_query", "mixed_decode"])

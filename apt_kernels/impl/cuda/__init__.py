@@ -36,6 +36,8 @@ class Cuda(Backend):
             obstacle = self._device_obstacle(device, dtype)
             if obstacle:
                 return obstacle
+        if x.prefix_index is not None:
+            return "prefix_index is given; it takes one prefix for all rows. 'triton' and 'reference' take one for each"
         return gpu.obstacle(x)
 
     def _device_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:

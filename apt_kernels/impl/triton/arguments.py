@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The attention's inputs; the prefix has no batch dimension."""
+    """The attention's inputs; the first dimension of the prefix is that of the adapters, if there are several."""
 
     q: Rows
     k: Rows
@@ -98,8 +98,20 @@ class Constants(NamedTuple):
     DESCRIPTORS: bool = False
 
 
+class Adapters(NamedTuple):
+    """With a prefix for each row: the adapter of each batch row ``[B]``, the length of each adapter ``[A]``; for the
+    gradients of columns, the batch rows ordered by adapter ``[B]`` and where those of each adapter begin and the last
+    end ``[A + 1]``. All are contiguous."""
+
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+    order: Tensor | None = None
+    first: Tensor | None = None
+
+
 class Gate(NamedTuple):
-    """Gate logits by row and query, contiguous along the prefix; the index of the rows; the layer scale."""
+    """Gate logits by row and query, contiguous along the prefix; the index of the rows; the layer scale (by adapter);
+    the prefix of each row."""
 
     ptr: Tensor | None
     b: int
@@ -108,6 +120,8 @@ class Gate(NamedTuple):
     index_b: int
     index_t: int
     scale: Tensor | None
+    scale_a: int
+    adapters: Adapters
 
 
 class Seen(NamedTuple):
@@ -182,7 +196,14 @@ _NO_ROWS = Rows(None, _ZERO, _ZERO, _ZERO)
 def _gate(x: Inputs) -> Gate:
     gate = dense_last(x.gate)
     b, *t, _ = _strides(gate, 3)
-    return Gate(gate, b, t[0] if t else _ZERO, x.gate_index, *_strides(x.gate_index, 2), x.layer_scale)
+    adapters = _ONE_PREFIX
+    if x.prefix_index is not None:
+        adapters = Adapters(x.prefix_index.contiguous(), x.prefix_lengths.contiguous())
+    index = x.gate_index, *_strides(x.gate_index, 2)
+    return Gate(gate, b, t[0] if t else _ZERO, *index, x.layer_scale, *_strides(x.layer_scale, 1), adapters)
+
+
+_ONE_PREFIX = Adapters()
 
 
 def _seen(x: Inputs) -> Seen:
@@ -201,8 +222,8 @@ class Problem:
 
     def __init__(self, x: Inputs):
         prefix = [x.prefix_key, x.prefix_value]
-        if x.prefix_key.shape[1] >= tiles.LONG_PREFIX:
-            # Every program reads the prefix: half the bytes outweigh two launches.
+        if x.sizes[5] >= tiles.LONG_PREFIX and (x.prefix_index is None or len(x.prefix_key) <= len(x.query)):
+            # Every program reads the prefix: half the bytes outweigh two launches. Not so if few of many are used.
             prefix = [t.to(x.query.dtype) for t in prefix]
         self.x, self.sizes, self.architecture = x, x.sizes, tiles.architecture(x.query.device)
         self.operands = Operands(*[rows(t) for t in (x.query, x.key, x.value, *prefix)])
@@ -228,6 +249,20 @@ class Problem:
             SCAN=tiles.SCAN,
             PAD=self.tile("query").rows,
         )
+
+    @property
+    def adapters(self) -> int:
+        """The number of prefixes that may be used; 0: one prefix for all rows."""
+        return 0 if self.x.prefix_index is None else len(self.x.prefix_key)
+
+    def ordered_gate(self) -> Gate:
+        """`Gate` with the batch rows ordered by adapter; the device computes the order, and the host does not wait."""
+        index = self.gate.adapters.index
+        if index is None:
+            return self.gate
+        of_rows, order = index.sort(stable=True)
+        first = torch.searchsorted(of_rows, torch.arange(self.adapters + 1, device=index.device))
+        return self.gate._replace(adapters=self.gate.adapters._replace(order=order, first=first))
 
     def _numbers(self) -> Numbers:
         x = self.x

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..inputs import Inputs, heads_last_empty
 from . import stock
+from .adapters import normalised, open_prefix, row_prefix, with_finite_maximum
 from .arguments import Problem, count_tiles, launch, odd, rows
 from .primitives import (
     LN2,
@@ -76,15 +77,15 @@ def _tokens(
 
 @triton.jit
 def _prefix(
-    so_far, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, PREFIX: tl.constexpr,
+    so_far, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, M, C: tl.constexpr, PREFIX: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Accumulate the prefix columns ``i_first .. i_end - 1`` into output, maximum and sum."""
+    """Accumulate the prefix columns ``i_first .. i_end - 1`` of ``M`` into output, maximum and sum."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, _, M = lengths(n)
+    T, _, _ = lengths(n)
     b_out, b_max, b_sum = so_far
     b_q, at_q = query
     i_b, _, o_t, _ = place
@@ -115,7 +116,7 @@ def attention_forward(
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, S, M = lengths(n)
+    T, S, _ = lengths(n)
     heads, i_tiles = plain(n.heads), tl.cdiv(T, ROWS)
     i_tile, i_bh = longest_first(tl.program_id(0), i_tiles, plain(n.batch) * heads, plain(band[0]))
     # Under a causal mask the last queries see the most keys.
@@ -143,11 +144,13 @@ def attention_forward(
         p_tokens, s_tokens = head(tokens, i_b, i_h, C.ALIGNED)
         b_out = load_rows(p_tokens, s_tokens, i_t, T, DV, ROWS, WIDTH_V, True, C.ALIGNED).to(C.W)  # [ROWS, WIDTH_V]
 
-    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, C.DESCRIPTORS)
-    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+    b_max, b_sum = with_finite_maximum(gate.adapters, b_max, b_sum)
+    i_a, M = row_prefix(gate, i_b, n)
+    pk = open_prefix(x.pk, gate, i_a, i_kv, M, D, PREFIX, WIDTH, C)
+    pv = open_prefix(x.pv, gate, i_a, i_kv, M, DV, PREFIX, WIDTH_V, C)
     so_far, i_whole = (b_out, b_max, b_sum), whole_prefix(M, PREFIX)
-    so_far = _prefix(so_far, query, pk, pv, gate, b_keys, place, n, scales, 0, i_whole, C, PREFIX, False)
-    so_far = _prefix(so_far, query, pk, pv, gate, b_keys, place, n, scales, i_whole, M, C, PREFIX, True)
+    so_far = _prefix(so_far, query, pk, pv, gate, b_keys, place, n, scales, 0, i_whole, M, C, PREFIX, False)
+    so_far = _prefix(so_far, query, pk, pv, gate, b_keys, place, n, scales, i_whole, M, M, C, PREFIX, True)
 
     if tokens.ptr is None:
         k = open_rows(x.k, i_b, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
@@ -159,10 +162,10 @@ def attention_forward(
         so_far = _tokens(so_far, query, k, v, seen, b_keys, place, n, scales, i_whole_end, i_end, C, COLUMNS, True)
 
     b_out, b_max, b_sum = so_far
-    b_out = rescale(b_out, scales[2], p_seed)
-    store_tile(to, i_b, i_h, i_t, T, b_out / b_sum[:, None], DV, C)
+    b_out, b_lse = normalised(gate.adapters, rescale(b_out, scales[2], p_seed), b_max, b_sum)
+    store_tile(to, i_b, i_h, i_t, T, b_out, DV, C)
     o_row = i_t + tl.arange(0, ROWS)
-    tl.store(p_lse + tl.cast(i_bh, tl.int64) * T + o_row, (b_max + tl.log2(b_sum)) * LN2, mask=o_row < T)
+    tl.store(p_lse + tl.cast(i_bh, tl.int64) * T + o_row, b_lse * LN2, mask=o_row < T)
 
 
 def forward(x: Inputs, strategy: str) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..inputs import heads_last_empty
 from . import tiles
-from .arguments import Problem, Rows, count_tiles, launch, odd, rows
+from .adapters import at_least_one, ordered_row, row_prefix, rows_of_part, scaled_by_row
+from .arguments import Gate, Problem, Rows, count_tiles, launch, odd, rows
 from .primitives import (
     LOG2E,
     as_tile,
@@ -67,7 +68,7 @@ class Work(NamedTuple):
 
     ``tokens`` for tiles of keys: each processes one of ``shares`` of a group's query heads (``share`` heads), ``band``
     of them concurrently. ``prefixes`` for tiles of prefix columns: each processes ``chunk`` batch rows, or one of
-    ``splits`` of one row.
+    ``splits`` of one row. ``adapters``: the number of prefixes; 0: one for all rows.
     """
 
     tokens: int
@@ -77,6 +78,7 @@ class Work(NamedTuple):
     prefixes: int
     chunk: int
     splits: int
+    adapters: int
 
 
 class Gradients(NamedTuple):
@@ -205,7 +207,7 @@ def _tokens(
 
 @triton.jit
 def _prefix_queries(
-    b_dk, b_dv, columns, queries, gate, b_g, p_seed, place, n, scales, steps, C: tl.constexpr, ROWS: tl.constexpr
+    b_dk, b_dv, columns, queries, gate, b_g, p_seed, place, M, n, scales, steps, C: tl.constexpr, ROWS: tl.constexpr
 ):
     """Add the part of tiles of queries to ``dPk / (scale g)`` and ``dPv / g``; without the division by ``g`` for a gate
     per query. ``steps``: the number of tiles, the head and the query of the first, and the end of each head."""
@@ -213,7 +215,7 @@ def _prefix_queries(
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, _, M = lengths(n)
+    T, _, _ = lengths(n)
     b_k, at_k, b_v, at_v = columns
     q, do, row = queries
     i_b, i_bh, o_m = place
@@ -263,10 +265,10 @@ def _add_part(p_parts, i_part, b_tile, more):
 
 
 @triton.jit
-def _load_prefix(x, i_kv, i_first, limit, element, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+def _load_prefix(x, i_a, i_kv, i_first, limit, element, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
                  C: tl.constexpr):  # fmt: skip
     """A tile of the prefix in the dtype of the products."""
-    rows = open_rows(x, 0, i_kv, limit, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
+    rows = open_rows(x, i_a, i_kv, limit, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
     return load_tile(rows, i_first, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS).to(element)
 
 
@@ -284,31 +286,31 @@ def _prefix(
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, _, M = lengths(n)
+    T, _, i_most = lengths(n)
     heads, group, chunk, splits = plain(n.heads), plain(n.group), plain(work.chunk), plain(work.splits)
-    i_tiles, i_kv_heads = tl.cdiv(M, COLUMNS), heads // group
+    i_tiles, i_kv_heads = tl.cdiv(i_most, COLUMNS), heads // group
     i_part = i // i_tiles // i_kv_heads
-    i_kv = i // i_tiles % i_kv_heads
-    i_m = i % i_tiles * COLUMNS
-    i_split, i_first = i_part % splits, i_part // splits * chunk
+    i_kv, i_m, i_split = i // i_tiles % i_kv_heads, i % i_tiles * COLUMNS, i_part % splits
+    i_first, i_end, i_a, M = rows_of_part(gate, i_part // splits, chunk, plain(work.adapters), n, C.SCAN)
+    i_rows = at_least_one(gate, M)
     o_m = i_m + tl.arange(0, COLUMNS)[:, None]
-    p_pk, s_pk = head(x.pk, 0, i_kv, C.ALIGNED)
-    p_pv, s_pv = head(x.pv, 0, i_kv, C.ALIGNED)
+    p_pk, s_pk = head(x.pk, i_a, i_kv, C.ALIGNED)
+    p_pv, s_pv = head(x.pv, i_a, i_kv, C.ALIGNED)
     element = x.q.ptr.dtype.element_ty
-    b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)  # [COLUMNS, WIDTH]
-    b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)  # [COLUMNS, WIDTH_V]
+    b_k = _load_prefix(x.pk, i_a, i_kv, i_m, i_rows, element, D, COLUMNS, WIDTH, C)  # [COLUMNS, WIDTH]
+    b_v = _load_prefix(x.pv, i_a, i_kv, i_m, i_rows, element, DV, COLUMNS, WIDTH_V, C)  # [COLUMNS, WIDTH_V]
     b_d_scale = tl.zeros([COLUMNS, 1], C.W)
     i_query_tiles = tl.cdiv(T, ROWS)
     i_share = tl.cdiv(group * i_query_tiles, splits)
     i_unit, i_unit_end = i_split * i_share, tl.minimum((i_split + 1) * i_share, group * i_query_tiles)
-    for i_b in tl.range(i_first, tl.minimum(i_first + chunk, plain(n.batch)), disable_licm=True):
-        columns = (b_k, (p_pk, s_pk, i_m, M), b_v, (p_pv, s_pv, i_m, M))
+    for i_row in tl.range(i_first, i_end, disable_licm=True):
+        i_b = ordered_row(gate, i_row)
+        columns = (b_k, (p_pk, s_pk, i_m, i_rows), b_v, (p_pv, s_pv, i_m, i_rows))
         b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], C.W), tl.zeros([COLUMNS, WIDTH_V], C.W)
         b_g = tl.full((1, 1), 1.0, C.W)
         if not C.PER_QUERY:
             b_g = weights(gate, i_b, o_m, o_m, T, M, False, C.W)  # [COLUMNS or 1, 1]
-        i_h = i_kv * group
-        i_bh = i_b * heads + i_h
+        i_h, i_bh = i_kv * group, i_b * heads + i_kv * group
         queries = (
             open_heads(x.q, i_b, i_h, group, T, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS),
             open_heads(d_out, i_b, i_h, group, T, DV, ROWS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS),
@@ -316,32 +318,32 @@ def _prefix(
         )
         steps = (i_unit_end - i_unit, i_unit // i_query_tiles, i_unit % i_query_tiles * ROWS, i_query_tiles * ROWS)
         b_dk, b_dv = _prefix_queries(
-            b_dk, b_dv, columns, queries, gate, b_g, p_seed, (i_b, i_bh, o_m), n, scales, steps, C, ROWS
+            b_dk, b_dv, columns, queries, gate, b_g, p_seed, (i_b, i_bh, o_m), M, n, scales, steps, C, ROWS
         )
         b_dk, b_dv = b_dk * scales[0], rescale(b_dv, scales[2], p_seed)
-        more = i_b > i_first
+        more = i_row > i_first
         b_dg = tl.zeros([COLUMNS, 1], C.W)
         if not C.PER_QUERY and (to.dg is not None or to.d_scale is not None):
             # Loaded again: to keep it would cost registers in the loop.
             tl.debug_barrier()
-            b_rows = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C).to(C.W)
+            b_rows = _load_prefix(x.pk, i_a, i_kv, i_m, i_rows, element, D, COLUMNS, WIDTH, C).to(C.W)
             b_dg = tl.sum(b_rows * b_dk, 1)[:, None]  # [COLUMNS, 1]
         _add_part(to.dpk, i, b_dk * b_g, more)
         if not C.PER_QUERY and (to.dg is not None or to.d_scale is not None):
             tl.debug_barrier()
-            b_rows = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C).to(C.W)
+            b_rows = _load_prefix(x.pv, i_a, i_kv, i_m, i_rows, element, DV, COLUMNS, WIDTH_V, C).to(C.W)
             b_dg += tl.sum(b_rows * b_dv, 1)[:, None]
             if to.dg is not None:
-                p_row = to.dg + ((tl.cast(i_b, tl.int64) * splits + i_split) * i_kv_heads + i_kv) * M
-                tl.store(p_row + o_m, b_dg, mask=o_m < M)
+                p_row = to.dg + ((tl.cast(i_b, tl.int64) * splits + i_split) * i_kv_heads + i_kv) * i_most
+                tl.store(p_row + o_m, scaled_by_row(gate, i_b, b_dg, C.W), mask=o_m < M)
             if to.d_scale is not None:
                 # Columns past the end hold arbitrary sums.
                 b_dg = tl.where(o_m < M, b_dg, 0.0)
                 b_d_scale += b_dg * sigmoids(gate, i_b, o_m, o_m, T, M, False, C.W)
         _add_part(to.dpv, i, b_dv * b_g, more)
         # Carried by the loop, so that Triton keeps them in shared memory: it keeps the result of a cast in registers.
-        b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)
-        b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)
+        b_k = _load_prefix(x.pk, i_a, i_kv, i_m, i_rows, element, D, COLUMNS, WIDTH, C)
+        b_v = _load_prefix(x.pv, i_a, i_kv, i_m, i_rows, element, DV, COLUMNS, WIDTH_V, C)
     if not C.PER_QUERY and to.d_scale is not None:
         tl.store(to.d_scale + i, tl.sum(tl.sum(b_d_scale, 1), 0))
 
@@ -355,12 +357,14 @@ def _query_gate(
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, _, M = lengths(n)
+    T, _, i_most = lengths(n)
     heads, group = plain(n.heads), plain(n.group)
-    i_m_tiles, i_t_tiles = tl.cdiv(M, COLUMNS), tl.cdiv(T, ROWS)
+    i_m_tiles, i_t_tiles = tl.cdiv(i_most, COLUMNS), tl.cdiv(T, ROWS)
     i_m = i % i_m_tiles * COLUMNS
     i_t = i // i_m_tiles % i_t_tiles * ROWS
-    i_b = i // i_m_tiles // i_t_tiles
+    i_b = ordered_row(gate, i // i_m_tiles // i_t_tiles)
+    i_a, M = row_prefix(gate, i_b, n)
+    i_rows = at_least_one(gate, M)
     o_t, o_m = i_t + tl.arange(0, ROWS)[:, None], i_m + tl.arange(0, COLUMNS)[None, :]
     b_g = weights(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
     b_weight = b_g * (scales[0] * LOG2E)
@@ -370,15 +374,15 @@ def _query_gate(
     do = open_heads(d_out, i_b, 0, heads, T, DV, ROWS, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
     p_row, i_padded = row_sums(p_sums, i_b * heads, T, C.PAD)
     for i_kv in tl.range(0, heads // group):
-        p_pk, s_pk = head(x.pk, 0, i_kv, C.ALIGNED)
-        p_pv, s_pv = head(x.pv, 0, i_kv, C.ALIGNED)
-        b_k = _load_prefix(x.pk, i_kv, i_m, M, element, D, COLUMNS, WIDTH, C)  # [COLUMNS, WIDTH]
-        b_v = _load_prefix(x.pv, i_kv, i_m, M, element, DV, COLUMNS, WIDTH_V, C)  # [COLUMNS, WIDTH_V]
+        p_pk, s_pk = head(x.pk, i_a, i_kv, C.ALIGNED)
+        p_pv, s_pv = head(x.pv, i_a, i_kv, C.ALIGNED)
+        b_k = _load_prefix(x.pk, i_a, i_kv, i_m, i_rows, element, D, COLUMNS, WIDTH, C)  # [COLUMNS, WIDTH]
+        b_v = _load_prefix(x.pv, i_a, i_kv, i_m, i_rows, element, DV, COLUMNS, WIDTH_V, C)  # [COLUMNS, WIDTH_V]
         for i_h in tl.range(i_kv * group, (i_kv + 1) * group):
             b_q = load_head(q, i_h, i_t, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH]
             b_do = load_head(do, i_h, i_t, DV, ROWS, WIDTH_V, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH_V]
-            b_s = similarity(b_q, at_head(q, i_h, i_t), b_k, (p_pk, s_pk, i_m, M), D, C, True)
-            b_r = similarity(b_do, at_head(do, i_h, i_t), b_v, (p_pv, s_pv, i_m, M), DV, C, True)
+            b_s = similarity(b_q, at_head(q, i_h, i_t), b_k, (p_pk, s_pk, i_m, i_rows), D, C, True)
+            b_r = similarity(b_do, at_head(do, i_h, i_t), b_v, (p_pv, s_pv, i_m, i_rows), DV, C, True)
             o_row = tl.cast(i_h, tl.int64) * 2 * i_padded + o_t
             b_lse, b_delta = tl.load(p_row + o_row), tl.load(p_row + i_padded + o_row)  # [ROWS, 1]
             b_x = b_s * b_weight
@@ -391,12 +395,15 @@ def _query_gate(
             b_dg += b_p * (b_w * (b_s * scales[0]) + b_r)
     tl.debug_barrier()  # loaded again: to keep it would cost registers in the loop
     b_sigmoid = sigmoids(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
-    o_row = (tl.cast(i_b, tl.int64) * T + o_t) * M + o_m
-    m_row = (o_t < T) & (o_m < M)
+    o_row = (tl.cast(i_b, tl.int64) * T + o_t) * i_most + o_m
+    m_row = (o_t < T) & (o_m < i_most)
+    if gate.adapters.index is not None:
+        # Columns past the last of the row hold arbitrary sums.
+        b_dg = tl.where(o_m < M, b_dg, 0.0)
     if to.dg is not None:
-        tl.store(to.dg + o_row, b_dg, mask=m_row)
+        tl.store(to.dg + o_row, scaled_by_row(gate, i_b, b_dg, C.W), mask=m_row)
     if to.d_gate is not None:
-        b_d_gate = b_dg * layer_scale(gate, C.W) * b_sigmoid * (1 - b_sigmoid)
+        b_d_gate = b_dg * layer_scale(gate, i_b, C.W) * b_sigmoid * (1 - b_sigmoid)
         tl.store(to.d_gate + o_row, b_d_gate.to(to.d_gate.dtype.element_ty), mask=m_row)
     if to.d_scale is not None:
         # Columns past the last hold arbitrary sums.
@@ -464,7 +471,9 @@ class Columns(NamedTuple):
 
     ``key`` and ``value``: ``[shares * B, Hkv, S, D or Dv]``, complete if there is one share. ``prefix_key`` and
     ``prefix_value``: ``[parts, Hkv, M, D or Dv]``, the last two padded to tiles. ``gate`` is complete.
-    ``weights`` ``[B, n, M]``: gradients of ``g``, ``n`` rows for every batch row. ``layer_scale``: ``[programs]``.
+    ``weights`` ``[B, n, M]``: gradients of ``g``, ``n`` rows for every batch row; times lambda with a prefix for each
+    row. ``layer_scale``: ``[programs]``. ``division``: batch rows of a part of the prefix's gradient and its splits,
+    and the same of a part of the layer scale's.
     """
 
     key: Tensor | None
@@ -474,16 +483,20 @@ class Columns(NamedTuple):
     gate: Tensor | None
     weights: Tensor | None
     layer_scale: Tensor | None
+    division: tuple[int, int, int, int] = (1, 1, 1, 1)
 
 
 def _parts(problem: Problem, tile: tiles.Tile) -> tuple[int, int, int]:
-    """Batch rows per partial sum, the number of such chunks, and the splits of a row; they depend on shapes alone."""
+    """Batch rows per partial sum, the number of such chunks, and the splits of a row; they depend on shapes alone.
+
+    With a prefix for each row, a chunk holds rows of one adapter, and there are as many as any mixture needs.
+    """
     batch, heads, kv_heads, queries, _, length, *_ = problem.sizes
     base, most = count_tiles(length, tile.columns) * kv_heads, tiles.programs(problem.architecture)
     chunk = max(1, batch * base // most)
     chunks = count_tiles(batch, chunk)
     if chunk > 1:
-        return chunk, chunks, 1
+        return chunk, batch // chunk + problem.adapters if problem.adapters else chunks, 1
     units = heads // kv_heads * count_tiles(queries, tile.rows)
     return chunk, chunks, max(1, min(units, most // (base * chunks)))
 
@@ -499,6 +512,11 @@ def _empty_columns(
     def empty(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=x.compute_dtype, device=x.query.device) if wanted else None
 
+    # No program processes a row without a prefix, or the columns beyond an adapter's length.
+    weights = empty(need["gate"] and (indexed or not by_query), batch, gate_rows, length)
+    if weights is not None and problem.adapters and not by_query:
+        weights.zero_()
+
     # Partial sums of dk and dv have the dtype of sums.
     sums_like = torch.empty((), dtype=x.compute_dtype, device=x.query.device)
     like_key, like_value = (x.key, x.value) if shares == 1 else (sums_like, sums_like)
@@ -510,13 +528,16 @@ def _empty_columns(
         gate=torch.empty_like(x.gate, memory_format=torch.contiguous_format)
         if need["gate"] and by_query and not indexed
         else None,
-        weights=empty(need["gate"] and (indexed or not by_query), batch, gate_rows, length),
+        weights=weights,
         layer_scale=empty(need["layer_scale"], programs),
     )
 
 
-def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[str, bool]) -> Columns:
-    """Launch `column_gradients` for what is needed of key, value, prefix, gate and layer scale."""
+def column_gradients_of(problem: Problem, ordered: Gate, d_out: Rows, sums: Tensor, need: dict[str, bool]) -> Columns:
+    """Launch `column_gradients` for what is needed of key, value, prefix, gate and layer scale.
+
+    ``ordered``: the result of `Problem.ordered_gate`.
+    """
     x = problem.x
     batch, heads, kv_heads, queries, keys, length, _, _ = problem.sizes
     by_query = x.gate_per_query
@@ -543,10 +564,13 @@ def column_gradients_of(problem: Problem, d_out: Rows, sums: Tensor, need: dict[
         problem, need, shares, chunks * splits, count_tiles(length, shared.columns) * shared.columns,
         queries if by_query else splits * kv_heads, gates if by_query else prefixes,
     )  # fmt: skip
-    to = Gradients(rows(columns.key), rows(columns.value), *columns[2:])
+    of_scale = (1, gates // batch) if by_query else (chunk, prefixes // chunks)
+    columns = columns._replace(division=(chunk, splits, *of_scale))
+    to = Gradients(rows(columns.key), rows(columns.value), *columns[2:7])
     share = heads // kv_heads // shares
-    work = Work(*map(odd, (tokens, shares, share, problem.column_band(tile, shares), prefixes, chunk, splits)))
-    given = (problem.operands, d_out, sums, to, problem.gate)
+    band = problem.column_band(tile, shares)
+    work = Work(*map(odd, (tokens, shares, share, band, prefixes, chunk, splits, problem.adapters)))
+    given = (problem.operands, d_out, sums, to, ordered)
     rest = (x.seed, work, problem.numbers, *problem.scales)
     sizes = {
         "C": problem.constants(d_out, to.dk, to.dv),

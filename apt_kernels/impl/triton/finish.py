@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import heads_last_empty
-from .arguments import Problem, count_tiles, launch, odd
+from .adapters import parts_of
+from .arguments import Gate, Problem, count_tiles, launch, odd
 from .columns import Columns
 from .primitives import LOG2E, layer_scale, plain
 
@@ -46,6 +47,8 @@ class Counts(NamedTuple):
     The numbers of programs for dk and dv (if they have ``shares``), dPk, dPv, the gate and lambda; of parts of the
     prefix's gradients and of lambda's; of rows of the gate, and of its partial sums per batch row. ``length`` and
     ``padded_length``: prefix columns, and those of a part; ``padded``: the padded number of queries in row sums.
+    For `adapters.parts_of`: the batch rows of a part and its splits (``chunk``, ``splits``), and of a part of lambda's
+    (``scale_chunk``, ``scale_splits``).
     """
 
     token_key_programs: int
@@ -67,6 +70,10 @@ class Counts(NamedTuple):
     padded: int
     key_size: int
     value_size: int
+    chunk: int
+    splits: int
+    scale_chunk: int
+    scale_splits: int
 
 
 @triton.jit
@@ -80,20 +87,32 @@ def _sum_shares(p_parts, p_sum, i, shares, size, W: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _sum_parts(p_parts, p_sum, i, c, D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
-               COLUMNS: tl.constexpr):  # fmt: skip
-    """``COLUMNS`` elements of ``[Hkv, M, D]``, each summed over the padded parts."""
+def _sum_parts(p_parts, p_sum, adapters, i, c, D: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr,
+               ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """``COLUMNS`` elements of ``[Hkv, M, D]``, of one adapter if there are several, each summed over its padded
+    parts."""
     length, padded_length, heads, parts = plain(c.length), plain(c.padded_length), plain(c.kv_heads), plain(c.parts)
+    i_first = i * 0
+    if adapters.index is not None:
+        i_tiles = tl.cdiv(heads * length * D, COLUMNS)
+        i_a = i // i_tiles
+        i = i % i_tiles
+        i_first, parts = parts_of(adapters, i_a, plain(c.chunk), plain(c.splits))
     o = i * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     m_o = o < heads * length * D
     o_row = o // D
     o_in_part = (o_row // length * padded_length + o_row % length) * WIDTH + o % D
     b_sum = tl.zeros([COLUMNS], W)
-    for i_part in tl.range(0, parts, ROWS):
+    for i_part in tl.range(i_first, parts, ROWS):
         o_part = i_part + tl.arange(0, ROWS)[:, None]
         p_tile = p_parts + tl.cast(o_part, tl.int64) * (heads * padded_length * WIDTH) + o_in_part
         b_sum += tl.sum(tl.load(p_tile, mask=(o_part < parts) & m_o, other=0.0), 0)
-    tl.store(p_sum + o, b_sum[None, :].to(p_sum.dtype.element_ty), mask=m_o)
+    b_sum = b_sum[None, :]
+    if adapters.index is not None:
+        # Parts hold arbitrary sums in the columns that the adapter has not.
+        b_sum = tl.where(o_row % length < tl.load(adapters.lengths + i_a), b_sum, 0.0)
+        p_sum += tl.cast(i_a, tl.int64) * (heads * length * D)
+    tl.store(p_sum + o, b_sum.to(p_sum.dtype.element_ty), mask=m_o)
 
 
 @triton.jit
@@ -117,8 +136,28 @@ def _sum_gate(p_weights, p_d_gate, gate, i, c, W: tl.constexpr, ROWS: tl.constex
         b_dg += tl.sum(tl.load(p_weights + tl.cast(o_row, tl.int64) * M + o_m, mask=m_row & (o_m < M), other=0.0), 0)
     b_logit = tl.load(gate.ptr + tl.cast(i_g, tl.int64) * plain(gate.b) + o_m, mask=o_m < M, other=0.0)
     b_sigmoid = 1 / (1 + tl.exp2(b_logit.to(W) * -LOG2E))
-    b_d_gate = b_dg[None, :] * layer_scale(gate, W) * b_sigmoid * (1 - b_sigmoid)
+    b_d_gate = b_dg[None, :]
+    if gate.adapters.index is None:
+        b_d_gate *= layer_scale(gate, 0, W)
+    else:
+        # The logits in columns that no row has are arbitrary.
+        b_sigmoid = tl.where(b_d_gate == 0, 0.0, b_sigmoid)
+    b_d_gate = b_d_gate * b_sigmoid * (1 - b_sigmoid)
     tl.store(p_d_gate + tl.cast(i_g, tl.int64) * M + o_m, b_d_gate.to(p_d_gate.dtype.element_ty), mask=o_m < M)
+
+
+@triton.jit
+def _sum_scale(p_parts, p_sum, adapters, i, c, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Lambda's gradient, or adapter ``i``'s if each has its own: the sum over its parts."""
+    i_first, i_end = i * 0, plain(c.scale_parts)
+    if adapters.index is not None:
+        if plain(c.scale_programs) > 1:
+            i_first, i_end = parts_of(adapters, i, plain(c.scale_chunk), plain(c.scale_splits))
+    b_sum = tl.zeros([BLOCK], W)
+    for i_part in tl.range(i_first, i_end, BLOCK):
+        o_part = i_part + tl.arange(0, BLOCK)
+        b_sum += tl.load(p_parts + o_part, mask=o_part < i_end, other=0.0)
+    tl.store(p_sum + i, tl.sum(b_sum, 0).to(p_sum.dtype.element_ty))
 
 
 @triton.jit
@@ -140,7 +179,7 @@ def finish_gradients(
     W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The first programs sum the shares of dk and of dv, if there are any; the next ones are ``keys`` for dPk,
-    ``values`` for dPv, ``gates`` for the gate, ``scales`` (one or none) for lambda, and one per head for the sinks."""
+    ``values`` for dPv, ``gates`` for the gate, ``scales`` for lambda, and one per head for the sinks."""
     i, keys, values = tl.program_id(0), plain(c.key_programs), plain(c.value_programs)
     gates, scales = plain(c.gate_programs), plain(c.scale_programs)
     if to.key is not None:
@@ -153,11 +192,11 @@ def finish_gradients(
     i -= plain(c.token_value_programs)
     if to.prefix_key is not None:
         if (i >= 0) & (i < keys):
-            _sum_parts(parts.prefix_key, to.prefix_key, i, c, D, WIDTH, W, ROWS, COLUMNS)
+            _sum_parts(parts.prefix_key, to.prefix_key, gate.adapters, i, c, D, WIDTH, W, ROWS, COLUMNS)
     i -= keys
     if to.prefix_value is not None:
         if (i >= 0) & (i < values):
-            _sum_parts(parts.prefix_value, to.prefix_value, i, c, DV, WIDTH_V, W, ROWS, COLUMNS)
+            _sum_parts(parts.prefix_value, to.prefix_value, gate.adapters, i, c, DV, WIDTH_V, W, ROWS, COLUMNS)
     i -= values
     if to.gate is not None:
         if (i >= 0) & (i < gates):
@@ -165,12 +204,7 @@ def finish_gradients(
     i -= gates
     if to.layer_scale is not None:
         if (i >= 0) & (i < scales):
-            scale_parts = plain(c.scale_parts)
-            b_sum = tl.zeros([ROWS * COLUMNS], W)
-            for i_part in tl.range(0, scale_parts, ROWS * COLUMNS):
-                o_part = i_part + tl.arange(0, ROWS * COLUMNS)
-                b_sum += tl.load(parts.layer_scale + o_part, mask=o_part < scale_parts, other=0.0)
-            tl.store(to.layer_scale, tl.sum(b_sum, 0).to(to.layer_scale.dtype.element_ty))
+            _sum_scale(parts.layer_scale, to.layer_scale, gate.adapters, i, c, W, ROWS * COLUMNS)
     i -= scales
     if to.sinks is not None:
         if i >= 0:
@@ -179,8 +213,11 @@ def finish_gradients(
             )
 
 
-def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, bool]) -> dict[str, Tensor | None]:
-    """The gradients of key, value, prefix, gate, layer scale and sinks that are needed."""
+def finish(
+    problem: Problem, ordered: Gate, columns: Columns, sums: Tensor, need: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """The gradients of key, value, prefix, gate, layer scale and sinks that are needed; ``ordered`` as in
+    `columns.column_gradients_of`."""
     x, tile, constants = problem.x, problem.tile("finish"), problem.constants()
     batch, heads, kv_heads, _, _, length, *_ = problem.sizes
 
@@ -196,9 +233,10 @@ def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, boo
     to = Done(*tokens, *[like(name) for name in Done._fields[2:]])
     sizes = Done(*[0 if made is None else made.numel() for made in to])
     gate_rows = sizes.gate // length
+    adapters = max(1, problem.adapters)
     programs = (
         *(count_tiles(size, tile.rows * tile.columns) for size in sizes[:2]),
-        *(count_tiles(size, tile.columns) for size in sizes[2:4]),
+        *(adapters * count_tiles(size // adapters, tile.columns) for size in sizes[2:4]),
         gate_rows * count_tiles(length, tile.columns),
         sizes.layer_scale,
     )
@@ -218,12 +256,13 @@ def finish(problem: Problem, columns: Columns, sums: Tensor, need: dict[str, boo
         sums.shape[3],
         sizes.key,
         sizes.value,
+        *columns.division,
     )
     shared = [None if whole is None else part for part, whole in zip(columns[:2], tokens)]
     parts = Parts(*shared, *columns[2:4], columns.weights, columns.layer_scale, x.sinks, sums)
     if sum(programs) + sizes.sinks:
         launch(
-            finish_gradients, sum(programs) + sizes.sinks, tile, parts, to, problem.gate, Counts(*map(odd, counts)),
+            finish_gradients, sum(programs) + sizes.sinks, tile, parts, to, ordered, Counts(*map(odd, counts)),
             D=constants.D, DV=constants.DV, WIDTH=constants.WIDTH, WIDTH_V=constants.WIDTH_V, W=constants.W,
             ROWS=tile.rows, COLUMNS=tile.columns,
         )  # fmt: skip

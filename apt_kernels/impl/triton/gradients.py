@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty
 from . import stock
+from .adapters import hidden_rows, open_prefix, row_prefix
 from .arguments import Problem, Rows, count_tiles, launch, odd, rows
 from .bias import bias_gradient
 from .columns import column_gradients_of
@@ -70,15 +71,15 @@ def _query_tokens(
 
 @triton.jit
 def _query_prefix(
-    b_dq, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, C: tl.constexpr, PREFIX: tl.constexpr,
+    b_dq, query, k, v, gate, b_keys, place, n, scales, i_first, i_end, M, C: tl.constexpr, PREFIX: tl.constexpr,
     CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of the prefix columns ``i_first .. i_end - 1`` to ``dq / scale``."""
+    """Add the part of the prefix columns ``i_first .. i_end - 1`` of ``M`` to ``dq / scale``."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, _, M = lengths(n)
+    T, _, _ = lengths(n)
     b_q, at_q, b_do, at_do, b_lse, b_delta = query
     i_b, _, o_t, _ = place
     for i_m in tl.range(i_first, i_end, PREFIX):
@@ -88,7 +89,7 @@ def _query_prefix(
         b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_s = similarity(b_q, at_q, b_k, at(k, i_m), D, C)
         b_r = similarity(b_do, at_do, b_v, at(v, i_m), DV, C)
-        b_dz = prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C, CHECK)[1]
+        b_dz = prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, M, n, scales, C, CHECK)[1]
         b_dq = product((b_dz * b_g).to(b_q.dtype), b_k, b_dq, C)
     return b_dq
 
@@ -103,7 +104,7 @@ def _query_gradient(
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
-    T, S, M = lengths(n)
+    T, S, _ = lengths(n)
     i_b, i_h, i_bh, i_t = place
     i_kv = i_h // plain(n.group)
     o_t = i_t + tl.arange(0, ROWS)[:, None]
@@ -115,11 +116,12 @@ def _query_gradient(
     here = (i_b, i_h, o_t, i_base)
     b_dq = tl.zeros([ROWS, WIDTH], C.W)
 
-    pk = open_rows(x.pk, 0, i_kv, M, D, PREFIX, WIDTH, C.ALIGNED, C.DESCRIPTORS)
-    pv = open_rows(x.pv, 0, i_kv, M, DV, PREFIX, WIDTH_V, C.ALIGNED, C.DESCRIPTORS)
+    i_a, M = row_prefix(gate, i_b, n)
+    pk = open_prefix(x.pk, gate, i_a, i_kv, M, D, PREFIX, WIDTH, C)
+    pv = open_prefix(x.pv, gate, i_a, i_kv, M, DV, PREFIX, WIDTH_V, C)
     i_whole = whole_prefix(M, PREFIX)
-    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, 0, i_whole, C, PREFIX, False)
-    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, i_whole, M, C, PREFIX, True)
+    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, 0, i_whole, M, C, PREFIX, False)
+    b_dq = _query_prefix(b_dq, query, pk, pv, gate, b_keys, here, n, scales, i_whole, M, M, C, PREFIX, True)
 
     if tokens.ptr is None:
         k = open_rows(x.k, i_b, i_kv, S, D, COLUMNS, WIDTH, C.ALIGNED, C.DESCRIPTORS)
@@ -161,7 +163,7 @@ def query_gradient(
     if p_d_lse is not None:
         b_delta -= load_row_sums(p_d_lse, i_bh, o_t, T, 0.0).to(C.W)
     # A row past the end has an infinite log-sum-exp: all its probabilities are zero.
-    b_lse = load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E  # [ROWS, 1]
+    b_lse = hidden_rows(gate.adapters, load_row_sums(p_lse, i_bh, o_t, T, float("inf")) * LOG2E)  # [ROWS, 1]
     p_row, i_padded = row_sums(p_sums, i_bh, T, C.PAD)
     tl.store(p_row + o_t, b_lse)
     tl.store(p_row + i_padded + o_t, b_delta)
@@ -218,8 +220,10 @@ def backward(
     problem, d_out = Problem(x), rows(grad_out)
     rest = (logsumexp, grad_logsumexp, of_query if need["query"] else None, need["query"])
     sums, grads["query"] = _query_gradient_of(problem, rows(out), d_out, *rest)
-    columns = column_gradients_of(problem, d_out, sums, still)
-    done = finish(problem, columns, sums, need)
+    of_adapters = any(need[name] for name in ("prefix_key", "prefix_value", "gate", "layer_scale"))
+    ordered = problem.ordered_gate() if of_adapters else problem.gate
+    columns = column_gradients_of(problem, ordered, d_out, sums, still)
+    done = finish(problem, ordered, columns, sums, need)
     # With those of key and value from the library's kernel, `done` has none.
     grads.update(done if still is need else {name: t for name, t in done.items() if name not in ("key", "value")})
     if need["bias"]:

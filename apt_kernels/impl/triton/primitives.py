@@ -302,7 +302,8 @@ def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
-    """``sigmoid(gate)`` of prefix columns ``o_m``, 1 without a gate; a 2-D tile only for a gate per query."""
+    """``sigmoid(gate)`` of prefix columns ``o_m``, of which there are ``M``, 1 without a gate; a 2-D tile only for a
+    gate per query."""
     b_sigmoid = tl.full((1, 1), 1.0, W)
     if gate.ptr is not None:
         i_row = tl.cast(i_b, tl.int64)
@@ -322,18 +323,21 @@ def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr
 
 
 @triton.jit
-def layer_scale(gate, W: tl.constexpr):
-    """Lambda as a ``[1]`` tile; 1 without a layer scale."""
+def layer_scale(gate, i_b, W: tl.constexpr):
+    """Lambda of a batch row as a ``[1]`` tile; 1 without a layer scale."""
     b_lambda = tl.full((1,), 1.0, W)
     if gate.scale is not None:
-        b_lambda = b_lambda * tl.load(gate.scale).to(W)
+        p_scale = gate.scale
+        if gate.adapters.index is not None:
+            p_scale += tl.maximum(tl.load(gate.adapters.index + i_b), 0) * plain(gate.scale_a)
+        b_lambda = b_lambda * tl.load(p_scale).to(W)
     return b_lambda
 
 
 @triton.jit
 def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
     """``g = lambda * sigmoid(gate)``."""
-    return sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY, W) * layer_scale(gate, W)
+    return sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY, W) * layer_scale(gate, i_b, W)
 
 
 @triton.jit
@@ -527,7 +531,7 @@ def token_gradients(b_s, b_r, b_lse, b_delta, seen, b_keys, place, n, scales, C:
 
 
 @triton.jit
-def prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
+def prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, M, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
     """Of prefix columns: probabilities after dropout, and the gradient of ``g s``.
 
     ``CHECK``: columns past the last are hidden; without it, their results must not be used. A gate of one number per
@@ -536,7 +540,7 @@ def prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, n, scales, C: t
     b_x = exponent(b_s, b_g * scales[0], scales[1], C.CAPPED)
     b_p = tl.exp2(b_x - b_lse)
     if CHECK:
-        b_p = tl.where(o_m < plain(n.M), b_p, 0.0)
+        b_p = tl.where(o_m < M, b_p, 0.0)
     m_kept = kept_columns(b_keys, o_m, plain(n.threshold))
     b_r = rescale(drop(b_r, m_kept), scales[2], b_keys)
     b_dz = uncap(b_p * (b_r * b_g - b_delta), b_x, scales[1], C.CAPPED)

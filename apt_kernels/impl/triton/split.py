@@ -1,7 +1,8 @@
 """Forward of few queries over many keys (decoding): the keys are split among programs, whose results are merged.
 
-The query heads of a group, and the few queries of each, are rows of one tile, so that every key is read once. The
-prefix is the same for all batch rows: its programs process rows of the whole batch.
+The query heads of a group, and the few queries of each, are rows of one tile, so that every key is read once. Where the
+prefix is the same for all batch rows, its programs process rows of the whole batch; with a prefix for each row, the
+rows of one batch row.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .adapters import normalised, row_prefix, with_finite_maximum
 from .arguments import Problem, Rows, count_tiles, launch, odd
 from .primitives import (
     LN2,
@@ -93,26 +95,33 @@ def _store_part(part, b_out, b_max, b_sum, o_row, m_row, i_slot, slots, DV: tl.c
 def _prefix_share(
     x, part, gate, p_seed, i, splits, slots, n, scales, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """A share of the prefix for ``ROWS`` rows (batch row, query, head of a group)."""
+    """A share of the prefix for ``ROWS`` rows (batch row, query, head of a group), of one batch row if each has a
+    prefix of its own."""
     D: tl.constexpr = C.D
     DV: tl.constexpr = C.DV
     WIDTH: tl.constexpr = C.WIDTH
     WIDTH_V: tl.constexpr = C.WIDTH_V
     T, _, M = lengths(n)
     batch, heads, group = plain(n.batch), plain(n.heads), plain(n.group)
-    i_row_tiles = tl.cdiv(batch * T * group, ROWS)
-    i_split, i_row = i % splits, i // splits % i_row_tiles * ROWS
-    i_kv = i // splits // i_row_tiles
+    i_rows, i_shared, i_a = batch * T * group, i // splits, i * 0
+    if gate.adapters.index is not None:
+        i_b, i_shared, i_rows = i_shared % batch, i_shared // batch, T * group
+        i_a, M = row_prefix(gate, i_b, n)
+    i_row_tiles = tl.cdiv(i_rows, ROWS)
+    i_split, i_row = i % splits, i_shared % i_row_tiles * ROWS
+    i_kv = i_shared // i_row_tiles
     o_r = i_row + tl.arange(0, ROWS)
-    m_r = o_r < batch * T * group
+    m_r = o_r < i_rows
+    if gate.adapters.index is not None:
+        o_r = tl.where(m_r, o_r + i_b * i_rows, 0)
     o_b, o_h = tl.where(m_r, o_r // (T * group), 0), i_kv * group + o_r % group
     o_t = tl.where(m_r, o_r // group % T, T)
     b_q = _load_queries(x.q, o_b[:, None], o_h[:, None], o_t[:, None], 0, T, D, WIDTH, C.ALIGNED)  # [ROWS, WIDTH]
     b_keys = row_keys(p_seed, (o_b * heads + o_h)[:, None], o_t[:, None])
     b_out = tl.zeros([ROWS, WIDTH_V], C.W)
     b_max, b_sum = tl.full([ROWS], float("-inf"), C.W), tl.zeros([ROWS], C.W)
-    p_pk, s_pk = head(x.pk, 0, i_kv, C.ALIGNED)
-    p_pv, s_pv = head(x.pv, 0, i_kv, C.ALIGNED)
+    p_pk, s_pk = head(x.pk, i_a, i_kv, C.ALIGNED)
+    p_pv, s_pv = head(x.pv, i_a, i_kv, C.ALIGNED)
     i_share = tl.cdiv(tl.cdiv(M, splits), COLUMNS) * COLUMNS
     for i_m in tl.range(i_split * i_share, tl.minimum((i_split + 1) * i_share, M), COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
@@ -204,7 +213,7 @@ def split_attention(
 
 @triton.jit(do_not_specialize=("slots", "heads", "T"))
 def merge_shares(
-    part, out, p_lse, p_sinks, p_seed, slots, heads, T, kept: tl.float64,
+    part, out, p_lse, p_sinks, p_seed, adapters, slots, heads, T, kept: tl.float64,
     DV: tl.constexpr, WIDTH_V: tl.constexpr, W: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one query of one head, from its shares in order."""
@@ -216,6 +225,7 @@ def merge_shares(
     if p_sinks is not None:
         i_max = tl.zeros([1], W) + tl.load(p_sinks + i_h).to(W) * LOG2E
     b_sink_max = i_max
+    i_max, _ = with_finite_maximum(adapters, i_max, i_max)
     for i in tl.range(0, slots, SLOTS):
         o_s = i + tl.arange(0, SLOTS)
         b_max = tl.load(p_max + i_slot + o_s, mask=o_s < slots, other=float("-inf"))
@@ -230,10 +240,11 @@ def merge_shares(
         p_tile = p_out + (i_slot + o_s)[:, None] * DV + o_d[None, :]
         b_part = tl.load(p_tile, mask=(o_s < slots)[:, None] & (o_d < DV)[None, :], other=0.0)  # [SLOTS, WIDTH_V]
         b_out += tl.sum(b_part * b_weight[:, None], 0)
-    b_out = rescale(b_out, as_tile(kept, W), p_seed) / b_sum
+    b_out, b_lse = normalised(adapters, rescale(b_out, as_tile(kept, W), p_seed)[None, :], i_max, b_sum)
+    b_out = tl.reshape(b_out, [WIDTH_V])
     o_out = tl.cast(i_b, tl.int64) * plain(out.b) + tl.cast(i_h, tl.int64) * plain(out.h) + i_t * plain(out.t)
     tl.store(out.ptr + o_out + o_d, b_out.to(out.ptr.dtype.element_ty), mask=o_d < DV)
-    tl.store(p_lse + i_row + tl.arange(0, 1), (i_max + tl.log2(b_sum)) * LN2)
+    tl.store(p_lse + i_row + tl.arange(0, 1), b_lse * LN2)
 
 
 def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
@@ -242,6 +253,9 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
     batch, heads, kv_heads, queries, keys, length, _, value_dim = problem.sizes
     group = heads // kv_heads
     prefix_programs = kv_heads * count_tiles(batch * queries * group, shared.rows)
+    if problem.adapters:
+        shared = shared._replace(rows=min(shared.rows, tile.rows))
+        prefix_programs = batch * kv_heads * count_tiles(queries * group, shared.rows)
     prefix_splits = tiles.splits(problem.architecture, prefix_programs, length)
     token_programs = batch * kv_heads * count_tiles(queries * group, tile.rows)
     token_splits = tiles.splits(problem.architecture, token_programs, keys)
@@ -260,6 +274,7 @@ def split_forward(problem: Problem, out: Rows, logsumexp: Tensor) -> None:
     )  # fmt: skip
     merging = problem.tile("merge")
     launch(
-        merge_shares, batch * heads * queries, merging, part, out, logsumexp, x.sinks, x.seed, slots, heads, queries,
-        problem.scales[2], DV=constants.DV, WIDTH_V=constants.WIDTH_V, W=constants.W, SLOTS=merging.rows,
+        merge_shares, batch * heads * queries, merging, part, out, logsumexp, x.sinks, x.seed, problem.gate.adapters,
+        slots, heads, queries, problem.scales[2], DV=constants.DV, WIDTH_V=constants.WIDTH_V, W=constants.W,
+        SLOTS=merging.rows,
     )  # fmt: skip

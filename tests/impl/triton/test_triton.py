@@ -17,7 +17,7 @@ from apt_kernels.impl.inputs import DIFFERENTIABLE, Inputs
 from apt_kernels.ops import choose
 from helpers import models
 from helpers.accuracy import check, differentiable
-from helpers.cases import CASES, ONE_PREFIX, Case, cases, examples
+from helpers.cases import CASES, Case, cases, examples
 from helpers.kernels import (
     BACKWARD,
     DEVICE,
@@ -63,7 +63,7 @@ def small(name: str) -> Case:
     return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
 
 
-@pytest.mark.parametrize("name", ONE_PREFIX)
+@pytest.mark.parametrize("name", CASES)
 def test_feature(name):
     hold(small(name).inputs(DEVICE))
 
