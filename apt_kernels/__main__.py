@@ -1,4 +1,4 @@
-"""The command line: ``python -m apt_kernels info | inspect | check | convert``."""
+"""The command line: ``python -m apt_kernels info | inspect | check | convert | lm-eval``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ _CODES = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    given = _parser().parse_args(arguments)
+    asked = sys.argv[1:] if arguments is None else list(arguments)
+    # Its arguments are those of another program, which argparse would read as its own.
+    evaluates = asked[:1] == ["lm-eval"]
+    given = _parser().parse_args(asked[:1] if evaluates else asked)
     if given.command == "info":
         print(info())
         return 0
     try:
+        if evaluates:
+            from .hf import harness  # needs transformers
+
+            return harness.run(asked[1:])
         return _run(given)
     except (AdapterError, ArgumentError, ConfigError, PatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--max-length", type=int, help="the most tokens to serve, for models with sliding windows")
     convert.add_argument(
         "--texts", type=Path, help="a file with one text a line: export the mean of gates that depend on the input"
+    )
+    commands.add_parser(
+        "lm-eval", help="lm-evaluation-harness on a base model with an adapter; its own arguments follow"
     )
     for each in (check, convert):
         each.add_argument("--model-class", help="a transformers class; default: the one that the adapter records")

@@ -35,14 +35,14 @@ HF_LAYERS = (
     ("patching", "batches"),
     ("adapters", "pruning", "toggle", "summary", "reference"),
     ("checkpoint", "probing", "initialise", "folding", "composing", "export"),
-    ("integrations", "commands"),
+    ("integrations", "commands", "harness"),
     ("",),  # hf/__init__.py
 )
 # Folders or modules of impl that implement the op: none may import another. The rest of impl is what they share.
 IMPLEMENTATIONS = tuple(choose.names())
 # Packages that only this part may import.
 ONLY_FOR = {
-    "hf": ("transformers", "peft", "huggingface_hub", "safetensors", "accelerate", "deepspeed"),
+    "hf": ("transformers", "peft", "huggingface_hub", "safetensors", "accelerate", "deepspeed", "lm_eval"),
     "impl.triton": ("triton",),
     "serving.vllm": ("vllm",),
 }
