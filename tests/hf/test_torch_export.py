@@ -1,7 +1,12 @@
-"""torch.export, torch.jit.trace and ONNX: the exported program gives the model's outputs, also at other sizes."""
+"""torch.export, AOTInductor, torch.jit.trace and ONNX: the program gives the model's outputs, also at other sizes."""
+
+import copy
+import shutil
 
 import pytest
 import torch
+from transformers import DynamicCache
+from transformers.integrations import executorch
 
 import apt_kernels
 from helpers import models
@@ -43,13 +48,70 @@ def check(run, model, family):
         torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "gate"), CASES)
-def test_torch_export(family, gate):
-    model, given = patched(family, gate), arguments(family)
-    program = torch.export.export(model, (), given, dynamic_shapes=dynamic(given), strict=False)
+def export(model, given, strict=False):
+    return torch.export.export(model, (), given, dynamic_shapes=dynamic(given), strict=strict)
+
+
+@pytest.mark.parametrize(
+    ("family", "gate", "strict"),
+    [*((*case, False) for case in CASES), ("llama", "token", True), ("bert", "first", True)],
+)
+def test_torch_export(family, gate, strict):
+    model = patched(family, gate)
+    program = export(model, arguments(family), strict)
     assert not [node for node in program.graph.nodes if "apt_kernels" in str(node.target)]
     exported = program.module()
     check(lambda **given: exported(**given).logits, model, family)
+
+
+@torch.no_grad()
+def continued(model, batch, past, length):
+    """Arguments that continue a cache of ``past`` tokens; the first row has two tokens of padding in front."""
+    ids = models.inputs("llama", batch=batch, length=past + length)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    cache = model(ids[:, :past], attention_mask=mask[:, :past], use_cache=True).past_key_values
+    return {"input_ids": ids[:, past:], "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+
+
+@pytest.fixture
+def caches_as_inputs():
+    """transformers' registration of its cache with torch, for one test alone: it changes what torch does with caches."""
+    executorch.register_dynamic_cache_export_support()
+    yield
+    torch.utils._pytree._deregister_pytree_node(DynamicCache)
+    for registered in (torch.fx._pytree.SUPPORTED_NODES, torch.fx._pytree.SUPPORTED_NODES_EXACT_MATCH):
+        registered.pop(DynamicCache, None)
+
+
+@pytest.mark.usefixtures("caches_as_inputs")
+@pytest.mark.parametrize(("family", "gate"), [("llama", "token"), ("qwen3", "static"), ("gpt2", "none")])
+def test_a_program_continues_a_cache(family, gate):
+    model = patched(family, gate)
+    given, sizes = continued(model, 2, 9, 3), torch.export.ShapesCollection()
+    for name in ("input_ids", "attention_mask"):
+        sizes[given[name]] = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
+    for tensor in torch.utils._pytree.tree_leaves(given["past_key_values"]):
+        sizes[tensor] = dict.fromkeys((0, 2), torch.export.Dim.AUTO)
+    exported = torch.export.export(model, (), given, dynamic_shapes=sizes, strict=False).module()
+    for each in ((2, 9, 3), (3, 5, 4), (2, 12, 1)):
+        given = continued(model, *each)
+        with torch.no_grad():
+            expected, found = model(**copy.deepcopy(given)), exported(**given)
+        # The orders of summation differ, in float32; logits reach some tens.
+        torch.testing.assert_close(found.logits[1:], expected.logits[1:], rtol=1e-4, atol=1e-4)
+        layers = zip(found.past_key_values.layers, expected.past_key_values.layers)
+        assert all(ours.keys.shape == theirs.keys.shape for ours, theirs in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, g++")
+def test_aot_inductor(tmp_path):
+    model = patched("bert", "mean")
+    path = tmp_path / "model.pt2"
+    torch._inductor.aoti_compile_and_package(export(model, arguments("bert")), package_path=str(path))
+    loaded = torch._inductor.aoti_load_package(str(path))
+    check(lambda **given: loaded(**given).logits, model, "bert")
 
 
 class Logits(torch.nn.Module):
@@ -78,7 +140,7 @@ def test_torch_jit_trace(family, gate, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "gate"), [("llama", "token"), ("bert", "first")])
+@pytest.mark.parametrize(("family", "gate"), [("llama", "token"), ("bert", "first"), ("t5", "auto"), ("gpt2", "none")])
 def test_onnx(family, gate, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
