@@ -76,7 +76,7 @@ def continued(model, batch, past, length):
 
 @pytest.fixture
 def caches_as_inputs():
-    """transformers' registration of its cache with torch, for one test alone: it changes what torch does with caches."""
+    """transformers' registration of its cache with torch, for one test: it changes what torch does with caches."""
     executorch.register_dynamic_cache_export_support()
     yield
     torch.utils._pytree._deregister_pytree_node(DynamicCache)
