@@ -6,6 +6,7 @@
     python -m bench mixtures                       a batch with an adapter for each row, against one adapter and LoRA
     python -m bench compiled                       compile every tile of the Triton kernels, no GPU needed
     python -m bench quality main --task rte ...    the paper's comparisons on labelled data
+    python -m bench board                          methods of fine-tuning a decoder: tables over seeds, one figure
     python -m bench first-use                      the default start and the README's snippet on pretrained models
     python -m bench report FOLDER --out FOLDER     tables and figures from the results in a folder
 
@@ -29,11 +30,12 @@ COMMANDS = {
     "mixtures": "bench.speed.mixtures",
     "compiled": "bench.compiled.cli",
     "quality": "bench.quality.cli",
+    "board": "bench.quality.board.cli",
     "first-use": "bench.quality.first_use",
     "report": "bench.speed.report",
 }
 # Commands that train or time, for which it matters whether other processes use the cores.
-MEASURED = ("demo", "speed", "decoding", "mixtures", "quality")
+MEASURED = ("demo", "speed", "decoding", "mixtures", "quality", "board")
 
 
 def main(given: list[str] | None = None) -> int:

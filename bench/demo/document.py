@@ -92,16 +92,22 @@ def read(options: argparse.Namespace) -> Document:
     """
     own = [Question(text) for text in options.ask]
     if options.text is None:
-        rows = _rows(_HERE / "observatory.jsonl")
-        built_in = [Question(row["question"], row["answer"], row["expected"]) for row in rows if row["use"] == "ask"]
-        train = [Question(row["question"], row["answer"]) for row in rows if row["use"] == "train"]
-        return Document(_text(_HERE / "observatory.txt"), train, built_in + own)
+        found = built_in()
+        return Document(found.text, found.train, found.asked + own)
     rows = [] if options.questions is None else _rows(options.questions)
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("question"), str) or "answer" not in row:
             raise DataError(f'{options.questions} has the row {row!r}; it needs "question" and "answer"')
     train = [Question(row["question"], str(row["answer"])) for row in rows]
     return Document(_text(options.text), train, own or [Question("What is this text about?")])
+
+
+def built_in() -> Document:
+    """The document about an invented observatory, with its questions."""
+    rows = _rows(_HERE / "observatory.jsonl")
+    asked = [Question(row["question"], row["answer"], row["expected"]) for row in rows if row["use"] == "ask"]
+    train = [Question(row["question"], row["answer"]) for row in rows if row["use"] == "train"]
+    return Document(_text(_HERE / "observatory.txt"), train, asked)
 
 
 def _text(path: Path) -> str:

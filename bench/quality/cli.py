@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import apt_kernels
 from bench.quality import models, pretrained, summary
 
 from .experiments import EXPERIMENTS, Plan, write
@@ -25,6 +26,10 @@ _SUPER_GLUE = ("boolq", "copa", "rte", "wic", "wsc")
 _TYPES = {"batch_size": int, "epochs": int, "max_length": int, "schedule": str, "precision": str}
 _TYPES |= dict.fromkeys(("train_examples", "dev_examples", "test_examples", "hold_out"), int)
 _CHOICES = {"schedule": ("linear", "exponential"), "precision": ("fp32", "bf16")}
+# Settings that --patch takes, and what to use for the others.
+_ELSEWHERE = {"prefix_length": "--prefix-length", "layer_scale": "--method apt apt-no-scale, which differ in it"}
+_PATCH = tuple(f.name for f in fields(apt_kernels.AptConfig) if f.name not in _ELSEWHERE)
+_PATCH_HELP = "more settings of AptConfig; a gate is that of the methods whose gate is 'auto'"
 _HELP = {
     "train_examples": "train on so many rows, drawn by the seed",
     "dev_examples": "the first so many development rows",
@@ -71,7 +76,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--recipe", choices=RECIPES, help="published settings for the task; options override them")
     parser.add_argument("--prefix-length", type=_lengths, help="one length, or one for each layer with commas between")
-    parser.add_argument("--patch", nargs="+", default=(), metavar="NAME=VALUE", help="more settings of AptConfig")
+    parser.add_argument("--patch", nargs="+", default=(), metavar="NAME=VALUE", help=_PATCH_HELP)
     for name in (f.name for f in fields(Settings)):
         if name not in ("model", "prefix_length", "patch"):
             option = f"--{name.replace('_', '-')}"
@@ -92,8 +97,16 @@ def _patch(entries: list[str]) -> dict:
         name, equals, value = entry.partition("=")
         if not equals:
             raise SystemExit(f"--patch has {entry!r}; it needs NAME=VALUE")
+        if name in _ELSEWHERE:
+            raise SystemExit(f"--patch has {entry!r}; use {_ELSEWHERE[name]}")
+        if name not in _PATCH:
+            raise SystemExit(f"--patch has {entry!r}; it needs one of {', '.join(_PATCH)}")
         found[name] = int(value) if value.isdigit() else _number(value)
     return found
+
+
+def _chooses_gate(method: str) -> bool:
+    return (METHODS[method] or {}).get("gate") == "auto"
 
 
 def _number(value: str) -> float | str:
@@ -107,6 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     given = arguments(argv)
     models.quiet(given.model)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if "gate" in _patch(given.patch) and given.method and not any(_chooses_gate(name) for name in given.method):
+        raise SystemExit(
+            f"--patch has a gate; none of the methods {', '.join(given.method)} takes one, it needs 'apt' beside them"
+        )
     tasks = _tasks(given)
     plan = Plan(
         RunCache(given.output, not given.no_resume),

@@ -30,6 +30,7 @@ SEEDS = (0, 1, 2)
 # Learning rates of full fine-tuning; the result of the best one is used for comparison.
 FULL_RATES = {"MiniLM": (5e-5, 3e-4, 1e-3), "SmolLM2": (1e-5, 5e-5)}
 GATE_RATES = (1e-3, 1e-2)
+PARTS = ("start", "MiniLM", "MiniLM rates", "SmolLM2")
 RESULT = "first-use.json"
 
 
@@ -38,16 +39,17 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench first-use", description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write to bench/results/quality/first-use")
     parser.add_argument("--out", type=Path, default=Path("bench-output"))
-    parser.add_argument("--only", choices=("start", "MiniLM", "SmolLM2"), nargs="+", help="measure these parts alone")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="measure these parts alone")
+    parser.add_argument("--full", action="store_true", help="of MiniLM and SmolLM2, full fine-tuning alone")
     arguments = parser.parse_args(given)
     out = machine.RESULTS / "quality" / "first-use" if arguments.update else arguments.out
     out.mkdir(parents=True, exist_ok=True)
     path = out / RESULT
     found = json.loads(path.read_text()) if path.exists() else {}
-    for part, measure in (("start", starts), ("MiniLM", minilm), ("SmolLM2", smollm2)):
+    for part in PARTS:
         if arguments.only is None or part in arguments.only:
             begin = time.perf_counter()
-            rows = measure()
+            rows = _measure(part, arguments.full)
             found[part] = {
                 "rows": rows,
                 "seconds": round(time.perf_counter() - begin),
@@ -78,17 +80,33 @@ def starts() -> list[dict]:
     return rows
 
 
-def minilm() -> list[dict]:
-    """MiniLM's accuracy in classifying docstrings by their group of modules (four groups)."""
-    return _compare("MiniLM", packaged.minilm_task)
+def _measure(part: str, full_only: bool) -> list[dict]:
+    if part == "start":
+        return starts()
+    if part == "MiniLM rates":
+        return minilm_rates()
+    return _compare(part, {"MiniLM": packaged.minilm_task, "SmolLM2": packaged.smollm2_task}[part], full_only)
 
 
-def smollm2() -> list[dict]:
-    """SmolLM2's next-token loss on docstrings of modules that are not in its training rows."""
-    return _compare("SmolLM2", packaged.smollm2_task)
+def minilm_rates() -> list[dict]:
+    """MiniLM's accuracy with both starts and two rates of the new head, each with the same seeds."""
+    model, rows, measure = packaged.minilm_task()
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    found = []
+    for seed in SEEDS:
+        for init, head_rate in (("vocabulary", 1e-2), ("normal", 1e-2), ("vocabulary", 1e-3)):
+            apt_kernels.patch(model, prefix_length=16, init=init, init_seed=seed)
+            train(model, torch.optim.AdamW(apt_kernels.parameter_groups(model, head_lr=head_rate)), rows, seed)
+            found.append({"init": init, "head_rate": head_rate, "seed": seed, "metric": measure(model)})
+            print(found[-1], flush=True)
+            apt_kernels.unpatch(model)
+            model.load_state_dict(start)  # the new head trained as well
+    return found
 
 
-def _compare(name: str, task: Callable[[], packaged.Task]) -> list[dict]:
+def _compare(name: str, task: Callable[[], packaged.Task], full_only: bool) -> list[dict]:
+    """MiniLM: accuracy in classifying docstrings by their group of modules (four groups). SmolLM2: next-token loss on
+    docstrings of modules that are not in its training rows."""
     model, rows, measure = task()
     found = [{"method": "none", "rate": None, "metric": measure(model)}]
     start = {key: value.clone() for key, value in model.state_dict().items()}
@@ -99,7 +117,7 @@ def _compare(name: str, task: Callable[[], packaged.Task]) -> list[dict]:
         found.append({"method": "full", "rate": rate, "metric": measure(model)})
         print(found[-1], flush=True)
         model.load_state_dict(start)
-    for gate_rate in GATE_RATES:
+    for gate_rate in () if full_only else GATE_RATES:
         apt_kernels.patch(model, prefix_length=16, init_seed=0)
         groups = apt_kernels.parameter_groups(model, gate_lr=gate_rate)
         rates = {"rate": groups[0]["lr"], **{f"{group['name']}_rate": group["lr"] for group in groups}}
@@ -107,6 +125,7 @@ def _compare(name: str, task: Callable[[], packaged.Task]) -> list[dict]:
         found.append({"method": "apt", **rates, "metric": measure(model)})
         print(found[-1], flush=True)
         apt_kernels.unpatch(model)
+        model.load_state_dict(start)  # a new head trained as well
     return found
 
 
@@ -131,12 +150,13 @@ def report(found: dict) -> str:
     for part, title in (
         ("start", "SmolLM2-135M-Instruct: next-token loss before training, minus the unpatched model's"),
         ("MiniLM", "MiniLM: accuracy on 160 docstrings (4 classes) after 60 steps of 16"),
+        ("MiniLM rates", "MiniLM: the start of the prefix and the rate of the new head, APT, 60 steps of 16"),
         ("SmolLM2", "SmolLM2-135M-Instruct: next-token loss on held-out docstrings after 12 steps of 16 x 64 tokens"),
     ):
         if part not in found:
             continue
         lines += [f"## {title}", ""]
-        lines += _starts(found[part]["rows"]) if part == "start" else _trained(found[part]["rows"])
+        lines += _TABLES.get(part, _trained)(found[part]["rows"])
         note = found[part]["commit"]
         dirty = ", with changes" if note["dirty"] else ""
         dirty += f"; {found[part]['note']}" if "note" in found[part] else ""
@@ -156,6 +176,15 @@ def _starts(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _rates(rows: list[dict]) -> list[str]:
+    lines = ["M = 16, linear decay of the rates; accuracy on 160 docstrings, one value for each seed.", ""]
+    lines += ["| `init` | head's rate | accuracy |", "| --- | --- | --- |"]
+    for init, rate in dict.fromkeys((row["init"], row["head_rate"]) for row in rows):
+        values = [row["metric"] for row in rows if (row["init"], row["head_rate"]) == (init, rate)]
+        lines.append(f"| `{init}` | {rate:g} | {', '.join(f'{value:.3f}' for value in values)} |")
+    return lines
+
+
 def _trained(rows: list[dict]) -> list[str]:
     lines = ["One seed, M = 16, linear decay of the rates.", ""]
     lines += ["| method | rate | gate's rate | head's rate | metric |", "| --- | --- | --- | --- | --- |"]
@@ -164,6 +193,9 @@ def _trained(rows: list[dict]) -> list[str]:
         rates = ("-" if rate is None else f"{rate:g}" for rate in found)
         lines.append(f"| {row['method']} | {' | '.join(rates)} | {row['metric']:.3f} |")
     return lines
+
+
+_TABLES = {"start": _starts, "MiniLM rates": _rates}
 
 
 def best_full(part: str, best: Callable = max) -> float:

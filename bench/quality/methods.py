@@ -156,7 +156,6 @@ def recipe(name: str, task: str) -> dict:
 
 def prepare(model: nn.Module, method: str, settings: Settings, seed: int) -> nn.Module:
     """Freeze or patch a fresh model for the method; its new head trains always."""
-    options = METHODS[method]
     if method == "full":
         return model
     if method == "head":
@@ -169,12 +168,22 @@ def prepare(model: nn.Module, method: str, settings: Settings, seed: int) -> nn.
         length = same_budget(model, settings)
     # The start of P-tuning v2, with which the committed figures were made.
     start = {"init": "normal", "init_seed": seed}
-    return apt_kernels.patch(model, prefix_length=length, **options, **{**start, **settings.patch})
+    return apt_kernels.patch(model, prefix_length=length, **{**start, **patch_settings(method, settings)})
+
+
+def patch_settings(method: str, settings: Settings) -> dict:
+    """A method's settings with those of ``settings.patch``.
+
+    A gate in it replaces "auto"; a method with another gate, or with none, keeps its own.
+    """
+    options = METHODS[method] or {}
+    given = {k: v for k, v in settings.patch.items() if k != "gate" or options.get("gate") == "auto"}
+    return {**options, **given}
 
 
 def same_budget(model: nn.Module, settings: Settings) -> tuple[int, ...]:
     """Lengths of a plain prefix with as many parameters as APT's of ``prefix_length``, or just fewer."""
-    apt_kernels.patch(model, prefix_length=settings.prefix_length, **METHODS["apt"])
+    apt_kernels.patch(model, prefix_length=settings.prefix_length, **patch_settings("apt", settings))
     try:
         found = apt_kernels.prefixes(model)
         if isinstance(settings.prefix_length, int):

