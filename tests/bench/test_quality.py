@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -319,6 +320,34 @@ def test_the_main_comparison_from_the_command_line(model_folder, data_folder, tm
     monkeypatch.setattr(running, "run", lambda *a: pytest.fail("a completed training was repeated"))
     assert _run(data_folder, model_folder, tmp_path, "ablation", "--task", "pair", "tags", "--seeds", "1") == 0
     assert "full fine-tuning" not in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_gate_on_the_command_line_is_that_of_the_methods_with_auto(model_folder, data_folder, tmp_path):
+    given = ("--task", "pair", "--seeds", "1", "--method", "apt", "prefix", "apt-no-hidden", "prefix-same-budget")
+    assert _run(data_folder, model_folder, tmp_path, *given, "--patch", "gate=token", "init=vocabulary") == 0
+    task, settings = _task(data_folder, "text"), _settings(model_folder, patch={"gate": "token", "init": "vocabulary"})
+    gates = {}
+    for method in ("apt", "apt-no-scale", "apt-no-hidden", "prefix"):
+        model = models.fresh_model(task, settings, models.load_tokenizer(model_folder, task), 0)
+        prefixes = apt_kernels.prefixes(methods.prepare(model, method, settings, 0))
+        gates[method] = {prefix.gate for prefix in prefixes.values()}
+    assert gates == {"apt": {"token"}, "apt-no-scale": {"token"}, "apt-no-hidden": {"static"}, "prefix": {"none"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("gate", "--patch has 'gate'; it needs NAME=VALUE"),
+        ("gaet=token", "--patch has 'gaet=token'; it needs one of gate, "),
+        ("prefix_length=3", "--patch has 'prefix_length=3'; use --prefix-length"),
+        ("layer_scale=False", "use --method apt apt-no-scale"),
+        ("gate=token", "--patch has a gate; none of the methods prefix, full takes one"),
+    ],
+)
+def test_patch_settings_that_are_refused(entry, message, model_folder, data_folder, tmp_path):
+    given = ("--task", "pair", "--method", "prefix", "full", "--patch", entry)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        _run(data_folder, model_folder, tmp_path, *given)
 
 
 def test_the_other_experiments_from_the_command_line(model_folder, data_folder, tmp_path):
