@@ -276,8 +276,6 @@ def test_names_that_would_be_ignored_raise():
     given = models.inputs("llama")
     with apt_kernels.disabled(patched), pytest.raises(PatchError, match="disabled, which would ignore it"):
         patched(**given, adapter_names=["a", "b", "c"])
-    with pytest.raises(PatchError, match="generate_batch does not take adapter_names"):
-        patched.generate_batch([[5, 6]], adapter_names=["a"])
 
 
 def test_names_for_the_adapters_of_peft_are_refused():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -221,10 +221,10 @@ class GeneratesByRow(ByRow):
         with running(self, adapter_names, args, kwargs, generating=True):
             return super().generate(*args, **kwargs)
 
-    def generate_batch(self, *args, **kwargs):
-        if "adapter_names" in kwargs:
-            raise PatchError("generate_batch does not take adapter_names; use generate, or one call for each adapter")
-        return super().generate_batch(*args, **kwargs)
+    def generate_batch(self, inputs, *args, adapter_names=None, **kwargs):
+        if adapter_names is None:
+            return super().generate_batch(inputs, *args, **kwargs)
+        return _in_groups(self, super().generate_batch, inputs, adapter_names, args, kwargs)
 
 
 @contextmanager
@@ -247,6 +247,39 @@ def running(module, names, args, kwargs, generating: bool) -> Iterator[None]:
         yield
     finally:
         local.rows = outer
+
+
+def _in_groups(model, generate_batch: Callable, inputs, names, args, kwargs) -> dict[str, Any]:
+    """`generate_batch` for the requests of each adapter in turn, since requests in one batch share one row.
+
+    The results are in the order of the requests, with the ids that one call gives them.
+    """
+    state, local, outer = model.apt_state, calls.local, calls.local.rows
+    _check(model, state, names, (), {})
+    if len(names) != len(inputs):
+        raise ConfigError(f"adapter_names has {len(names)} names; there are {len(inputs)} requests")
+    if kwargs.get("persistent_manager"):
+        raise PatchError("persistent_manager=True keeps the cache of one adapter; pass it without adapter_names")
+    found: dict[int, list[Any]] = {}
+    for name in dict.fromkeys(names):
+        numbers = [number for number, own in enumerate(names) if own == name]
+        with calls.disabling(state.token) if name == BASE else nullcontext():
+            try:
+                local.rows = None if name == BASE else Rows(state, (name,), generating=True)
+                results = generate_batch([inputs[number] for number in numbers], *args, **kwargs)
+            finally:
+                local.rows = outer
+        ids = list(dict.fromkeys(each.partition("__")[0] for each in results))
+        if len(ids) != len(numbers):
+            raise PatchError(
+                f"generate_batch returned {len(ids)} of the {len(numbers)} requests of adapter {name!r}; see its log"
+            )
+        for each, result in results.items():
+            own_id, *child = each.partition("__")
+            number = numbers[ids.index(own_id)]
+            result.request_id = "".join((f"req_{number}", *child))
+            found.setdefault(number, []).append(result)
+    return {result.request_id: result for number in sorted(found) for result in found[number]}
 
 
 def _check(module, state, names, args, kwargs) -> None:

@@ -36,12 +36,13 @@ class InitContinuousBatching:
 
     def __call__(self, *args, **kwargs):
         model, state = self.model, self.model._apt_state
-        now = (state.adapter, state.disabled)
+        rows = calls.local.rows
+        now = (state.adapter, state.disabled, None if rows is None else rows.names)
         manager = getattr(model, _MANAGER, None)
         if manager is not None and getattr(manager, "apt_served", None) != now:
             forget_manager(model)  # its cached blocks were computed under another state
         if not state.disabled:
-            _refuse(model)
+            _refuse(model, rows)
         manager = type(model).init_continuous_batching(_Served(model, state), *args, **kwargs)
         manager.apt_served = now
         return manager
@@ -55,13 +56,13 @@ def _refuse_batching(*args, **kwargs):
 class _Served:
     """A view of the model for continuous batching, with the name of an attention implementation that it supports.
 
-    A manager's thread calls it, with or without the prefix as in the thread that called `init_continuous_batching`.
+    A manager's thread calls it, with the prefix of the thread that called `init_continuous_batching`, or without.
     """
 
     def __init__(self, model, state):
         entries = (calls.Disabling(state.token.number, in_task=False),) if state.disabled else ()
         name, config = model.config._attn_implementation, copy.deepcopy(model.config)
-        self.__dict__.update(_model=model, config=config, _held=calls.Held(entries, None, None))
+        self.__dict__.update(_model=model, config=config, _held=calls.Held(entries, None, None, calls.local.rows))
         self._name(name if entries else _SERVED_AS)
 
     def _name(self, implementation: str) -> None:
@@ -94,12 +95,16 @@ class _Served:
         return self
 
 
-def _refuse(model) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptivePrefix) and module.gate_entry.kept_in_cache:
+def _refuse(model, rows) -> None:
+    """Raise `PatchError` if a prefix in use, that of the active adapter or of ``rows``, cannot read a paged cache."""
+    prefixes = [module for module in model.modules() if isinstance(module, AdaptivePrefix)]
+    if rows is not None:
+        prefixes = [prefix for mixture in rows.places.values() for prefix in mixture.prefixes]
+    for prefix in prefixes:
+        if prefix.gate_entry.kept_in_cache:
             allowed = gates.choice(lambda gate: not gate.kept_in_cache)
             raise PatchError(
-                f"{name.removesuffix('.apt')} has gate={module.gate!r}: continuous batching computes a prompt once and "
+                f"{prefix.name} has gate={prefix.gate!r}: continuous batching computes a prompt once and "
                 "shares its cache with requests that begin alike, so the hidden state of a request's first token is "
                 f"not available when the gate is needed. Use gate={allowed}, or model.generate"
             )

@@ -8,8 +8,10 @@ import torch
 import transformers
 
 import apt_kernels
+from apt_kernels.hf import calls
 from helpers import models
 from helpers.generation import tuned
+from helpers.patched import randomise
 
 FAMILIES = models.some(models.DECODERS)
 LENGTHS, NEW = (12, 3, 7, 1), 6
@@ -106,3 +108,56 @@ def test_a_copy_batches_for_itself():
     twin = copy.deepcopy(model)
     expected = alone(apt_kernels.unpatch(model), rows)
     assert batched(twin, rows) == alone(twin, rows) != expected
+
+
+def mixed():
+    """A model with the adapters default (gate token), b (static, without the last layer) and first (gate first)."""
+    model = tuned("llama", "token")
+    apt_kernels.add_adapter(model, "b", prefix_length=[3, 0], gate="static")
+    apt_kernels.add_adapter(model, "first", prefix_length=2, gate="first")
+    for seed, name in enumerate(("b", "first")):
+        randomise(apt_kernels.set_adapter(model, name).double(), seed)
+    return apt_kernels.set_adapter(model, "default").double()
+
+
+@pytest.mark.parametrize("names", [["b", "default", "__base__", "default"], ["b"] * 4, ["__base__"] * 4], ids=str)
+def test_every_request_generates_as_alone_under_its_adapter(names):
+    model, rows = mixed(), prompts("llama")
+    rows[3] = rows[0]  # the same prompt under two adapters shares no cache
+    expected = {}
+    for name in dict.fromkeys(names):
+        other = copy.deepcopy(model)
+        other = apt_kernels.unpatch(other) if name == "__base__" else apt_kernels.set_adapter(other, name).double()
+        expected[name] = alone(other, rows)
+    assert batched(model, rows, adapter_names=names) == [expected[name][i] for i, name in enumerate(names)]
+    assert calls.local.rows is None
+    given = [row[0].tolist() for row in rows]
+    found = model.generate_batch(given, generation(), continuous_batching_config=settings(), adapter_names=names)
+    assert list(found) == [result.request_id for result in found.values()] == [f"req_{i}" for i in range(4)]
+
+
+def test_returned_sequences_of_requests_with_names():
+    model, rows = mixed(), prompts("llama")
+    sampled = transformers.GenerationConfig(max_new_tokens=2, do_sample=True, num_return_sequences=2, eos_token_id=-1)
+    found = model.generate_batch(
+        [row[0].tolist() for row in rows], sampled, continuous_batching_config=settings(),
+        adapter_names=["b", "__base__", "default", "b"],
+    )  # fmt: skip
+    assert [each.partition("__")[0] for each in found] == [f"req_{i // 2}" for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "message"),
+    [
+        (["b"], {}, apt_kernels.ConfigError, "adapter_names has 1 names; there are 4 requests"),
+        (["b", "b", "b", "d"], {}, apt_kernels.ConfigError, "adapter_names has 'd'"),
+        (["b", "first", "b", "b"], {}, apt_kernels.PatchError, "gate='first': continuous batching"),
+        (["b"] * 4, {"persistent_manager": True}, apt_kernels.PatchError, "pass it without adapter_names"),
+    ],
+)
+def test_names_of_requests_that_are_refused(names, options, error, message):
+    model, rows = mixed(), prompts("llama")
+    with pytest.raises(error, match=message):
+        batched(model, rows, adapter_names=names, **options)
+    assert calls.local.rows is None
+    assert batched(model, rows) == alone(model, rows)
