@@ -27,6 +27,9 @@ DIFFERENTIABLE = (
 # of float32 or of bfloat16.
 NOTHING = torch.finfo(torch.float32).min / 2
 
+# Why an implementation does not compute a prefix for each query.
+BY_QUERY = "prefix_index is [B, T]; it takes one adapter for each batch row, [B]. 'reference' takes one for each query"
+
 
 # Not frozen, which would double the time to make one; nothing assigns to a field.
 @dataclass(eq=False)
@@ -38,8 +41,9 @@ class Inputs:
     ``query_offset`` (int64 ``[1]`` or ``[B]``), where given, replaces ``offset``. Windows: -1 is open.
     ``softcap`` 0 is off. ``seed`` is int64 ``[1]``, given iff ``dropout_p > 0``.
 
-    With a prefix for each row, ``prefix_index`` (int64 ``[B]``, -1: none) and ``prefix_lengths`` (int64 ``[A]``) are
-    given, ``prefix_key`` and ``prefix_value`` are ``[A, Hkv, M, .]``, and ``layer_scale`` is ``[1]`` or ``[A]``.
+    With a prefix for each row or query, ``prefix_index`` (int64 ``[B]`` or ``[B, T]``, -1: none) and ``prefix_lengths``
+    (int64 ``[A]``) are given, ``prefix_key`` and ``prefix_value`` are ``[A, Hkv, M, .]``, and ``layer_scale`` is
+    ``[1]`` or ``[A]``.
     """
 
     query: Tensor
@@ -119,7 +123,8 @@ class Inputs:
         if gate is not None and self.gate_index is not None:
             gate = gate[self.gate_index]
         if gate is not None and self.prefix_index is not None:
-            gate = gate.masked_fill(~self.prefix_seen()[:, None], 0.0)
+            seen = self.prefix_seen()
+            gate = gate.masked_fill(~(seen if self.prefix_by_query else seen[:, None]), 0.0)
         return gate
 
     def weights(self) -> Tensor | None:
@@ -135,23 +140,31 @@ class Inputs:
         return weights * cast("Tensor", self.scale_rows())
 
     def scale_rows(self) -> Tensor | None:
-        """lambda as ``[B|1, 1, 1]`` in `compute_dtype`; None without one."""
+        """lambda as ``[B|1, T|1, 1]`` in `compute_dtype`; None without one."""
         if self.layer_scale is None:
             return None
         scale = self.layer_scale.to(self.compute_dtype)
         if scale.shape[0] > 1:
-            scale = of_index(scale, self.adapter_index())
+            index = self.adapter_index()
+            scale = of_index(scale, index.flatten())
+            if self.prefix_by_query:
+                return scale.view(*index.shape, 1)
         return scale.view(-1, 1, 1)
+
+    @property
+    def prefix_by_query(self) -> bool:
+        """Whether each query of a row has a prefix of its own."""
+        return self.prefix_index is not None and self.prefix_index.ndim == 2
 
     def adapter_index(self) -> Tensor:
         """``prefix_index`` with any valid index, 0, in the rows without a prefix."""
         return cast("Tensor", self.prefix_index).clamp(min=0)
 
     def prefix_seen(self) -> Tensor:
-        """bool ``[B, M]``: which prefix columns each row has, where there is a prefix for each row."""
+        """bool ``[B, M]``, or ``[B, T, M]``: which prefix columns each row, or query, has where it has its own."""
         index, lengths = cast("Tensor", self.prefix_index), cast("Tensor", self.prefix_lengths)
         length = torch.where(index < 0, 0, lengths[self.adapter_index()])
-        return torch.arange(self.prefix_key.shape[-2], device=length.device) < length[:, None]
+        return torch.arange(self.prefix_key.shape[-2], device=length.device) < length[..., None]
 
     def prefix_rows(self, prefix: Tensor) -> Tensor:
         """``prefix_key`` or ``prefix_value`` of each row, ``[B, Hkv, M, .]``, zero in the columns that it has not."""

@@ -32,7 +32,8 @@ def attend(x: Inputs) -> tuple[Tensor, Tensor]:
         prefix_logits = x.softcap * torch.tanh(prefix_logits / x.softcap)
     logits, prefix_logits = logits.to(wide), prefix_logits.to(wide)
     if x.prefix_index is not None:
-        prefix_logits = prefix_logits.masked_fill(~x.prefix_seen()[:, None, None], -torch.inf)
+        seen = x.prefix_seen()[:, None]
+        prefix_logits = prefix_logits.masked_fill(~(seen if x.prefix_by_query else seen[:, None]), -torch.inf)
     if x.bias is not None:
         logits = logits + x.bias.to(wide)
     visible = x.visible()
@@ -63,6 +64,8 @@ def attend(x: Inputs) -> tuple[Tensor, Tensor]:
 def _prefix(x: Inputs, expand) -> tuple[Tensor, Tensor]:
     """Prefix logits ``[B, Hq, T, M]`` before the soft-cap, and the value ``[., Hq, M, Dv]`` that weighs them."""
     dtype, weights = x.query.dtype, x.weights()
+    if x.prefix_by_query:
+        return _prefix_by_query(x, weights, expand)
     prefix = x.prefix_key, x.prefix_value
     if x.prefix_index is not None:
         prefix = x.prefix_rows(x.prefix_key), x.prefix_rows(x.prefix_value)
@@ -77,8 +80,30 @@ def _prefix(x: Inputs, expand) -> tuple[Tensor, Tensor]:
     return (x.query @ key.transpose(-1, -2)) * (x.scale * weights[:, None]).to(dtype), value
 
 
+def _prefix_by_query(x: Inputs, weights: Tensor | None, expand) -> tuple[Tensor, Tensor]:
+    """`_prefix` where each query has its own: the logits under its adapter, and all values ``[A, Hq, M, Dv]``."""
+    columns = torch.arange(x.prefix_key.shape[2], device=x.query.device) < x.prefix_lengths[:, None]
+    hidden = ~columns[:, None, :, None]
+    key, value = (expand(part.masked_fill(hidden, 0.0).to(x.query.dtype)) for part in (x.prefix_key, x.prefix_value))
+    logits = x.query.new_zeros(())
+    for adapter, own in enumerate(_queries_of_adapters(x)):
+        logits = torch.where(own, x.query @ key[adapter].transpose(-1, -2), logits)
+    factor = x.scale if weights is None else (x.scale * weights[:, None]).to(x.query.dtype)
+    return logits * factor, value
+
+
+def _queries_of_adapters(x: Inputs) -> list[Tensor]:
+    """For each adapter, bool ``[B, 1, T, 1]``: which queries use it."""
+    return [(x.prefix_index == adapter)[:, None, :, None] for adapter in range(len(x.prefix_key))]
+
+
 def _weigh_prefix(x: Inputs, probabilities: Tensor, value: Tensor) -> Tensor:
     weights = x.weights()
+    if x.prefix_by_query:
+        if weights is not None:
+            probabilities = (probabilities * weights[:, None]).to(value.dtype)
+        parts = [probabilities * own @ value[adapter] for adapter, own in enumerate(_queries_of_adapters(x))]
+        return torch.stack(parts).sum(0)
     if weights is not None and weights.shape[1] != 1:
         probabilities = (probabilities * weights[:, None]).to(value.dtype)
     return probabilities @ value

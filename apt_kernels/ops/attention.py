@@ -110,7 +110,9 @@ def attention(
             (not checked on an accelerator, where that would wait for the device).
         prefix_index: integer ``[B]``, the adapter of each batch row, in ``0..A-1``, or -1: the row has no prefix, and
             its gate and its ``gate_index`` are ignored (the range is checked as for ``gate_index``). A row without a
-            prefix that sees no key has the output 0 and the log-sum-exp -inf. None: one prefix for all rows.
+            prefix that sees no key has the output 0 and the log-sum-exp -inf. ``[B, T]``: the same for each query, such
+            as those of packed documents (only in `reference`, which the automatic choice then uses). None: one prefix
+            for all rows.
         prefix_lengths: integer ``[A]``, in ``0..M``, the length of each adapter; the columns beyond it are ignored, in
             prefix and gate. Only with ``prefix_index``; None: M for each.
         scale: softmax scale; default ``1 / sqrt(D)``.

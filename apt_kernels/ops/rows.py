@@ -1,4 +1,4 @@
-"""Validation of a prefix for each row: ``prefix_index`` and what belongs to it."""
+"""Validation of a prefix for each row or query: ``prefix_index`` and what belongs to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_prefix(
         )
 
 
-def check(index, lengths, prefix_key: Tensor, batch: int, device) -> tuple[Tensor | None, Tensor | None]:
+def check(index, lengths, prefix_key: Tensor, batch: int, queries: int, device) -> tuple[Tensor | None, Tensor | None]:
     """``prefix_index`` and ``prefix_lengths`` as `Inputs` holds them: both, or None and None."""
     if index is None:
         if lengths is not None:
@@ -41,9 +41,10 @@ def check(index, lengths, prefix_key: Tensor, batch: int, device) -> tuple[Tenso
         return None, None
     adapters, length = prefix_key.shape[0], prefix_key.shape[2]
     check_integers("prefix_index", index)
-    if tuple(index.shape) != (batch,):
+    if tuple(index.shape) != ((batch,) if index.ndim == 1 else (batch, queries)):
         raise ArgumentError(
-            f"prefix_index has shape {list(index.shape)}; it needs [B] = [{batch}], one adapter for each batch row"
+            f"prefix_index has shape {list(index.shape)}; it needs [B] = [{batch}], one adapter for each batch row, or "
+            f"[B, T] = [{batch}, {queries}], one for each query"
         )
     check_place("prefix_index", index, device)
     check_range("prefix_index", index, -1, adapters - 1, f"-1: no prefix; prefix_key has {adapters} adapters")
@@ -58,7 +59,12 @@ def check(index, lengths, prefix_key: Tensor, batch: int, device) -> tuple[Tenso
 
 
 def without_ignored(gate_index, index: Tensor | None):
-    """``gate_index`` with a valid value in the rows without a prefix, where it is ignored."""
-    if index is None or not isinstance(gate_index, Tensor) or gate_index.shape[:1] != index.shape:
+    """``gate_index`` with a valid value in the rows (or queries) without a prefix, where it is ignored."""
+    if index is None or not isinstance(gate_index, Tensor) or gate_index.shape[:1] != index.shape[:1]:
         return gate_index
-    return gate_index.masked_fill((index < 0).view(-1, *[1] * (gate_index.ndim - 1)), 0)
+    absent = index < 0
+    if absent.ndim > gate_index.ndim:
+        absent = absent.all(1)
+    elif absent.ndim < gate_index.ndim:
+        absent = absent[:, None]
+    return gate_index.masked_fill(absent, 0) if absent.ndim == gate_index.ndim else gate_index

@@ -74,7 +74,7 @@ def make_inputs(
         mask.check(batch, heads, queries, keys, device)
     else:
         raise ArgumentError(f"mask is a {type(mask).__name__}; it needs an apt_kernels.Mask or None")
-    prefix_index, prefix_lengths = rows.check(prefix_index, prefix_lengths, prefix_key, batch, device)
+    prefix_index, prefix_lengths = rows.check(prefix_index, prefix_lengths, prefix_key, batch, queries, device)
     adapters = 1 if prefix_index is None else prefix_key.shape[0]
     gate_index = rows.without_ignored(gate_index, prefix_index)
     gate, gate_index = _gate(gate, gate_index, batch, queries, length, device)

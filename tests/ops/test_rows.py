@@ -205,7 +205,6 @@ def operands(adapters: int = 3, batch: int = 2, **change) -> dict:
         ({"prefix_index": torch.tensor([0.0, 1.0])}, "prefix_index is torch.float32; it needs an integer tensor"),
         ({"prefix_index": [0, 1]}, "prefix_index is list; it needs an integer tensor"),
         ({"prefix_index": torch.tensor([0])}, r"prefix_index has shape \[1\]; it needs \[B\] = \[2\]"),
-        ({"prefix_index": torch.zeros(2, 6, dtype=torch.long)}, r"prefix_index has shape \[2, 6\]; it needs \[B\]"),
         ({"prefix_index": torch.tensor([0, 3])}, r"prefix_index has values 0..3; it needs -1..2 \(-1: no prefix"),
         ({"prefix_index": torch.tensor([-2, 0])}, r"prefix_index has values -2..0; it needs -1..2"),
         ({"prefix_lengths": torch.tensor([5, 5])}, r"prefix_lengths has shape \[2\]; it needs \[A\] = \[3\]"),

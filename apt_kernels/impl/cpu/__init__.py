@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend, Plan, Result
-from ..inputs import DIFFERENTIABLE, NOTHING, Inputs, heads_last_empty
+from ..inputs import BY_QUERY, DIFFERENTIABLE, NOTHING, Inputs, heads_last_empty
 from . import blocks, blocks_backward, decode, prefix, stock
 from .scratch import Scratch
 
@@ -29,6 +29,8 @@ class Cpu(Backend):
     own_layouts = frozenset({"key", "value"})
 
     def obstacle_for(self, x: Inputs) -> str | None:
+        if x.prefix_by_query:
+            return BY_QUERY
         return None if x.query.is_cpu else f"query is on {x.query.device.type}"
 
     def strategy(self, x: Inputs) -> str:
