@@ -64,7 +64,7 @@ def test_many_rows(gate, rows):
 def test_tokens_of_a_stock_kernel(gate, causal, monkeypatch):
     from apt_kernels.impl.triton import tiles
 
-    monkeypatch.setitem(tiles._MERGED, (tiles.architecture(torch.device(DEVICE)), 32), 1)
+    monkeypatch.setitem(tiles._MERGED, (tiles.architecture(torch.device(DEVICE)), 32), ("merge", 1))
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     case = replace(CASES["mixed"], gate=gate, causal=causal, dtype=dtype, prefix_dtype=torch.float32)
     assert choose.choose(case.inputs(DEVICE), "triton").strategy == "merge"
