@@ -107,7 +107,7 @@ class Backend(ABC):
     ) -> list[Tensor | None]:
         """Gradients of the inputs named in `inputs.DIFFERENTIABLE`, None where ``needs`` is False.
 
-        ``result`` is what `forward` returned. Where it has ``kept``, ``x.key`` and ``x.value`` are the first S rows of
+        ``result`` is what `forward` returned. Where it has ``kept``, ``x.key`` and ``x.value`` are the last S rows of
         the two buffers.
         """
 
@@ -118,8 +118,7 @@ class Backend(ABC):
     def empty_kept(self, x: Inputs, plan: Plan) -> tuple[Tensor, Tensor] | None:
         """Uninitialised tensors of the shapes, dtypes and strides of what `forward` keeps; None: it keeps nothing.
 
-        Kept are ``[B, Hkv, S + any, D]`` and ``[B, Hkv, S + any, Dv]``: the keys and values, in an order that
-        `backward` expects, then anything else.
+        Kept are ``[B, Hkv, any + S, D]`` and ``[B, Hkv, any + S, Dv]``: anything else, then the keys and values.
         """
         return None
 

@@ -312,7 +312,7 @@ class _Attention(torch.autograd.Function):
         kept = (None, None)
         if ctx.keys:
             kept = kept_key, kept_value
-            flat[1], flat[2] = (part[:, :, : ctx.keys] for part in kept)
+            flat[1], flat[2] = (part[:, :, part.shape[2] - ctx.keys :] for part in kept)
         with torch.no_grad():
             results = torch.ops.apt_kernels.attention_backward.default(
                 torch.zeros_like(out) if grad_out is None else grad_out,

@@ -9,11 +9,14 @@ from hypothesis import example, given
 import apt_kernels
 from apt_kernels import Mask
 from apt_kernels.impl.cpu import BACKEND as CPU
+from bench.common import naive
+from bench.speed.timing import peak_bytes
 from helpers import accuracy
 from helpers.cases import CASES, Case, cases, examples
-from helpers.memory import Largest
+from helpers.memory import Largest, kept_bytes
 
 GENERATOR = torch.Generator
+_LEAVES = ("query", "key", "value", "prefix_key", "prefix_value", "gate", "layer_scale")
 
 
 @pytest.mark.parametrize("logsumexp_gradient", [True, False], ids=["lse", "out"])
@@ -35,7 +38,7 @@ def test_rows_that_are_not_contiguous(name):
     accuracy.check(replace(x, **columns), "cpu", generator=GENERATOR().manual_seed(0))
 
 
-@pytest.mark.parametrize(("queries", "keys", "way"), [(300, 512, "concat"), (513, 513, "merge"), (700, 900, "merge")])
+@pytest.mark.parametrize(("queries", "keys", "way"), [(200, 320, "concat"), (321, 321, "merge"), (700, 900, "merge")])
 def test_causal_squares_of_both_ways(queries, keys, way):
     x = Case(batch=2, kv_heads=1, queries=queries, keys=keys, causal=True).inputs()
     assert CPU.strategy(x) == way
@@ -88,10 +91,10 @@ WAYS = {
     "bias": "concat",
     "causal": "concat",
     "causal_gate_query": "merge",
-    "causal_left_padding": "merge",
+    "causal_left_padding": "concat",
     "causal_more_keys": "concat",
-    "causal_fewer_keys": "merge",
-    "causal_offset_tensor": "merge",
+    "causal_fewer_keys": "concat",
+    "causal_offset_tensor": "concat",
     "causal_decode": "merge",
     "causal_decode_padding": "merge",
     "window_decode": "merge",
@@ -123,6 +126,42 @@ def test_no_square_matrix(fields):
         result = CPU.forward(x, plan)
         CPU.backward(x, plan, result, torch.randn_like(result.out), None, [True] * 7 + [False, False])
     assert largest.elements < size * size // 4
+
+
+_MEMORY = {
+    "padded": {"padding": "right"},
+    "causal": {"causal": True},
+    "causal_padded": {"causal": True, "padding": "right"},
+    "long_prefix": {"causal": True, "length": 400, "gate": "none", "layer_scale": None},
+    "long_prefix_gate_by_row": {"causal": True, "length": 400, "gate": "row"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(_MEMORY))
+def test_memory_of_a_short_call_is_at_most_the_naive_one(name):
+    fields = {"gate": "row", "length": 24, **_MEMORY[name]}
+    case = Case(batch=4, kv_heads=4, group=1, queries=64, keys=64, head_dim=64, value_dim=64, **fields)
+    x = case.inputs()
+    assert CPU.strategy(x) == "concat"
+    mask = Mask(causal=x.causal, key_padding=x.key_padding)
+    leaves = {part: getattr(x, part) for part in _LEAVES if getattr(x, part) is not None}
+    if x.gate is not None:
+        leaves["gate"] = x.gate[:, 0]
+    leaves = {part: leaf.detach().requires_grad_() for part, leaf in leaves.items()}
+
+    def step(way):
+        out = way(**leaves, mask=mask)
+        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    kept, peak = {}, {}
+    for way in (apt_kernels.attention, naive.attention):
+        step(way)  # the naive way keeps the mask of the first call
+        kept[way] = kept_bytes(lambda way=way: way(**leaves, mask=mask), leaves.values())
+        peak[way] = peak_bytes(torch.device("cpu"), lambda way=way: step(way))
+    assert kept[apt_kernels.attention] <= kept[naive.attention]
+    # What the backward was given lives until it returns, beside the prefix's gradients; autograd frees the naive one's.
+    beside = 2 * (x.prefix_key.nbytes + x.prefix_value.nbytes) if "long_prefix" in name else 0
+    assert peak[apt_kernels.attention] <= peak[naive.attention] + beside
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "causal_gate_query", "dropout", "everything", "gate_indexed"])

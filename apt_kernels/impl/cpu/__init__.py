@@ -5,8 +5,6 @@ Source of its sizes: measured on two cores, bench/NOTES.md.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -17,13 +15,15 @@ from .scratch import Scratch
 
 # Query rows per key head from which one call on concatenated keys is faster than two calls.
 CONCAT_ROWS = 16
-# Most keys to concatenate under a causal mask: one call then computes the whole square, two calls skip half of it.
-CAUSAL_KEYS = 512
+# Most keys to concatenate under a causal mask: one call then computes the whole square, two calls skip half of it. On
+# one core, naive / ours of one call and of two: 4 x 256 tokens 0.93 and 0.80, 1 x 384 0.90 and 1.00, 2 x 512 0.95 and
+# 1.10; padded, 8 x 128 0.97 and 0.74, 4 x 256 0.90 and 0.86, 2 x 512 0.95 and 1.24.
+CAUSAL_KEYS = 320
 
 
 class Cpu(Backend):
     """``"merge"``: the stock kernel on the tokens, merged with the prefix through the log-sum-exp; ``"concat"``: the
-    stock kernel on ``[keys ; prefix]``; ``"blockwise"``: blocks.py."""
+    stock kernel on ``[prefix ; keys]``; ``"blockwise"``: blocks.py."""
 
     name = "cpu"
     own_layouts = frozenset({"key", "value"})
@@ -36,7 +36,7 @@ class Cpu(Backend):
     def strategy(self, x: Inputs) -> str:
         if stock.obstacle(x):
             return "blockwise"
-        if x.gate_per_query or x.query.shape[2] == 1 or (x.causal and not _short_square(x)):
+        if x.gate_per_query or x.query.shape[2] == 1 or (x.causal and x.key.shape[2] > CAUSAL_KEYS):
             return "merge"
         if x.prefix_index is not None:
             return "merge"  # the columns that a row has not need a mask of the prefix alone
@@ -81,12 +81,9 @@ class Cpu(Backend):
             # Any number for a row that sees nothing, whose probabilities are then zero, not NaN.
             logsumexp = result.logsumexp.masked_fill(torch.isneginf(result.logsumexp), 0.0)
             result = result._replace(logsumexp=logsumexp)
-        strategy, (out, logsumexp, kept) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
+        strategy, (out, logsumexp, _) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
         if strategy != "blockwise" and _is_masked(x) and not _is_bounded(x):
             return self._unbounded_backward(x, plan, result, grad_out, needs)
-        if kept is not None and strategy != "concat" and stock.reverses(x):
-            # Key and value are views of the kept buffers.
-            x = replace(x, key=x.key.flip(2), value=x.value.flip(2))
         if strategy == "blockwise":
             return blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
         if not x.gate_per_query:
@@ -109,7 +106,7 @@ class Cpu(Backend):
         return grads
 
     def empty_kept(self, x: Inputs, plan: Plan) -> tuple[Tensor, Tensor] | None:
-        """``[key ; prefix]`` and ``[value ; prefix]`` of ``"concat"``."""
+        """``[prefix ; key]`` and ``[prefix ; value]`` of ``"concat"``."""
         if plan.strategy != "concat":
             return None
         batch, _, kv_heads, _, keys, length, head_dim, value_dim = x.sizes
@@ -123,14 +120,7 @@ class Cpu(Backend):
         like, length = getattr(x, name), x.prefix_key.shape[-2]
         batch, kv_heads, keys, dim = like.shape
         # A view without the prefix of what the stock kernel returns for the concatenation: not copied.
-        whole = heads_last_empty(like, batch, kv_heads, keys + length, dim)[:, :, :keys]
-        return torch.empty_like(whole) if stock.reverses(x) else whole
-
-
-def _short_square(x: Inputs) -> bool:
-    """Whether a causal mask has no other part, few keys, and query 0 at position -1 or later."""
-    plain = all(part is None for part in (x.key_padding, x.dense, x.bias, x.query_offset))
-    return plain and x.key.shape[2] <= CAUSAL_KEYS and x.offset >= -1
+        return heads_last_empty(like, batch, kv_heads, length + keys, dim)[:, :, length:]
 
 
 def _is_masked(x: Inputs) -> bool:

@@ -1,6 +1,6 @@
 """One query for each row of the batch, as in decoding: few operators, since each costs more than its arithmetic.
 
-Where keys and prefix are few: one call of the stock kernel on ``[keys ; gated prefix]``. Otherwise: one call on the
+Where keys and prefix are few: one call of the stock kernel on ``[gated prefix ; keys]``. Otherwise: one call on the
 keys, then one softmax, whose columns are the prefix's and one more, the output over the keys, whose logit is their
 log-sum-exp. There the gate scales the prefix's logits and probabilities, not the prefix itself, and the rows of the
 batch and the heads of a group are rows of one matrix product for each key head, so that the prefix is read once.
@@ -73,8 +73,8 @@ def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None) -> Resul
         hidden = stock.prefix_mask(x)
     if hidden is not None:
         keys = x.query.new_zeros(batch, 1, 1, key.shape[2], dtype=x.compute_dtype)
-        before = keys if mask is None else mask[..., : key.shape[2]].expand(batch, -1, -1, -1)
-        mask = torch.cat((before, hidden.expand(-1, before.shape[1], -1, -1)), -1)
+        after = keys if mask is None else mask[..., x.prefix_key.shape[-2] :].expand(batch, -1, -1, -1)
+        mask = torch.cat((hidden.expand(-1, after.shape[1], -1, -1), after), -1)
     if weights is not None:
         weights = weights.mT.unsqueeze(1)
         prefix_key, prefix_value = prefix_key * weights, prefix_value * weights
@@ -84,7 +84,7 @@ def _joined(x: Inputs, key: Tensor, value: Tensor, mask: Tensor | None) -> Resul
         prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
     elif prefix_key.ndim == 3 or prefix_key.shape[0] < batch:
         prefix_key, prefix_value = (part.expand(batch, -1, -1, -1) for part in (prefix_key, prefix_value))
-    key, value = torch.cat((key, prefix_key), 2), torch.cat((value, prefix_value), 2)
+    key, value = torch.cat((prefix_key, key), 2), torch.cat((prefix_value, value), 2)
     call = stock.Call(x.query, key, value, mask, x.scale)
     out, logsumexp = call.results(folds=False) if hidden is None else call.forward()
     if mask is not None and bool(logsumexp.isnan().any()):

@@ -1,10 +1,9 @@
-"""A prefix with one gate per row, by the stock kernel: it is gated in memory, then merged or concatenated.
+"""A prefix with one gate per row, by the stock kernel: it is gated in memory, then concatenated or merged.
 
-``concat``: one call on ``[keys ; prefix]``; results are what the kernel returns, not copies. Under a causal mask the
-keys are in reverse order, so that whether query ``i`` sees column ``c`` depends on ``i + c`` alone: the mask is one
-vector, viewed as a matrix with strides (1, 1), and never hides the prefix. ``merge``: one call on the tokens, one on
-the prefix, merged through their log-sum-exps, a few batch rows at a time, so that intermediate results stay in the
-cache and padding beyond the chunk's longest row costs nothing.
+``concat``: one call on ``[prefix ; keys]``, which is kept for the backward in place of the keys; results are what the
+kernel returns, not copies. A causal mask is given as a matrix, ``[1, 1, T, M + S]``, or one for each row with padding.
+``merge``: one call on the tokens, one on the prefix, merged through their log-sum-exps, a few batch rows at a time, so
+that intermediate results stay in the cache and padding beyond the chunk's longest row costs nothing.
 
 Source of its sizes: measured on two cores, bench/NOTES.md.
 """
@@ -24,12 +23,15 @@ from .scratch import Scratch
 # Elements of the keys of a chunk of batch rows, and its least number of heads per thread: see bench/NOTES.md.
 CHUNK_ELEMENTS = 1 << 18
 CHUNK_HEADS = 4
+_TOKENS = ("query", "key", "value")
+# Elements of the gradient of the gated prefix that are copied at a time, so that the copy is small.
+GRADIENT_ELEMENTS = 1 << 17
 
 
-def _chunks(x: Inputs, strategy: str) -> list[Chunk]:
+def _chunks(x: Inputs) -> list[Chunk]:
+    """The chunks of batch rows of ``"merge"``."""
     batch, heads, kv_heads, queries, keys, length, dim, _ = x.sizes
-    # A single query reads every key once: caching them gains nothing.
-    if strategy == "concat" or queries == 1:
+    if queries == 1:  # a single query reads every key once: caching them gains nothing
         return by_batch(x, batch)
     row = kv_heads * (length + keys) * dim
     size = max(CHUNK_ELEMENTS // row, -(-CHUNK_HEADS * torch.get_num_threads() // heads), 1)
@@ -44,9 +46,11 @@ class _Prefix:
 
     def __init__(self, x: Inputs, strategy: str, kept: tuple[Tensor, Tensor] | None = None):
         self.x, self.strategy, self.length, self.weights = x, strategy, x.prefix_key.shape[-2], x.weights()
-        self.scratch, self.kept = Scratch(x.query, x.query.dtype), kept
-        later = kept or strategy == "concat" or x.prefix_index is not None
-        self.gated = None if later else [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
+        self.scratch, self.kept, self.gated = Scratch(x.query, x.query.dtype), kept, None
+        if strategy == "concat":
+            self.kept = kept or (self._joined(x.prefix_key, x.key), self._joined(x.prefix_value, x.value))
+        elif x.prefix_index is None:
+            self.gated = [self._gated(part) for part in (x.prefix_key, x.prefix_value)]
 
     def _gated(self, prefix: Tensor, out: Tensor | None = None) -> Tensor:
         batch, dtype, wide = self.x.query.shape[0], self.x.query.dtype, self.x.compute_dtype
@@ -60,40 +64,31 @@ class _Prefix:
         return gated if out is None else out.copy_(gated)
 
     def _joined(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """``[tokens ; gated prefix]``; under a causal mask the tokens in reverse order."""
+        """``[gated prefix ; tokens]``."""
         batch, kv_heads, keys, dim = tokens.shape
-        both = tokens.new_empty(batch, kv_heads, keys + self.length, dim)
-        if stock.reverses(self.x):
-            backwards = torch.arange(keys - 1, -1, -1, device=tokens.device)
-            torch.index_select(tokens, 2, backwards, out=both[:, :, :keys])
-        else:
-            both[:, :, :keys].copy_(tokens)
-        self._gated(prefix, both[:, :, keys:])
+        both = tokens.new_empty(batch, kv_heads, self.length + keys, dim)
+        self._gated(prefix, both[:, :, : self.length])
+        both[:, :, self.length :].copy_(tokens)
         return both
 
     def call(self, chunk: Chunk, x: Inputs) -> stock.Call:
         """The call on the prefix of a chunk, whose inputs are ``x``; with ``"concat"``, of the tokens as well."""
-        if self.strategy != "concat" and x.prefix_index is not None:
+        if self.kept is not None:
+            mask = stock.additive_mask(x, 0, x.key.shape[2], self.length)
+            return stock.Call(x.query, *self.kept, mask, x.scale)
+        if x.prefix_index is not None:
             weights, wide = x.weights(), x.compute_dtype
             rows = (x.prefix_rows(part) for part in (x.prefix_key, x.prefix_value))
             key, value = ((r if weights is None else r.to(wide) * weights.mT[:, None]).to(x.query.dtype) for r in rows)
             return stock.Call(x.query, key, value, stock.prefix_mask(x), x.scale)
-        if self.strategy != "concat":
-            key, value = (gated[chunk.batch] for gated in self.gated)
-            return stock.Call(x.query, key, value, None, x.scale)
-        if self.kept is None:
-            self.kept = self._joined(x.prefix_key, x.key), self._joined(x.prefix_value, x.value)
-        if stock.reverses(x):
-            mask = stock.causal_mask_of_reversed(x, self.length)
-        else:
-            mask = stock.additive_mask(x, 0, x.key.shape[2], self.length)
-        return stock.Call(x.query, *self.kept, mask, x.scale)
+        key, value = (gated[chunk.batch] for gated in self.gated)
+        return stock.Call(x.query, key, value, None, x.scale)
 
 
 def forward(x: Inputs, strategy: str) -> Result:
     """The op's forward. ``strategy``: ``"merge"`` or ``"concat"``, which keeps the two concatenations."""
     batch, heads, _, queries, _, _, _, value_dim = x.sizes
-    prefix, chunks = _Prefix(x, strategy), _chunks(x, strategy)
+    prefix, chunks = _Prefix(x, strategy), by_batch(x, x.query.shape[0]) if strategy == "concat" else _chunks(x)
     if len(chunks) > 1:
         whole_out = heads_last_empty(x.query, batch, heads, queries, value_dim)
         whole_logsumexp = x.query.new_empty(batch, heads, queries, dtype=x.compute_dtype)
@@ -123,65 +118,91 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of the inputs named in `DIFFERENTIABLE`, None where not needed; none for a bias."""
     out, logsumexp, kept = result
-    need, prefix, chunks = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, strategy, kept), _chunks(x, strategy)
-    batch, _, kv_heads, _, _, length, dim, value_dim = x.sizes
-    # Prefix position first, so that both sums are batched products: see `_prefix_gradients`.
-    d_gated = x.query.new_empty(length, batch, kv_heads * (dim + value_dim))
-    parts = d_gated[..., : kv_heads * dim], d_gated[..., kv_heads * dim :]
-    d_parts = [part.unflatten(2, (kv_heads, -1)) for part in parts]
-    whole = {}
-    if strategy == "merge":
-        whole = {name: heads_last_empty(t, *t.shape) for name, t in _tokens(x).items() if need[name]}
-    for chunk in chunks:
-        part, rows = x if len(chunks) == 1 else chunk.of(x), chunk.batch
-        given = out[rows], logsumexp[rows], grad_out[rows]
-        found = dict(zip(_tokens(x), prefix.call(chunk, part).backward(*given)))
-        for total, name in zip(d_parts, ("key", "value")):
-            tokens, of_prefix = found[name].tensor_split([found[name].shape[2] - length], 2)
-            total[:, rows].copy_(of_prefix.permute(2, 0, 1, 3))
-            found[name] = tokens.flip(2) if strategy == "concat" and stock.reverses(x) and need[name] else tokens
-        if strategy == "concat":
-            whole = found
-            break
-        into = {name: total[rows] for name, total in whole.items()}
-        for name, total in into.items():
-            total.copy_(found[name]) if name == "query" else total.zero_()
-        if into:
-            stock.backward_(part, prefix.scratch, *given, into)
+    need, prefix = dict(zip(DIFFERENTIABLE, needs)), _Prefix(x, strategy, kept)
+    if strategy == "concat":
+        (chunk,) = by_batch(x, x.query.shape[0])
+        found = dict(zip(_TOKENS, prefix.call(chunk, x).backward(out, logsumexp, grad_out)))
+        columns = [found[name] for name in ("key", "value")]
+        of_prefix = [part[:, :, : prefix.length] for part in columns]
+        found["key"], found["value"] = (part[:, :, prefix.length :] for part in columns)
+    else:
+        found, of_prefix = _merge_backward(prefix, result, grad_out, need)
     if need["sinks"]:
         delta = (grad_out.to(x.compute_dtype) * out).sum(-1)
-        whole["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
-    whole.update(_prefix_gradients(x, prefix.weights, d_gated, need))
-    return [whole.get(name) if need[name] else None for name in DIFFERENTIABLE]
+        found["sinks"] = -(torch.exp(x.sinks.to(delta.dtype).view(1, -1, 1) - logsumexp) * delta).sum((0, 2))
+    found.update(_prefix_gradients(x, prefix.weights, of_prefix, need))
+    return [found.get(name) if need[name] else None for name in DIFFERENTIABLE]
 
 
-def _tokens(x: Inputs) -> dict[str, Tensor]:
-    return {"query": x.query, "key": x.key, "value": x.value}
+def _merge_backward(
+    prefix: _Prefix, result: Result, grad_out: Tensor, need: dict[str, bool]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The gradients of query, key and value that are needed, and of the gated prefix's key and value."""
+    x, chunks, of_prefix = prefix.x, _chunks(prefix.x), []
+    tokens = {name: getattr(x, name) for name in _TOKENS if need[name]}
+    whole = {name: heads_last_empty(tensor, *tensor.shape) for name, tensor in tokens.items()}
+    for chunk in chunks:
+        part, rows = x if len(chunks) == 1 else chunk.of(x), chunk.batch
+        given = result.out[rows], result.logsumexp[rows], grad_out[rows]
+        d_query, *found = prefix.call(chunk, part).backward(*given)
+        if len(chunks) == 1:
+            of_prefix = found
+        else:
+            of_prefix = of_prefix or [part.new_empty(x.query.shape[0], *part.shape[1:]) for part in found]
+            for total, columns in zip(of_prefix, found):
+                total[rows].copy_(columns)
+        del found
+        into = {name: total[rows] for name, total in whole.items()}
+        for name, total in into.items():
+            total.copy_(d_query) if name == "query" else total.zero_()
+        del d_query
+        if into:
+            stock.backward_(part, prefix.scratch, *given, into)
+    return whole, of_prefix
 
 
-def _prefix_gradients(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: dict[str, bool]) -> dict:
-    """The gradients of prefix, gate and scale from that of the gated prefix, ``[M, B, Hkv * (D + Dv)]``.
+def _prefix_gradients(x: Inputs, weights: Tensor | None, of_prefix: list[Tensor], need: dict[str, bool]) -> dict:
+    """The gradients of prefix, gate and scale from those of the gated prefix's key and value, ``[B, Hkv, M, .]``."""
+    if x.prefix_index is not None:
+        return _by_adapter(x, weights, torch.cat([p.permute(2, 0, 1, 3).flatten(2) for p in of_prefix], 2), need)
+    found, names, d_weights = {}, ("prefix_key", "prefix_value"), None
+    shared = weights is None or weights.shape[0] == 1
+    of_gate = need["gate"] or need["layer_scale"]
+    for name, part in zip(names, of_prefix):
+        found[name], more = (_shared if shared else _by_row)(getattr(x, name), weights, part, of_gate)
+        d_weights = more if d_weights is None else d_weights + more
+    if of_gate:
+        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights)
+    return found
+
+
+def _shared(prefix: Tensor, weights: Tensor | None, of_gated: Tensor, of_gate: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a prefix and of its weights ``[1, 1, M]``, which all rows share."""
+    wide = torch.promote_types(of_gated.dtype, torch.float32)
+    total = of_gated.sum(0, dtype=wide)
+    d_weights = (prefix.to(wide) * total).sum((0, 2))[None, None] if of_gate else None
+    return total if weights is None else total.mul_(weights[0].mT), d_weights
+
+
+def _by_row(prefix: Tensor, weights: Tensor, of_gated: Tensor, of_gate: bool) -> tuple[Tensor, Tensor | None]:
+    """The same with weights ``[B, 1, M]``, a few heads at a time.
 
     Both sums, over the batch and over heads and dims, are matrix products, one for each prefix position.
     """
-    if x.prefix_index is not None:
-        return _by_adapter(x, weights, d_gated, need)
-    _, _, kv_heads, _, _, length, dim, value_dim = x.sizes
-    wide, found = x.compute_dtype, {}
-    if weights is None or weights.shape[0] == 1:
-        d_gated = d_gated.sum(1, keepdim=True, dtype=wide)
-    d_gated = d_gated.to(wide)
-    if need["gate"] or need["layer_scale"]:
-        prefix = torch.cat([part.transpose(0, 1).flatten(1) for part in (x.prefix_key, x.prefix_value)], 1).to(wide)
-        # As a row: the product with a column is twice as slow.
-        d_weights = torch.bmm(prefix[:, None], d_gated.mT).permute(2, 1, 0)
-        found["gate"], found["layer_scale"] = gate_gradients(x, d_weights)
-    if weights is not None:
-        d_gated = torch.bmm(weights.expand(-1, -1, length).permute(2, 1, 0).contiguous(), d_gated)
-    parts = d_gated[:, 0].split([kv_heads * dim, kv_heads * value_dim], 1)
-    for name, part in zip(("prefix_key", "prefix_value"), parts):
-        found[name] = part.unflatten(1, (kv_heads, -1)).transpose(0, 1)
-    return found
+    batch, heads, length, dim = of_gated.shape
+    wide, d_weights = weights.dtype, None
+    columns = weights.expand(-1, -1, length).permute(2, 1, 0).contiguous()
+    found = columns.new_empty(length, heads, dim)
+    count = max(1, GRADIENT_ELEMENTS // (batch * length * dim))
+    for first in range(0, heads, count):
+        some = slice(first, first + count)
+        rows = of_gated[:, some].permute(2, 0, 1, 3).to(wide, memory_format=torch.contiguous_format).flatten(2)
+        found[:, some].copy_(torch.bmm(columns, rows)[:, 0].unflatten(1, (-1, dim)))
+        if of_gate:
+            # As a row: the product with a column is twice as slow.
+            more = torch.bmm(prefix[some].transpose(0, 1).flatten(1).to(wide)[:, None], rows.mT).permute(2, 1, 0)
+            d_weights = more if d_weights is None else d_weights.add_(more)
+    return found.transpose(0, 1), d_weights
 
 
 def _by_adapter(x: Inputs, weights: Tensor | None, d_gated: Tensor, need: dict[str, bool]) -> dict:

@@ -188,48 +188,40 @@ def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Ten
     return scratch.take(name, *tensor.shape).copy_(tensor)
 
 
-def reverses(x: Inputs) -> bool:
-    """Whether ``concat`` has the keys in reverse order: see `causal_mask_of_reversed`."""
-    return x.causal and x.query.shape[2] > 1
+def additive_mask(
+    x: Inputs, low: int, high: int, prefix: int = 0, by_position: bool = True, rows: slice | None = None
+) -> Tensor | None:
+    """The additive mask of the keys ``low .. high - 1``, ``[B|1, Hq|1, rows|1, prefix + keys]``; None: none is needed.
 
-
-def causal_mask_of_reversed(x: Inputs, prefix: int) -> Tensor:
-    """The causal mask over ``[reversed keys ; prefix]`` as an additive mask, without a matrix in memory.
-
-    Column ``c`` holds key ``S - 1 - c``, which query ``i`` at position ``i + offset`` sees iff ``i + c`` is at least
-    ``S - 1 - offset``; the prefix's columns, from ``S`` on, always are if the offset is -1 or more.
-    """
-    queries, keys = x.query.shape[2], x.key.shape[2]
-    sums = x.query.new_zeros(queries + keys + prefix - 1, dtype=x.compute_dtype)
-    sums[: max(keys - 1 - x.offset, 0)] = -torch.inf
-    return sums.as_strided((1, 1, queries, keys + prefix), (0, 0, 1, 1))
-
-
-def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: bool = True) -> Tensor | None:
-    """The additive mask of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, keys + prefix]``; None: none is needed.
-
-    Zero on prefix columns, which come last. It includes causality and a window only for a single query, and if
-    ``by_position``.
+    Zero on prefix columns, which come first. It includes causality and a window for a single query, and causality for
+    several with a prefix, if ``by_position``. ``rows``: the queries; None: all.
     """
     keys = slice(low, high)
+    first, last, _ = (rows or slice(None)).indices(x.query.shape[2])
+    rows = slice(first, last)
     if x.query.shape[2] == 1:
         visible = x.visible(0, 1, low, high - low, by_position)
     else:
         padding = None if x.key_padding is None else x.key_padding[:, None, None, keys]
         seen = [] if padding is None or bool(padding.all()) else [padding]
         if x.dense is not None:
-            seen.append(part_of(x.dense, slice(None), keys))
-        visible = seen[0] & seen[1] if len(seen) == 2 else (seen[0] if seen else None)
+            seen.append(part_of(x.dense, rows, keys))
+        if prefix and by_position and x.causal:
+            columns = torch.arange(low, high, device=x.query.device)
+            seen.append((columns <= x.positions()[:, rows, None])[:, None])
+        visible = None
+        for part in seen:
+            visible = part if visible is None else visible & part
     if visible is None and x.bias is None:
         return None
     if x.bias is None:
-        added = x.query.new_zeros((*visible.shape[:3], high - low + prefix), dtype=x.compute_dtype)
-        added[..., : high - low].masked_fill_(~visible, -torch.inf)
+        added = x.query.new_zeros((*visible.shape[:3], prefix + high - low), dtype=x.compute_dtype)
+        added[..., prefix:].masked_fill_(~visible, -torch.inf)
         return added
-    tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype)
+    tokens = part_of(x.bias, rows, keys).to(x.compute_dtype)
     tokens = tokens if visible is None else torch.where(visible, tokens, -torch.inf)
     tokens = tokens.expand(*tokens.shape[:3], high - low)
-    return torch.nn.functional.pad(tokens, (0, prefix)) if prefix else tokens
+    return torch.nn.functional.pad(tokens, (prefix, 0)) if prefix else tokens
 
 
 def prefix_mask(x: Inputs) -> Tensor | None:
