@@ -164,6 +164,28 @@ def test_memory_of_a_short_call_is_at_most_the_naive_one(name):
     assert peak[apt_kernels.attention] <= peak[naive.attention] + beside
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["merge", "blockwise"])
+def test_a_gate_per_query_needs_little_beside_its_gradient(dropout):
+    x = Case(batch=4, kv_heads=1, group=1, queries=2048, keys=64, head_dim=16, value_dim=16, length=512, gate="query",
+             dropout=dropout).inputs()  # fmt: skip
+    plan, results = CPU.plan(x), []
+    forward = peak_bytes(torch.device("cpu"), lambda: results.append(CPU.forward(x, plan)))
+    grad_out = torch.randn_like(results[0].out)
+    needs = [True] * 7 + [False, False]
+    backward = peak_bytes(torch.device("cpu"), lambda: CPU.backward(x, plan, results[0], grad_out, None, needs))
+    # Besides, a block's buffers.
+    assert forward < 0.75 * x.gate.nbytes
+    assert backward < 2 * x.gate.nbytes
+
+
+def test_the_gradient_of_a_gate_per_query_in_parts(monkeypatch):
+    from apt_kernels.impl.cpu import blocks_backward
+
+    monkeypatch.setattr(blocks_backward, "BLOCK_ROWS", 2)
+    for name in ("gate_query", "gate_indexed_query"):
+        accuracy.check(CASES[name].inputs(), "cpu", generator=GENERATOR().manual_seed(0))
+
+
 @pytest.mark.parametrize("name", ["plain", "causal", "causal_gate_query", "dropout", "everything", "gate_indexed"])
 def test_the_same_bits_twice(name):
     x = replace(CASES[name], batch=3, queries=65, keys=65).inputs()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..dropout import keep_bits, row_keys
 from ..inputs import Inputs, heads_last_empty, part_of
-from .ranges import Chunk, Rows, key_limits, visible_rows
+from .ranges import Chunk, Rows, key_limits, of_queries, visible_rows
 from .scratch import Scratch
 
 # Elements of one block's logits per thread, and the most query rows of a block: see bench/NOTES.md.
@@ -88,7 +88,8 @@ class Streams:
         self.query = self.stacked("query", self.x.query).mul_(self.x.scale)
         self.key = self.joined("key", self.x.prefix_key, self.x.key)
         self.value = self.joined("value", self.x.prefix_value, self.x.value)
-        self.weights = self.x.weights()
+        self.weights = None if self.x.gate_per_query else self.x.weights()
+        self.weights_of: int | None = None
         self.seen = None if self.x.prefix_index is None else self.x.prefix_seen()[:, None, None]
         self.limits = key_limits(self.x) if call.tokens else None
         self.row_keys = None if call.row_keys is None else call.row_keys[chunk.batch, chunk.heads]
@@ -146,9 +147,10 @@ class Streams:
 
     def weigh_(self, matrix: Tensor, rows: Rows) -> None:
         """Multiply the prefix columns of a block's matrix by the gate's weights."""
+        if self.x.gate_per_query and self.weights_of != rows.first:
+            self.weights, self.weights_of = of_queries(self.x, rows.here).weights(), rows.first
         if self.weights is not None:
-            weights = self.weights if self.weights.shape[1] == 1 else self.weights[:, rows.here]
-            self.by_head(matrix)[..., : self.length].mul_(weights[:, None])
+            self.by_head(matrix)[..., : self.length].mul_(self.weights[:, None])
 
     def logits(self, query: Tensor, key: Tensor, rows: Rows, raw: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """A block's logits, -inf where hidden, and the tanh of a soft-cap; ``raw`` receives the ungated prefix's."""

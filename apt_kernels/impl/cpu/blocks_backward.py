@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..gate import gate_gradients
 from ..inputs import DIFFERENTIABLE, Inputs, heads_last_empty, part_of
-from .blocks import Blocks, Streams
-from .ranges import Rows
+from .blocks import BLOCK_ROWS, Blocks, Streams
+from .ranges import Rows, of_queries
 
 
 def backward(
@@ -62,8 +62,7 @@ class Gradients:
             setattr(self, name, torch.zeros(like.shape, dtype=wide, device="cpu") if need[name] else None)
         self.weights = None
         if need["gate"] or need["layer_scale"]:
-            weights = x.weights()
-            self.weights = torch.zeros(*weights.shape[:2], x.prefix_key.shape[-2], dtype=wide, device="cpu")
+            self.weights = torch.zeros(*_rows_of_weights(x), x.prefix_key.shape[-2], dtype=wide, device="cpu")
 
     @property
     def of_tokens(self) -> bool:
@@ -75,9 +74,36 @@ class Gradients:
         """All gradients in the order of `DIFFERENTIABLE`."""
         found = {}
         if self.weights is not None:
-            found["gate"], found["layer_scale"] = gate_gradients(self.x, self.weights)
+            found["gate"], found["layer_scale"] = self._of_gate(self.weights)
         named = zip(DIFFERENTIABLE, self.needs)
         return [found.get(name, getattr(self, name, None)) if need else None for name, need in named]
+
+    def _of_gate(self, d_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of gate and lambda; with a gate per query some rows at a time, in place where sizes agree."""
+        x = self.x
+        if not x.gate_per_query:
+            return gate_gradients(x, d_weights)
+        d_gate = d_weights if x.gate.shape == d_weights.shape else d_weights.new_zeros(x.gate.shape)
+        d_scale = None
+        for first in range(0, d_weights.shape[1], BLOCK_ROWS):
+            rows = slice(first, first + BLOCK_ROWS)
+            more, of_scale = gate_gradients(of_queries(x, rows), d_weights[:, rows])
+            if x.gate_index is None:
+                d_gate[:, rows].copy_(more)
+            else:
+                d_gate.add_(more)
+            d_scale = of_scale if d_scale is None else d_scale.add_(of_scale)
+        return d_gate, d_scale
+
+
+def _rows_of_weights(x: Inputs) -> tuple[int, int]:
+    """The first two sizes of ``x.weights()``, which is not computed where each query has a gate."""
+    if not x.gate_per_query:
+        batch, queries, _ = x.weights().shape
+    else:
+        batch, queries = (x.gate if x.gate_index is None else x.gate_index).shape[:2]
+        batch = batch if x.prefix_index is None else x.query.shape[0]
+    return batch, queries
 
 
 class Backward:

@@ -77,6 +77,13 @@ class Limits(NamedTuple):
     high: int
 
 
+def of_queries(x: Inputs, rows: slice) -> Inputs:
+    """The inputs with a gate per query, of which those of these queries alone remain: no weights ``[B, T, M]``."""
+    if x.gate_index is not None:
+        return replace(x, gate_index=x.gate_index[:, rows])
+    return replace(x, gate=x.gate[:, rows])
+
+
 def key_limits(x: Inputs) -> Limits:
     """Read the limits from the offsets' and the padding's values."""
     least = most = x.offset
