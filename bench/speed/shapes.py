@@ -147,8 +147,11 @@ _CPU = {
     "encoder": [
         *[encoder(b, 12, t, m) for (b, t), m in product(((32, 64), (16, 128), (4, 512)), (16, 128))],
         encoder(16, 12, 128, 16, "none", padded=False),
+        *[encoder(1, 12, 32, 8), encoder(8, 12, 77, 20)],
     ],
     "causal": [
+        *[causal(1, 12, 12, 32, 64, 8), causal(8, 12, 12, 128, 64, 16, padded=True)],
+        *[causal(8, 8, 4, 200, 64, 100, padded=True), causal(1, 16, 4, 384, 64, 20), causal(1, 8, 4, 1500, 64, 20)],
         *[causal(2, 8, 8, 512, 64, 16), causal(2, 8, 8, 1024, 64, 16), causal(1, 16, 4, 1024, 64, 128)],
         *[causal(1, 8, 8, 1024, 128, 16, "static"), causal(1, 8, 2, 2048, 64, 128)],
     ],

@@ -1,6 +1,7 @@
 """The CPU implementation: the error rule on all inputs of the specification, and the choice of the strategy."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import example, given
 
 import apt_kernels
 from apt_kernels import Mask
+from apt_kernels.impl import cpu
 from apt_kernels.impl.cpu import BACKEND as CPU
 from bench.common import naive
 from bench.speed.timing import peak_bytes
@@ -73,6 +75,20 @@ _NOTHING_SEEN = Case(batch=2, kv_heads=1, group=1, queries=16, keys=16, length=1
 def test_any_inputs_of_the_stock_kernel(case):
     case = replace(case, value_dim=case.head_dim)
     accuracy.check(case.inputs(), "cpu", logsumexp_gradient=False, generator=GENERATOR().manual_seed(case.seed))
+
+
+@examples(50)
+@example(_NOTHING_SEEN)
+@given(
+    cases(
+        causal=(True,), dropout=(0.0,), softcap=(0.0,), segments=(False,), window=(None,), dense=("",), bias=("",),
+        dtype=(torch.float32, torch.bfloat16),
+    )
+)  # fmt: skip
+def test_any_causal_inputs_merged(case):
+    case = replace(case, value_dim=case.head_dim)
+    with mock.patch.object(cpu, "CAUSAL_KEYS", 0):  # drawn inputs have few keys, which are concatenated
+        accuracy.check(case.inputs(), "cpu", logsumexp_gradient=False, generator=GENERATOR().manual_seed(case.seed))
 
 
 # The strategy for each kind of inputs.
