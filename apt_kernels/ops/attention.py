@@ -182,7 +182,7 @@ def attention(
         else:
             return choose.load(plan.name).output(x, plan)
     else:
-        results = torch.ops.apt_kernels.attention.default(*x.flat(), plan.text)
+        results = _FORWARD(*x.flat(), plan.text)
     return (results[0], results[1]) if return_logsumexp else results[0]
 
 
@@ -218,22 +218,27 @@ def selected(*arguments, implementation: str = "auto", return_logsumexp: bool = 
 # the output, the log-sum-exp, and the two buffers that an implementation keeps for its backward in place of key and
 # value, or two empty tensors.
 
-torch.library.define("apt_kernels::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+# The package's own name: another copy of it, under another name, registers operators of its own.
+_NAMESPACE = __name__.partition(".")[0]
+
+torch.library.define(f"{_NAMESPACE}::attention", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define(
-    "apt_kernels::attention_backward",
+    f"{_NAMESPACE}::attention_backward",
     "(Tensor grad_out, Tensor? grad_logsumexp, Tensor out, Tensor logsumexp, Tensor? kept_key, Tensor? kept_value, "
     f"bool[] needs, {_ARGUMENTS}) -> Tensor[]",
 )
+_FORWARD = getattr(torch.ops, _NAMESPACE).attention.default
+_BACKWARD = getattr(torch.ops, _NAMESPACE).attention_backward.default
 
 
-@torch.library.impl("apt_kernels::attention", "default")
+@torch.library.impl(f"{_NAMESPACE}::attention", "default")
 def _forward(*arguments):
     x = Inputs(*arguments[:-1])
     backend, plan = choose.planned(arguments[-1], x)
     return _four(x, *backend.forward(x, plan))
 
 
-@torch.library.register_fake("apt_kernels::attention")
+@torch.library.register_fake(f"{_NAMESPACE}::attention")
 def _fake_forward(*arguments):
     x = Inputs(*arguments[:-1])
     backend, plan = choose.planned(arguments[-1], x)
@@ -247,7 +252,7 @@ def _four(x: Inputs, out: Tensor, logsumexp: Tensor, kept: tuple[Tensor, Tensor]
     return (out, logsumexp, *kept) if kept else (out, logsumexp, x.query.new_empty(0), x.query.new_empty(0))
 
 
-@torch.library.impl("apt_kernels::attention_backward", "default")
+@torch.library.impl(f"{_NAMESPACE}::attention_backward", "default")
 def _backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
     x = Inputs(*arguments[:-1])
     backend, plan = choose.planned(arguments[-1], x)
@@ -266,7 +271,7 @@ def _as_declared(x: Inputs, name: str, grad: Tensor | None, backend: Backend) ->
     return heads_last(grad) if name in ("query", "key", "value") else grad.contiguous()
 
 
-@torch.library.register_fake("apt_kernels::attention_backward")
+@torch.library.register_fake(f"{_NAMESPACE}::attention_backward")
 def _fake_backward(grad_out, grad_logsumexp, out, logsumexp, kept_key, kept_value, needs, *arguments):
     x = Inputs(*arguments[:-1])
     backend, plan = choose.planned(arguments[-1], x)
@@ -283,7 +288,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.apt_kernels.attention.default(*inputs)
+            output = _FORWARD(*inputs)
         ctx.set_materialize_grads(False)
         *flat, ctx.plan = inputs
         out, logsumexp, *kept = output
@@ -314,7 +319,7 @@ class _Attention(torch.autograd.Function):
             kept = kept_key, kept_value
             flat[1], flat[2] = (part[:, :, part.shape[2] - ctx.keys :] for part in kept)
         with torch.no_grad():
-            results = torch.ops.apt_kernels.attention_backward.default(
+            results = _BACKWARD(
                 torch.zeros_like(out) if grad_out is None else grad_out,
                 *(grad_logsumexp, out, logsumexp, *kept, needs, *flat, ctx.plan),
             )
@@ -363,7 +368,7 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-@torch.library.impl("apt_kernels::attention", "Autograd")
+@torch.library.impl(f"{_NAMESPACE}::attention", "Autograd")
 def _autograd(*arguments):
     if transforms.active():
         raise ImplementationError(
@@ -374,4 +379,4 @@ def _autograd(*arguments):
         *flat, text = arguments
         return _Attention.apply(*flat, choose.planned(text, Inputs(*flat))[1].text)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.apt_kernels.attention.default(*arguments)
+        return _FORWARD(*arguments)
