@@ -200,7 +200,7 @@ def test_rows_of_a_hub_data_set_lose_their_class_numbers():
     assert sources.from_dataset(Split([{"premise": "p", "label": 1}], named)) == [{"premise": "p", "label": "choice2"}]
     assert sources.from_dataset(Split([{"premise": "p", "label": -1}], named)) == []
     choice = {"premise": "p", "choice1": "a", "choice2": "b", "label": "choice2"}
-    assert tasks._choice(choice) == 1
+    assert tasks.right_choice(choice) == 1
 
 
 @pytest.mark.parametrize(
