@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import time
 
 import pytest
 from hypothesis import given
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from apt_kernels import ConfigError, patterns
 from helpers.cases import examples
+from helpers.processor_time import at_most
 
 NAMES = ["model.layers.11.self_attn.q_proj.weight", "classifier.bias", "", "a", "aab.b\n", "layers.1"]
 ATOMS = st.sampled_from(["a", "b", r"\.", ".", r"\d", r"\w", r"\S", "[ab]", "[^a]", "[0-9.]", "^", "$", r"\b", r"\B"])
@@ -51,9 +51,8 @@ def test_patterns_that_people_write(pattern):
 @pytest.mark.parametrize("pattern", [r"((\w+\.?)+)+!", "(a*)*b", "(a|a)*b", "(.*.*.*)*x", "(a?){50}a{50}b"])
 def test_patterns_on_which_re_takes_for_ever(pattern):
     patterns.check("layers", pattern)
-    start = time.monotonic()
-    assert not patterns.search(pattern, "a" * 60)
-    assert time.monotonic() - start < 1
+    with at_most(5):
+        assert not patterns.search(pattern, "a" * 60)
 
 
 @pytest.mark.parametrize(
@@ -74,34 +73,26 @@ def test_patterns_on_which_re_takes_for_ever(pattern):
     ],
 )
 def test_patterns_that_a_file_cannot_have(pattern, reason):
-    start = time.monotonic()
-    if reason.startswith("regular"):  # as deep as this Python's parser goes
-        with contextlib.suppress(ConfigError):
-            patterns.check("layers", pattern)
-    else:
-        with pytest.raises(ConfigError, match=reason):
-            patterns.check("layers", pattern)
-    assert time.monotonic() - start < 1
+    # "regular": it may pass, as deep as this Python's parser goes.
+    deep = reason.startswith("regular")
+    with at_most(5), contextlib.suppress(ConfigError) if deep else pytest.raises(ConfigError, match=reason):
+        patterns.check("layers", pattern)
 
 
 def test_the_work_of_all_searches_is_bounded():
     budget = patterns.Budget()
-    start = time.monotonic()
 
     def search_often(pattern):
         for _ in range(10_000):
             patterns.search(pattern, "a" * 60, budget)
 
-    with pytest.raises(patterns.TooMuchWork, match="too much work"):
+    with at_most(20), pytest.raises(patterns.TooMuchWork, match="too much work"):
         search_often("((a?){20}){40}b")
-    assert time.monotonic() - start < 5
 
 
 def test_the_work_of_assertions_counts():
-    start = time.monotonic()
-    with pytest.raises(patterns.TooMuchWork):
+    with at_most(5), pytest.raises(patterns.TooMuchWork):
         patterns.search("(.(?=(.?){500}!))*x", "a" * 90, patterns.Budget(10**5))
-    assert time.monotonic() - start < 2
 
 
 def test_back_references_of_a_user_go_to_re():

@@ -22,13 +22,14 @@ from zlib import crc32
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from apt_kernels.impl.triton import tiles
+
 from ..common import packages
 from . import rates
 from .aot_compile import Job, make_job_inputs
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements-flash4.txt"
-# Architecture: its multiprocessors, which the library asks for.
-ARCHITECTURES = {"sm_90": 132, "sm_100": 148}
+ARCHITECTURES = ("sm_90", "sm_100")
 HEADS = (64, 128)
 # Matrix products of the kernels of a pass, each with as many multiply-adds for an element as the head has columns.
 _PRODUCTS = {"flash_fwd": 2, "flash_bwd": 5}
@@ -86,7 +87,7 @@ def compile_apart(architecture: str, head: int, library: Path) -> int:
         number = architecture.removeprefix("sm_")
         environment = {
             "FLASH_ATTENTION_ARCH": architecture,
-            "FLASH_ATTENTION_NUM_SMS": str(ARCHITECTURES[architecture]),
+            "FLASH_ATTENTION_NUM_SMS": str(tiles.processors(architecture)),
             "CUTE_DSL_ARCH": f"sm_{number}a",
             "CUTE_DSL_KEEP": "cubin",
             "CUTE_DSL_DUMP_DIR": folder,
@@ -107,7 +108,7 @@ def compile_apart(architecture: str, head: int, library: Path) -> int:
 def main(given: list[str] | None = None) -> int:
     """Compile what is asked for and print it; the exit status is 1 if the library refuses or cannot be compiled."""
     parser = argparse.ArgumentParser(prog="python -m bench compiled flash4", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--architecture", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--head", nargs="+", type=int, choices=HEADS, default=list(HEADS))
     parser.add_argument("--library", type=Path, help="the folder with flash-attn-4: compile in this process")
     options = parser.parse_args(given)

@@ -11,7 +11,7 @@ def centre(weights: Sequence[float]) -> float:
     return sum(i * w for i, w in enumerate(weights)) / sum(weights)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def profiles(found: dict[str, list[list[float]]], path: Path) -> None:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     for name, runs in found.items():
         values = np.array(runs)
@@ -40,7 +40,7 @@ def profiles(found: dict[str, list[list[float]]], path: Path) -> None:
 
 def curves(found: dict[str, list[float]], path: Path, title: str) -> None:
     """Losses by step; the second is dashed over the first."""
-    figure = _figure(7, 3.5)
+    figure = new_figure(7, 3.5)
     axes = figure.subplots()
     for (name, losses), style in zip(found.items(), ("-", "--")):
         axes.plot(range(1, len(losses) + 1), losses, style, label=name)

@@ -1,4 +1,4 @@
-"""A module with the two functions of flash-attn-4 that `merge_flash4` calls, computed by PyTorch on the CPU.
+"""A module with the two functions of flash-attn-4 that `merge_flash4` calls, computed by PyTorch.
 
 They have the arguments that the strategy uses, in the library's layouts: ``[B, T, H, D]`` and, for sums over rows,
 ``[B, H, T]`` in float32. `make flash4` calls the library itself.
@@ -18,7 +18,8 @@ def _scores(q, k, scale, causal, softcap, left, right):
     scores = torch.einsum("bthd,bshd->bhts", q.double(), wide) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    columns, rows = torch.arange(keys, device=q.device), torch.arange(queries, device=q.device)
+    distance = columns - rows[:, None] - (keys - queries)
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left is not None:
         hidden |= distance < -left

@@ -10,6 +10,15 @@ from apt_kernels.ops import choose
 from .accuracy import check
 from .kernels import BACKWARD, DEVICE
 
+# Changes of a plain case by which it gets a mask or bias as a tensor, by the name of the input.
+MASK_TENSORS = {
+    "key_padding": {"padding": "right"},
+    "query_segments": {"segments": True},
+    "dense": {"dense": "TS"},
+    "bias": {"bias": "1HTS"},
+    "query_offset": {"causal": True, "offset": "row"},
+}
+
 
 def use(monkeypatch, strategy: str) -> None:
     """Use a stock kernel for every head size, from one token on."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 from apt_kernels import AdapterError, AptConfig
 from apt_kernels.hf import adapter_file
 from apt_kernels.hf.adapter_file import CONFIG, WEIGHTS, open_adapter, write_adapter
+from helpers.processor_time import at_most
 
 SETTINGS = AptConfig(prefix_length=3).to_json()
 
@@ -171,10 +172,8 @@ HOSTILE = {
 def test_hostile_weights_end_in_an_error_that_names_the_file(harm, tmp_path):
     (tmp_path / WEIGHTS).write_bytes(HOSTILE[harm])
     (tmp_path / CONFIG).write_text(json.dumps({**SETTINGS, "format": 1}))
-    start = time.monotonic()
-    with pytest.raises(AdapterError, match=r"adapter\.safetensors") as caught:
+    with at_most(5), pytest.raises(AdapterError, match=r"adapter\.safetensors") as caught:
         read(tmp_path)
-    assert time.monotonic() - start < 2
     assert len(str(caught.value).replace(str(tmp_path), "")) < 600
     str(caught.value).encode()
 
@@ -336,13 +335,14 @@ def keep_saving(folder, value):
         write_adapter(folder, adapter, {**SETTINGS, "lengths": {"x": value + step % 7}})
 
 
-def keep_reading(folder, end, found):
-    """Read until ``end``, and report how many saves were seen, or what was wrong."""
+def keep_reading(folder, found):
+    """Read until 200 reads met 10 saves, or for a minute; report how many saves were seen, or what was wrong."""
     torch.set_num_threads(1)  # a forked process has no threads of torch
-    seen = set()
+    seen, reads, end = set(), 0, time.monotonic() + 60
     try:
-        while time.monotonic() < end:
+        while (reads < 200 or len(seen) < 10) and time.monotonic() < end:
             settings, tensors = read(folder)
+            reads += 1
             value = settings["lengths"]["x"]
             if not (tensors["x"].eq(value).all() and tensors["y"].eq(value).all()):
                 raise AssertionError(f"the settings are of save {value}, the tensors are not")
@@ -357,20 +357,19 @@ def test_readers_in_several_processes_beside_savers_see_whole_adapters(tmp_path)
     context, found = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").SimpleQueue()
     write_adapter(tmp_path, {"x": torch.zeros(50_000), "y": torch.zeros(3)}, {**SETTINGS, "lengths": {"x": 0}})
     savers = [context.Process(target=keep_saving, args=(tmp_path, value)) for value in (10, 20)]
-    end = time.monotonic() + 3
-    readers = [context.Process(target=keep_reading, args=(tmp_path, end, found)) for _ in range(3)]
+    readers = [context.Process(target=keep_reading, args=(tmp_path, found)) for _ in range(3)]
     try:
         for process in (*savers, *readers):
             process.start()
         for reader in readers:
-            reader.join(timeout=30)
+            reader.join(timeout=120)
         assert not any(reader.is_alive() for reader in readers)
         counts = [found.get() for _ in readers]
     finally:
         for process in (*savers, *readers):
             process.kill()
             process.join()
-    assert all(isinstance(count, int) and count > 5 for count in counts), counts
+    assert all(isinstance(count, int) and count >= 10 for count in counts), counts
 
 
 @pytest.mark.slow
@@ -378,10 +377,10 @@ def test_readers_beside_savers_that_are_killed_see_whole_adapters(tmp_path):
     """Two savers, killed at random moments and started again; each read is one save's, settings and tensors."""
     context, draw = multiprocessing.get_context("fork"), random.Random(0)
     write_adapter(tmp_path, {"x": torch.zeros(50_000), "y": torch.zeros(3)}, {**SETTINGS, "lengths": {"x": 0}})
-    seen, end = set(), time.monotonic() + 8
-    savers = []
+    seen, end = set(), time.monotonic() + 120
+    savers, killed = [], 0
     try:
-        while time.monotonic() < end:
+        while (killed < 50 or len(seen) < 20) and time.monotonic() < end:
             savers = [saver for saver in savers if saver.is_alive()]
             while len(savers) < 2:
                 savers.append(context.Process(target=keep_saving, args=(tmp_path, draw.choice([10, 20]))))
@@ -394,12 +393,14 @@ def test_readers_beside_savers_that_are_killed_see_whole_adapters(tmp_path):
                 assert found["y"].eq(value).all()
                 seen.add(settings["save_id"])
             os.kill(draw.choice(savers).pid, signal.SIGKILL)
+            killed += 1
             for saver in savers:
                 saver.join(timeout=0.02)
     finally:
         for saver in savers:
             saver.kill()
             saver.join()
-    assert len(seen) > 20
+    assert killed >= 50
+    assert len(seen) >= 20
     write_adapter(tmp_path, tensors(), SETTINGS)
     assert names(tmp_path) == [WEIGHTS, CONFIG]

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import struct
-import time
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import apt_kernels
 from apt_kernels.hf.adapter_file import CONFIG, WEIGHTS, open_adapter, write_adapter
 from helpers import models
 from helpers.patched import assert_unchanged, randomise, snapshot
+from helpers.processor_time import at_most
 
 PARTS = 10
 COUNT = (2000 if os.environ.get("HYPOTHESIS_PROFILE") == "fuzz" else 200) // PARTS
@@ -141,9 +141,8 @@ def test_a_mutated_adapter_loads_or_names_its_fault(part, good, tmp_path):
         shutil.copytree(good, folder)
         mutate = MUTATIONS[seed % len(MUTATIONS)]
         mutate(folder, draw)
-        start = time.monotonic()
-        fault = fault_of(model, folder)
-        assert time.monotonic() - start < 2, (seed, mutate.__name__)
+        with at_most(5):
+            fault = fault_of(model, folder)
         if fault is not None:
             refused += 1
             assert str(folder) in fault, seed

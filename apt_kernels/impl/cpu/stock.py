@@ -188,27 +188,23 @@ def _heads_first(scratch: Scratch, name: str, tensor: Tensor, copy: bool) -> Ten
     return scratch.take(name, *tensor.shape).copy_(tensor)
 
 
-def additive_mask(
-    x: Inputs, low: int, high: int, prefix: int = 0, by_position: bool = True, rows: slice | None = None
-) -> Tensor | None:
-    """The additive mask of the keys ``low .. high - 1``, ``[B|1, Hq|1, rows|1, prefix + keys]``; None: none is needed.
+def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: bool = True) -> Tensor | None:
+    """The additive mask of the keys ``low .. high - 1``, ``[B|1, Hq|1, T|1, prefix + keys]``; None: none is needed.
 
     Zero on prefix columns, which come first. It includes causality and a window for a single query, and causality for
-    several with a prefix, if ``by_position``. ``rows``: the queries; None: all.
+    several with a prefix, if ``by_position``.
     """
     keys = slice(low, high)
-    first, last, _ = (rows or slice(None)).indices(x.query.shape[2])
-    rows = slice(first, last)
     if x.query.shape[2] == 1:
         visible = x.visible(0, 1, low, high - low, by_position)
     else:
         padding = None if x.key_padding is None else x.key_padding[:, None, None, keys]
         seen = [] if padding is None or bool(padding.all()) else [padding]
         if x.dense is not None:
-            seen.append(part_of(x.dense, rows, keys))
+            seen.append(part_of(x.dense, slice(None), keys))
         if prefix and by_position and x.causal:
             columns = torch.arange(low, high, device=x.query.device)
-            seen.append((columns <= x.positions()[:, rows, None])[:, None])
+            seen.append((columns <= x.positions()[..., None])[:, None])
         visible = None
         for part in seen:
             visible = part if visible is None else visible & part
@@ -218,7 +214,7 @@ def additive_mask(
         added = x.query.new_zeros((*visible.shape[:3], prefix + high - low), dtype=x.compute_dtype)
         added[..., prefix:].masked_fill_(~visible, -torch.inf)
         return added
-    tokens = part_of(x.bias, rows, keys).to(x.compute_dtype)
+    tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype)
     tokens = tokens if visible is None else torch.where(visible, tokens, -torch.inf)
     tokens = tokens.expand(*tokens.shape[:3], high - low)
     return torch.nn.functional.pad(tokens, (prefix, 0)) if prefix else tokens

@@ -71,7 +71,6 @@ class Board:
     tokenizer: transformers.PreTrainedTokenizerBase
     store: Store
     tasks: dict[str, tasks.Task] = field(default_factory=dict)
-
     blocked: dict[str, str] = field(default_factory=dict)  # methods that do not fit, and why
 
     def task(self, name: str) -> tasks.Task:
@@ -135,7 +134,7 @@ def size_of(given: argparse.Namespace, name: str) -> tasks.Size:
 
 def main(argv: list[str] | None = None) -> int:
     given = arguments(argv)
-    names = given.task or list(tasks.SIZES[("small" if given.small else "full")])
+    names = given.task or list(tasks.SIZES["small" if given.small else "full"])
     if given.seeds < 1 or (given.steps is not None and given.steps < 1) or given.prefix_length < 2:
         raise DataError("--seeds and --steps need at least 1, --prefix-length at least 2")
     given.output.mkdir(parents=True, exist_ok=True)

@@ -170,7 +170,7 @@ def picture(found: Records, shown: list[Column], costs: list[dict], path: Path) 
     """Quality against trained parameters for each column with results, and time against memory of a step."""
     used = [c for c in shown if any((name, c.task) in found for name in METHODS)]
     count = len(used) + bool(costs)
-    figure = figures._figure(4.2 * count, 4.2)
+    figure = figures.new_figure(4.2 * count, 4.2)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for axes, column in zip(panels, used):
         for name, method in METHODS.items():
@@ -188,6 +188,7 @@ def picture(found: Records, shown: list[Column], costs: list[dict], path: Path) 
     for row in costs:
         place = row["bytes"] / 2**20, row["seconds"]
         panels[-1].plot(*place, "o", label=METHODS[row["method"]].title)
+    if costs:
         panels[-1].set(xlabel="peak memory of a step, MiB", ylabel="seconds of a step")
     handles: dict[str, object] = {}
     for axes in panels:

@@ -1,4 +1,7 @@
-"""The strategy "merge_flash4": the tokens by flash-attn-4. Without a device, a stand-in takes the library's place."""
+"""The strategy "merge_flash4": the tokens by flash-attn-4, whose place a stand-in takes.
+
+Our own part is interpreted without a CUDA device, compiled with one.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,12 @@ from apt_kernels.ops import choose
 from helpers import flash4 as stand_in
 from helpers.cases import Case, cases, examples
 from helpers.kernels import DEVICE
-from helpers.merged import hold, use
+from helpers.merged import MASK_TENSORS, hold, use
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 INTERFACE = "flash_attn.cute.interface"
 PLAIN = Case(batch=2, kv_heads=1, group=2, dtype=torch.bfloat16, prefix_dtype=torch.float32)
-on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="the stand-in's layouts are compared on the CPU")
 
 
 def found():
@@ -43,14 +45,12 @@ def merged(monkeypatch):
     library.cache_clear()
 
 
-@on_cpu
 @pytest.mark.parametrize("gate", ["none", "static", "row", "query", "indexed", "indexed_query"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gates(gate, causal):
-    hold(replace(PLAIN, gate=gate, causal=causal).inputs(), "merge_flash4")
+    hold(replace(PLAIN, gate=gate, causal=causal).inputs(DEVICE), "merge_flash4")
 
 
-@on_cpu
 @pytest.mark.parametrize(
     "change",
     [
@@ -75,10 +75,9 @@ def test_gates(gate, causal):
 )
 def test_features(change):
     """What cuDNN does not take as well: windows, soft-cap, sinks, unequal head sizes, the log-sum-exp's gradient."""
-    hold(replace(PLAIN, **change).inputs(), "merge_flash4")
+    hold(replace(PLAIN, **change).inputs(DEVICE), "merge_flash4")
 
 
-@on_cpu
 @examples(30)
 @given(
     cases(
@@ -101,10 +100,9 @@ def test_features(change):
 )
 def test_any_inputs(case):
     case = replace(case, scale=None if case.scale is None else abs(case.scale))
-    hold(case.inputs(), "merge_flash4")
+    hold(case.inputs(DEVICE), "merge_flash4")
 
 
-@on_cpu
 def test_what_the_library_receives(monkeypatch):
     """Its backward is asked to be deterministic and receives the log-sum-exp of all columns and its gradient."""
     given, own = [], stand_in._flash_attn_bwd
@@ -120,7 +118,7 @@ def test_what_the_library_receives(monkeypatch):
         return own(*args, **named)
 
     monkeypatch.setattr(found(), "library", lambda: SimpleNamespace(forward=forward, backward=backward))
-    x = replace(PLAIN, causal=True).inputs()
+    x = replace(PLAIN, causal=True).inputs(DEVICE)
     for name in ("query", "key", "value"):
         getattr(x, name).requires_grad_()
     out, logsumexp = torch.ops.apt_kernels.attention(*x.flat(), "triton")[:2]
@@ -135,11 +133,7 @@ def test_what_the_library_receives(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"padding": "right"}, "without key_padding"),
-        ({"segments": True}, "without query_segments"),
-        ({"dense": "TS"}, "without dense"),
-        ({"bias": "1HTS"}, "without bias"),
-        ({"causal": True, "offset": "row"}, "without query_offset"),
+        *((change, f"without {name}") for name, change in MASK_TENSORS.items()),
         ({"dropout": 0.1}, "no dropout"),
         ({"causal": True, "keys": 40, "offset": 0}, "the last query at the last key"),
         ({"scale": -0.3}, "takes positive ones"),
@@ -150,7 +144,7 @@ def test_what_the_library_receives(monkeypatch):
     ids=str,
 )
 def test_what_it_does_not_take_is_fused(change, reason, merged):
-    x = replace(PLAIN, **change).inputs()
+    x = replace(PLAIN, **change).inputs(DEVICE)
     assert reason in merged.obstacle(x)
     if change.get("value_dim", 0) <= 256:
         assert choose.choose(x, "triton").strategy == "fused"
@@ -160,7 +154,7 @@ def test_what_it_does_not_take_is_fused(change, reason, merged):
 def test_devices(major, most, merged, monkeypatch):
     monkeypatch.setattr(merged, "_major", lambda device: major)
     for dim in (64, 128, 256):
-        obstacle = merged.obstacle(replace(PLAIN, head_dim=dim, value_dim=dim).inputs())
+        obstacle = merged.obstacle(replace(PLAIN, head_dim=dim, value_dim=dim).inputs(DEVICE))
         assert (obstacle is None) == (dim <= most)
         if not most:
             assert obstacle == "flash-attn-4 is called on compute capability 9.x, 10.x and 11.x"
@@ -169,7 +163,7 @@ def test_devices(major, most, merged, monkeypatch):
 def test_without_the_library(merged, monkeypatch):
     monkeypatch.setitem(sys.modules, INTERFACE, None)
     found()
-    assert merged.obstacle(PLAIN.inputs()).startswith("flash-attn-4 cannot be imported (")
+    assert merged.obstacle(PLAIN.inputs(DEVICE)).startswith("flash-attn-4 cannot be imported (")
     assert choose.choose(PLAIN.inputs(DEVICE), "triton").strategy == "fused"
 
 
@@ -182,8 +176,8 @@ def test_another_release_of_the_library(merged, monkeypatch):
     changed = SimpleNamespace(_flash_attn_fwd=stand_in._flash_attn_fwd, _flash_attn_bwd=backward)
     monkeypatch.setitem(sys.modules, INTERFACE, changed)
     found()
-    message = merged.obstacle(PLAIN.inputs())
+    message = merged.obstacle(PLAIN.inputs(DEVICE))
     assert "where _flash_attn_bwd has no argument 'softmax_scale'; install 4.0.0b36, which has it" in message
     monkeypatch.setitem(sys.modules, INTERFACE, SimpleNamespace())
     found()
-    assert "where there is no _flash_attn_fwd; install 4.0.0b36" in merged.obstacle(PLAIN.inputs())
+    assert "where there is no _flash_attn_fwd; install 4.0.0b36" in merged.obstacle(PLAIN.inputs(DEVICE))

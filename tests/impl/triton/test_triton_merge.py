@@ -16,7 +16,7 @@ from helpers import merged as merged_calls
 from helpers.accuracy import check, differentiable, poisoned_memory
 from helpers.cases import Case, cases, examples
 from helpers.kernels import DEVICE
-from helpers.merged import use
+from helpers.merged import MASK_TENSORS, use
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -160,11 +160,7 @@ def test_torch_compile():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"padding": "right"}, "takes no key_padding"),
-        ({"segments": True}, "takes no query_segments"),
-        ({"dense": "TS"}, "takes no dense"),
-        ({"bias": "1HTS"}, "takes no bias"),
-        ({"causal": True, "offset": "row"}, "takes no query_offset"),
+        *((change, f"takes no {name}") for name, change in MASK_TENSORS.items()),
         ({"sinks": True}, "takes no sinks"),
         ({"dropout": 0.1}, "without dropout"),
         ({"softcap": 2.0}, "soft-cap"),

@@ -6,7 +6,8 @@ softmax give the exact gradients of a part of its columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,32 +15,18 @@ from ...inputs import Inputs
 from . import cudnn, flash4
 
 
-class _Obstacle(Protocol):
-    def __call__(self, x: Inputs) -> str | None: ...
-
-
-class _Forward(Protocol):
-    def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]: ...
-
-
-class _Backward(Protocol):
-    def __call__(
-        self, x: Inputs, out: Tensor, logsumexp: Tensor, grad_out: Tensor, grad_logsumexp: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
 class Kernel(NamedTuple):
     """A stock kernel.
 
     ``obstacle``: why it cannot compute the tokens of these inputs; None: it can. ``forward``: output and log-sum-exp
     over the tokens, and over the sinks if ``takes_sinks``. ``backward``: the gradients of query, key and value through
-    the tokens, from the output and the log-sum-exp of the whole softmax, and the log-sum-exp's gradient if it takes
-    one.
+    the tokens, from the inputs, the output and the log-sum-exp of the whole softmax, the output's gradient, and the
+    log-sum-exp's, which is None unless ``takes_logsumexp_gradient``.
     """
 
-    obstacle: _Obstacle
-    forward: _Forward
-    backward: _Backward
+    obstacle: Callable[[Inputs], str | None]
+    forward: Callable[[Inputs], tuple[Tensor, Tensor]]
+    backward: Callable[[Inputs, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
     takes_sinks: bool = False
     takes_logsumexp_gradient: bool = False
 
