@@ -117,6 +117,14 @@ std::vector<int64_t> tile_of(int64_t kernel, int64_t type, int64_t dim) {
     });
 }
 
+// Whether `plain_forward` computes the forward of a call.
+bool is_plain(int64_t type, std::vector<std::optional<Tensor>> tensors, std::vector<int64_t> integers,
+              std::vector<double> reals) {
+    const apt::Problem problem = as_problem(tensors, integers, reals);
+    const int64_t dim = problem.head_dim > problem.value_dim ? problem.head_dim : problem.value_dim;
+    return with_instance(type, dim, [&]<class T, int WIDTH>() { return apt::is_plain<T, WIDTH>(problem); });
+}
+
 std::string architectures() { return APT_ARCHITECTURES; }
 
 }  // namespace
@@ -124,6 +132,7 @@ std::string architectures() { return APT_ARCHITECTURES; }
 STABLE_TORCH_LIBRARY(APT_LIBRARY, m) {
     m.def("run(int kernel, int type, Tensor?[] tensors, int[] integers, float[] reals, int stream) -> ()");
     m.def("tile(int kernel, int type, int dim) -> int[]");
+    m.def("is_plain(int type, Tensor?[] tensors, int[] integers, float[] reals) -> bool");
     m.def("fields() -> str");
     m.def("architectures() -> str");
 }
@@ -131,6 +140,7 @@ STABLE_TORCH_LIBRARY(APT_LIBRARY, m) {
 STABLE_TORCH_LIBRARY_IMPL(APT_LIBRARY, CompositeExplicitAutograd, m) {
     m.impl("run", TORCH_BOX(&run_kernel));
     m.impl("tile", TORCH_BOX(&tile_of));
+    m.impl("is_plain", TORCH_BOX(&is_plain));
     m.impl("fields", TORCH_BOX(&fields));
     m.impl("architectures", TORCH_BOX(&architectures));
 }

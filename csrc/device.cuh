@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #define APT_DEVICE __device__ __forceinline__
+#define APT_BOTH __host__ __device__ inline
 // One block per multiprocessor: with more, the compiler spills registers to reach a higher occupancy.
 #define APT_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define APT_PROBLEM const __grid_constant__ Problem
@@ -48,8 +49,27 @@ APT_DEVICE bfloat_t from_float<bfloat_t>(float x) {
 // Two numbers rounded to T, the first one in the low half.
 template <class T>
 APT_DEVICE uint32_t pack(float low, float high) {
-    return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+    if constexpr (std::is_same_v<T, half_t>) {
+        const __half2 pair = __floats2half2_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+        return *reinterpret_cast<const uint32_t*>(&pair);
+    }
 }
+
+// One instruction each, exact to about one unit in the last place: 1 / x, and 2^x. Results below the normal numbers are zero.
+APT_DEVICE float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+APT_DEVICE float exp2_flushed(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 APT_DEVICE float2 load_float2(const float* p) { return *reinterpret_cast<const float2*>(p); }
 APT_DEVICE float4 load_float4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
@@ -136,6 +156,25 @@ APT_DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 #endif
 }
+
+// Sixteen bytes on their way from global to shared memory; zeros where they are not `real`. They arrive after `complete`
+// and `wait_for_copies`: from 8.0 on the copy is asynchronous, before that a register holds them.
+struct Copy {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    uint4 held;
+    APT_DEVICE void issue(void*, const void* global, bool real) {
+        held = real ? *static_cast<const uint4*>(global) : uint4{};
+    }
+    APT_DEVICE void complete(void* shared) { *static_cast<uint4*>(shared) = held; }
+#else
+    APT_DEVICE void issue(void* shared, const void* global, bool real) {
+        const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(real ? 16 : 0)
+                     : "memory");
+    }
+    APT_DEVICE void complete(void*) {}
+#endif
+};
 
 template <class Function>
 void launch(Function* kernel, int64_t blocks, int threads, int shared, const Problem& problem, void* stream) {

@@ -64,7 +64,18 @@ struct Weights {
 
 template <class C>
 struct Softmax {
-    float largest[2], sum[2];
+    float largest[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+
+    APT_DEVICE Softmax(const Problem& p, const Place& at) {
+        if (p.sinks.data) {
+            // Only one of the four lanes that share a row counts the sink.
+            const float sink = reinterpret_cast<const float*>(p.sinks.data)[at.h * p.sinks.stride[3]] * kLog2E;
+            for (int i = 0; i < 2; ++i) {
+                largest[i] = sink;
+                sum[i] = Lane().column == 0;
+            }
+        }
+    }
 
     // From products to base-2 logits.
     APT_DEVICE static void logits(float (&c)[C::TILES][4], const Problem& p, const Place& at, const Query (&q)[2],
@@ -93,24 +104,24 @@ struct Softmax {
         }
     }
 
-    // From logits to probabilities against the new maximum; returns the factor for the earlier sums.
-    APT_DEVICE void probabilities(float (&c)[C::TILES][4], float (&rescale)[2]) {
+    // From logits, `scale` times c, to probabilities against the new maximum; returns the factor for the earlier sums.
+    APT_DEVICE void probabilities(float (&c)[C::TILES][4], float scale, float (&rescale)[2]) {
         APT_UNROLL
         for (int i = 0; i < 2; ++i) {
-            float most = largest[i];
+            float most = -kInfinity;
             APT_UNROLL
             for (int j = 0; j < C::TILES; ++j) {
                 most = fmaxf(most, fmaxf(c[j][2 * i], c[j][2 * i + 1]));
             }
-            most = max_over_row(most);
-            rescale[i] = exp2f(largest[i] - most);
+            most = fmaxf(largest[i], max_over_row(most) * scale);
+            rescale[i] = exp2_flushed(largest[i] - most);
             largest[i] = most;
             float added = 0;
             APT_UNROLL
             for (int j = 0; j < C::TILES; ++j) {
                 APT_UNROLL
                 for (int e = 0; e < 2; ++e) {
-                    c[j][2 * i + e] = exp2f(c[j][2 * i + e] - most);
+                    c[j][2 * i + e] = exp2_flushed(c[j][2 * i + e] * scale - most);
                     added += c[j][2 * i + e];
                 }
             }
@@ -144,6 +155,24 @@ struct Softmax {
             }
         }
     }
+
+    // Store the outputs of the warp's rows and their logsumexp.
+    template <class T, int COLUMNS>
+    APT_DEVICE void store(const Problem& p, const Place& at, int row, const float (&out)[COLUMNS][4]) const {
+        const Lane lane;
+        float factor[2];
+        APT_UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const float total = sum_over_row(sum[i]);
+            const int t = row + lane.row + 8 * i;
+            factor[i] = p.kept / total;
+            if (lane.column == 0 && t < p.queries) {
+                const int64_t o = (at.b * p.heads + at.h) * p.queries + t;
+                reinterpret_cast<float*>(p.logsumexp.data)[o] = (largest[i] + log2f(total)) * kLn2;
+            }
+        }
+        store_rows<T>(p.out, at.b, at.h, row, p.queries, 0, int(p.value_dim), out, factor);
+    }
 };
 
 template <class T, int WIDTH>
@@ -165,15 +194,7 @@ APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) attention_forward(APT_PROBLEM p) {
 
         float out[WIDTH / 8][4];
         clear(out);
-        Softmax<C> softmax{{-kInfinity, -kInfinity}, {0, 0}};
-        if (p.sinks.data) {
-            // Only one of the four lanes that share a row counts the sink.
-            const float sink = reinterpret_cast<const float*>(p.sinks.data)[at.h * p.sinks.stride[3]] * kLog2E;
-            for (int i = 0; i < 2; ++i) {
-                softmax.largest[i] = sink;
-                softmax.sum[i] = lane.column == 0;
-            }
-        }
+        Softmax<C> softmax(p, at);
         load_tile<C>(s_query, p.query, at.b, at.h, tile * C::ROWS, C::ROWS, p.queries, dim);
         walk.load(s_key, p, at, 0, true);
         commit_copies();
@@ -197,15 +218,9 @@ APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) attention_forward(APT_PROBLEM p) {
             float rescale[2];
             if (busy) {
                 Softmax<C>::logits(c, p, at, q, first, prefix, walk.is_whole(first), tensors);
-                softmax.probabilities(c, rescale);
+                softmax.probabilities(c, 1, rescale);
                 Softmax<C>::drop(c, p, at, q, first, prefix);
-                APT_UNROLL
-                for (int j = 0; j < WIDTH / 8; ++j) {
-                    APT_UNROLL
-                    for (int e = 0; e < 4; ++e) {
-                        out[j][e] *= rescale[e / 2];
-                    }
-                }
+                multiply_rows(out, rescale);
             }
             wait_for_copies<1>();
             sync_block();
@@ -215,17 +230,7 @@ APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) attention_forward(APT_PROBLEM p) {
             sync_block();
         }
         if (busy) {
-            float factor[2];
-            APT_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                const float sum = sum_over_row(softmax.sum[i]);
-                factor[i] = p.kept / sum;
-                if (lane.column == 0 && q[i].t < p.queries) {
-                    const int64_t o = (at.b * p.heads + at.h) * p.queries + q[i].t;
-                    reinterpret_cast<float*>(p.logsumexp.data)[o] = (softmax.largest[i] + log2f(sum)) * kLn2;
-                }
-            }
-            store_rows<T>(p.out, at.b, at.h, row, p.queries, 0, value_dim, out, factor);
+            softmax.template store<T>(p, at, row, out);
         }
     }
 }

@@ -1,5 +1,9 @@
 // The kernels of one element type and padded head size, APT_TYPE and APT_WIDTH; compiled once for each.
+#include <algorithm>
+#include <iterator>
+
 #include "dispatch.h"
+#include "plain.cuh"
 #include "sums.cuh"
 
 namespace apt {
@@ -18,6 +22,14 @@ Tile tile<T, kWidth>(Kernel kernel) {
 }
 
 template <>
+bool is_plain<T, kWidth>(const Problem& p) {
+    const Array* loaded[] = {&p.query, &p.key, &p.value, &p.prefix_key, &p.prefix_value};
+    return p.head_dim == kWidth && p.value_dim == kWidth && p.softcap == 0 && !p.seed.data && !has_mask_tensors(p) &&
+           p.scale > 0 && (!p.gate.data || p.gate.stride[3] == 1 || p.length == 1) &&
+           std::all_of(std::begin(loaded), std::end(loaded), [](const Array* a) { return a->vectors; });
+}
+
+template <>
 void run<T, kWidth>(Kernel kernel, const Problem& p, void* stream) {
     using Forward = Cut<T, kWidth, false>;
     using Backward = Cut<T, kWidth, true>;
@@ -28,7 +40,7 @@ void run<T, kWidth>(Kernel kernel, const Problem& p, void* stream) {
     };
     switch (kernel) {
         case Kernel::forward:
-            return launch(attention_forward<T, kWidth>, tiles(p.queries, Forward::ROWS) * bh, Forward::THREADS,
+            return launch(is_plain<T, kWidth>(p) ? plain_forward<T, kWidth> : attention_forward<T, kWidth>, tiles(p.queries, Forward::ROWS) * bh, Forward::THREADS,
                           Forward::SHARED, p, stream);
         case Kernel::query:
             return backward(query_gradient<T, kWidth>, tiles(p.queries, Backward::ROWS) * bh);

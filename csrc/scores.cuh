@@ -75,19 +75,24 @@ APT_DEVICE bool gate_per_query(const Problem& p) {
     return p.gate_index.data ? p.gate_index.stride[3] != 0 : p.gate.data && p.gate.stride[2] != 0;
 }
 
+// The gate logits of a query.
+APT_DEVICE const float* gate_row(const Problem& p, int b, int t) {
+    int64_t row = b * p.gate.stride[1] + t * p.gate.stride[2];
+    if (p.gate_index.data) {
+        const int64_t* index = reinterpret_cast<const int64_t*>(p.gate_index.data);
+        row = index[b * p.gate_index.stride[2] + t * p.gate_index.stride[3]] * p.gate.stride[2];
+    }
+    return reinterpret_cast<const float*>(p.gate.data) + row;
+}
+APT_DEVICE float sigmoid(float x) { return reciprocal(1 + exp2_flushed(-x * kLog2E)); }
+APT_DEVICE float layer_scale(const Problem& p) {
+    return p.layer_scale.data ? *reinterpret_cast<const float*>(p.layer_scale.data) : 1;
+}
+
 // g = lambda * sigmoid(gate) of prefix column m.
 APT_DEVICE float weight(const Problem& p, int b, int t, int m) {
-    float g = 1;
-    if (p.gate.data && t < p.queries && m < p.length) {
-        int64_t row = b * p.gate.stride[1] + t * p.gate.stride[2];
-        if (p.gate_index.data) {
-            const int64_t* index = reinterpret_cast<const int64_t*>(p.gate_index.data);
-            row = index[b * p.gate_index.stride[2] + t * p.gate_index.stride[3]] * p.gate.stride[2];
-        }
-        const float logit = reinterpret_cast<const float*>(p.gate.data)[row + m * p.gate.stride[3]];
-        g = 1 / (1 + exp2f(-logit * kLog2E));
-    }
-    return p.layer_scale.data ? g * *reinterpret_cast<const float*>(p.layer_scale.data) : g;
+    const bool gated = p.gate.data && t < p.queries && m < p.length;
+    return (gated ? sigmoid(gate_row(p, b, t)[m * p.gate.stride[3]]) : 1) * layer_scale(p);
 }
 
 // The logit of a product s, `scale` times it, soft-capped.
@@ -108,7 +113,7 @@ APT_DEVICE float load_number(const Array& a, int64_t o) {
     }
 }
 
-APT_DEVICE bool has_mask_tensors(const Problem& p) {
+APT_BOTH bool has_mask_tensors(const Problem& p) {
     return p.key_padding.data || p.query_segments.data || p.dense.data || p.bias.data;
 }
 

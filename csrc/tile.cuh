@@ -14,6 +14,7 @@ constexpr int kWarpRows = 16;
 template <class T, int WIDTH, bool BACKWARD>
 struct Cut {
     static constexpr int BYTES = WIDTH * int(sizeof(T));
+    static constexpr int HEAD = WIDTH;
     static constexpr bool HALF = sizeof(T) == 2;
     static constexpr int ROWS = BACKWARD ? (BYTES <= 256 ? 64 : BYTES == 512 ? 32 : 16) : (BYTES <= 512 ? 64 : 32);
     static constexpr int COLS = HALF ? (WIDTH == 64 ? 64 : WIDTH == 128 ? (BACKWARD ? 32 : 64) : 16)
@@ -30,7 +31,7 @@ struct Cut {
     static constexpr int OWNED = BACKWARD ? 2 : 1;
     static constexpr int SHARED =
         (OWNED * ROWS + 2 * COLS) * STRIDE * int(sizeof(T)) + WARPS * SCRATCH * int(sizeof(float)) +
-        (BACKWARD ? COLS * int(sizeof(Query)) : 0);
+        COLS * (BACKWARD ? int(sizeof(Query)) : 3 * int(sizeof(float)));
     static_assert(SHARED <= 64 * 1024 - 2048, "a tile is too large for compute capability 7.5");
 };
 
@@ -81,14 +82,14 @@ APT_DEVICE void multiply_step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
     }
 }
 
-// c += a b^T: 16 rows of a and 8 * TILES rows of b in shared memory, over `dim` columns.
-template <class C, class T, int TILES>
+// c += a b^T: 16 rows of a and 8 * TILES rows of b in shared memory, over `dim` columns: all of the instance if WHOLE.
+template <class C, bool WHOLE = false, class T, int TILES>
 APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const T* a, const T* b, int dim) {
     const Lane at;
     if constexpr (C::HALF) {
         a += at.lane % 16 * C::STRIDE + at.lane / 16 * 8;
         b += (at.lane % 8 + at.lane / 16 * 8) * C::STRIDE + at.lane / 8 % 2 * 8;
-        for (int k = 0; k < dim; k += 16) {
+        auto step = [&](int k) {
             uint32_t ra[4];
             load_matrices(ra, a + k);
             APT_UNROLL
@@ -97,6 +98,16 @@ APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const T* a, const T* b
                 load_matrices(rb, b + 8 * j * C::STRIDE + k);
                 multiply_step<T>(c[j], ra, rb[0], rb[1]);
                 multiply_step<T>(c[j + 1], ra, rb[2], rb[3]);
+            }
+        };
+        if constexpr (WHOLE) {
+            APT_UNROLL
+            for (int k = 0; k < C::HEAD; k += 16) {
+                step(k);
+            }
+        } else {
+            for (int k = 0; k < dim; k += 16) {
+                step(k);
             }
         }
     } else {
@@ -204,6 +215,17 @@ APT_DEVICE void clear(float (&c)[COLUMNS][4]) {
         APT_UNROLL
         for (int e = 0; e < 4; ++e) {
             c[j][e] = 0;
+        }
+    }
+}
+
+template <int COLUMNS>
+APT_DEVICE void multiply_rows(float (&c)[COLUMNS][4], const float (&factor)[2]) {
+    APT_UNROLL
+    for (int j = 0; j < COLUMNS; ++j) {
+        APT_UNROLL
+        for (int e = 0; e < 4; ++e) {
+            c[j][e] *= factor[e / 2];
         }
     }
 }

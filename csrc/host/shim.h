@@ -16,6 +16,7 @@
 #include "block.h"
 
 #define APT_DEVICE inline
+#define APT_BOTH inline
 #define APT_KERNEL(threads) void
 #define APT_PROBLEM const Problem
 #define APT_SHARED(name) char* const name = host::shared_memory()
@@ -84,6 +85,8 @@ template <class T>
 float unpack(uint32_t pair, int i) {
     return to_float(T{static_cast<uint16_t>(pair >> (16 * i))});
 }
+inline float reciprocal(float x) { return 1 / x; }
+inline float exp2_flushed(float x) { return exp2f(x); }
 inline float2 load_float2(const float* p) { return *reinterpret_cast<const float2*>(p); }
 inline float4 load_float4(const float* p) {
     host::check_aligned(p);
@@ -161,6 +164,26 @@ inline void copy_vector(void* shared, const void* global) {
     host::check_aligned(global);
     std::memcpy(shared, global, 16);
 }
+// Bytes are written at the first moment at which a device may write them, with APT_HALF_STEP=8 at the last one.
+struct Copy {
+    char held[16];
+    void issue(void* shared, const void* global, bool real) {
+        host::check_aligned(shared);
+        host::check_aligned(global);
+        std::memset(held, 0, 16);
+        if (real) {
+            std::memcpy(held, global, 16);
+        }
+        if (host::half_step != 8) {
+            std::memcpy(shared, held, 16);
+        }
+    }
+    void complete(void* shared) const {
+        if (host::half_step == 8) {
+            std::memcpy(shared, held, 16);
+        }
+    }
+};
 inline void commit_copies() {}
 template <int pending>
 void wait_for_copies() {}

@@ -74,18 +74,27 @@ class Problem:
         """An uninitialised float32 tensor on the inputs' device."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.query.device)
 
+    def is_plain(self, **more: Tensor | int | None) -> bool:
+        """Whether straight loops compute the forward: see `is_plain` in ``csrc/dispatch.h``."""
+        return self._operators.is_plain(self._type, *self._arguments(more))
+
+    def _arguments(self, more: dict[str, Tensor | int | None]) -> tuple[list, list, list]:
+        given = self._tensors | self._integers | self._reals | more
+        tensors, integers, reals, _ = self._names
+        return (
+            [given.get(name) for name in tensors],
+            [given[name] for name in integers],
+            [given[name] for name in reals],
+        )
+
     def run(self, kernel: str, **more: Tensor | int | None) -> None:
         """Launch a kernel on the current stream; ``more``: additional or replaced tensors and numbers."""
         LAUNCHES[kernel] += 1
-        given = self._tensors | self._integers | self._reals | more
-        tensors, integers, reals, _ = self._names
         device = self.x.query.device
         self._operators.run(
             self._number(kernel),
             self._type,
-            [given.get(name) for name in tensors],
-            [given[name] for name in integers],
-            [given[name] for name in reals],
+            *self._arguments(more),
             torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
         )
 
