@@ -58,7 +58,8 @@ APT_DEVICE uint32_t pack(float low, float high) {
     }
 }
 
-// One instruction each, exact to about one unit in the last place: 1 / x, and 2^x. Results below the normal numbers are zero.
+// One instruction each, exact to about one unit in the last place: 1 / x, and 2^x. Results below the normal numbers are
+// zero.
 APT_DEVICE float reciprocal(float x) {
     float result;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -157,8 +158,8 @@ APT_DEVICE void wait_for_copies() {
 #endif
 }
 
-// Sixteen bytes on their way from global to shared memory; zeros where they are not `real`. They arrive after `complete`
-// and `wait_for_copies`: from 8.0 on the copy is asynchronous, before that a register holds them.
+// Sixteen bytes on their way from global to shared memory; zeros where they are not `real`. They arrive after
+// `complete` and `wait_for_copies`: from 8.0 on the copy is asynchronous, before that a register holds them.
 struct Copy {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     uint4 held;

@@ -15,8 +15,9 @@ struct Tile {
 template <class T, int WIDTH>
 Tile tile(Kernel kernel);
 
-// Whether the forward's straight loops compute a call: no soft-cap, dropout or mask tensor, heads as wide as the instance, rows
-// at multiples of 16 bytes, gates whose columns are adjacent, and a positive scale, so that the largest product of a row gives its largest logit.
+// Whether the forward's straight loops compute a call: no soft-cap, dropout or mask tensor, heads as wide as the
+// instance, rows at multiples of 16 bytes, gates whose columns are adjacent, and a positive scale, so that the largest
+// product of a row gives its largest logit.
 template <class T, int WIDTH>
 bool is_plain(const Problem& problem);
 

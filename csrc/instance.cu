@@ -40,7 +40,8 @@ void run<T, kWidth>(Kernel kernel, const Problem& p, void* stream) {
     };
     switch (kernel) {
         case Kernel::forward:
-            return launch(is_plain<T, kWidth>(p) ? plain_forward<T, kWidth> : attention_forward<T, kWidth>, tiles(p.queries, Forward::ROWS) * bh, Forward::THREADS,
+            return launch(is_plain<T, kWidth>(p) ? plain_forward<T, kWidth> : attention_forward<T, kWidth>,
+                          tiles(p.queries, Forward::ROWS) * bh, Forward::THREADS,
                           Forward::SHARED, p, stream);
         case Kernel::query:
             return backward(query_gradient<T, kWidth>, tiles(p.queries, Backward::ROWS) * bh);

@@ -1,4 +1,4 @@
-// Forward of plain calls (`is_plain`): a straight loop for each kind of tile, without a branch on what the call asks for.
+// Forward of plain calls (`is_plain`): a straight loop for each kind of tile, without a branch on the call's settings.
 #pragma once
 
 #include "forward.cuh"
@@ -9,7 +9,8 @@ namespace apt {
 template <class C, class T>
 struct Source {
     static constexpr int VECTORS = C::HEAD / C::VECTOR, ROWS = C::THREADS / VECTORS, STEPS = C::COLS / ROWS;
-    static_assert(ROWS * VECTORS == C::THREADS && STEPS * ROWS == C::COLS, "a tile is no multiple of the block's copies");
+    static_assert(ROWS * VECTORS == C::THREADS, "a row of vectors is no divisor of the block");
+    static_assert(STEPS * ROWS == C::COLS, "a tile is no multiple of the block's copies");
 
     const T* from;
     int64_t stride;
@@ -78,8 +79,8 @@ struct EdgeTokens : WholeTokens<C> {
     }
 };
 
-// Prefix columns whose gate is the same for all queries of a batch row. Each is computed once for the block: of column n,
-// factor[n] from products to logits and weight[n] of the value; hidden[n] is -inf past the prefix.
+// Prefix columns whose gate is the same for all queries of a batch row. Each is computed once for the block: of column
+// n, factor[n] from products to logits and weight[n] of the value; hidden[n] is -inf past the prefix.
 template <class C>
 struct RowGate {
     static constexpr bool CHECK = true;
@@ -227,7 +228,8 @@ APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) plain_forward(APT_PROBLEM p) {
         clear(sum.out);
         load_tile<C>(s_query, p.query, at.b, at.h, tile * C::ROWS, C::ROWS, p.queries, WIDTH);
         {
-            Source<C, T> keys(s_key, p.prefix_key, 0, at.kv, p.length), values(s_value, p.prefix_value, 0, at.kv, p.length);
+            Source<C, T> keys(s_key, p.prefix_key, 0, at.kv, p.length);
+            Source<C, T> values(s_value, p.prefix_value, 0, at.kv, p.length);
             const Span prefix{0, int(p.length), -1, -1};
             if (gate_per_query(p)) {
                 sum.pass(prefix, keys, values, QueryGate<C>(p, at, q));

@@ -25,7 +25,12 @@ import build
 # KiB of shared memory that a block may have, by compute capability.
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 _TYPES = {"f": ("float32", 6), "half_t": ("float16", 5), "bfloat_t": ("bfloat16", 15)}
-_KERNELS = {"attention_forward": "forward", "query_gradient": "query", "key_gradient": "key_value"}
+_KERNELS = {
+    "attention_forward": "forward",
+    "plain_forward": "forward",
+    "query_gradient": "query",
+    "key_gradient": "key_value",
+}
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<chip>\d+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
@@ -33,7 +38,7 @@ _ENTRY = re.compile(
 )
 # The template's arguments in a mangled name: the type, and the padded head size where there is one.
 _NAME = re.compile(
-    r"\d+(?P<kernel>attention_forward|query_gradient|key_gradient|summed_gradient|row_deltas|indexed_sum)"
+    r"\d+(?P<kernel>attention_forward|plain_forward|query_gradient|key_gradient|summed_gradient|row_deltas|indexed_sum)"
     r"I(?:NS_\d+)?(?P<type>f|half_t|bfloat_t)E?(?:Li(?P<width>\d+))?E?(?:Lb(?P<flag>[01]))?"
 )
 
