@@ -78,9 +78,11 @@ APT_DEVICE float4 load_float4(const float* p) { return *reinterpret_cast<const f
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <class T>
 constexpr bool kRuns = !std::is_same_v<T, bfloat_t>;
+constexpr bool kAsynchronousCopies = false;
 #else
 template <class T>
 constexpr bool kRuns = true;
+constexpr bool kAsynchronousCopies = true;
 #endif
 
 // Four 8x8 tiles of 16-bit elements; lane i names row i % 8 of tile i / 8. Register r takes elements 2 * (lane % 4) and
@@ -176,6 +178,13 @@ struct Copy {
     APT_DEVICE void complete(void*) {}
 #endif
 };
+
+// `kAsynchronousCopies` of the current device.
+inline bool has_asynchronous_copies() {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+}
 
 template <class Function>
 void launch(Function* kernel, int64_t blocks, int threads, int shared, const Problem& problem, void* stream) {

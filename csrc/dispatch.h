@@ -17,7 +17,8 @@ Tile tile(Kernel kernel);
 
 // Whether the forward's straight loops compute a call: no soft-cap, dropout or mask tensor, heads as wide as the
 // instance, rows at multiples of 16 bytes, gates whose columns are adjacent, and a positive scale, so that the largest
-// product of a row gives its largest logit.
+// product of a row gives its largest logit. Heads over 128 columns leave too few registers, and before 8.0 those over 64
+// with a gate for each query.
 template <class T, int WIDTH>
 bool is_plain(const Problem& problem);
 

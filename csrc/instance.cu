@@ -24,6 +24,9 @@ Tile tile<T, kWidth>(Kernel kernel) {
 template <>
 bool is_plain<T, kWidth>(const Problem& p) {
     const Array* loaded[] = {&p.query, &p.key, &p.value, &p.prefix_key, &p.prefix_value};
+    if (kWidth > 128 || (kWidth > 64 && gate_per_query(p) && !has_asynchronous_copies())) {
+        return false;
+    }
     return p.head_dim == kWidth && p.value_dim == kWidth && p.softcap == 0 && !p.seed.data && !has_mask_tensors(p) &&
            p.scale > 0 && (!p.gate.data || p.gate.stride[3] == 1 || p.length == 1) &&
            std::all_of(std::begin(loaded), std::end(loaded), [](const Array* a) { return a->vectors; });

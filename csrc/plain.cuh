@@ -12,26 +12,25 @@ struct Source {
     static_assert(ROWS * VECTORS == C::THREADS, "a row of vectors is no divisor of the block");
     static_assert(STEPS * ROWS == C::COLS, "a tile is no multiple of the block's copies");
 
-    const T* from;
+    const T* from;  // the first row of this thread
     int64_t stride;
     T* to;
-    int row, limit;
+    int limit;
     Copy copies[STEPS];
 
-    APT_DEVICE Source(T* tile, const Array& array, int b, int h, int64_t limit)
-        : stride(array.stride[2]), row(thread_index() / VECTORS), limit(static_cast<int>(limit)) {
-        const int column = thread_index() % VECTORS * C::VECTOR;
-        from = reinterpret_cast<const T*>(array.data) + b * array.stride[0] + h * array.stride[1] + column;
+    APT_DEVICE Source(T* tile, const Array& array, int b, int h, int64_t limit) : stride(array.stride[2]) {
+        const int row = thread_index() / VECTORS, column = thread_index() % VECTORS * C::VECTOR;
+        from = reinterpret_cast<const T*>(array.data) + b * array.stride[0] + h * array.stride[1] + row * stride + column;
         to = tile + row * C::STRIDE + column;
+        this->limit = static_cast<int>(limit) - row;
     }
-    // Start to copy the tile at row `first`. With CHECK, rows past the limit become zero.
+    // Start to copy the tile at row `first`. With CHECK, rows past the limit become zero; they are not read.
     template <bool CHECK>
     APT_DEVICE void issue(int first) {
-        const T* at = from + (first + row) * stride;
+        const T* at = from + first * stride;
         APT_UNROLL
         for (int k = 0; k < STEPS; ++k) {
-            const bool real = !CHECK || first + row + k * ROWS < limit;
-            copies[k].issue(to + k * ROWS * C::STRIDE, real ? at : from, real);
+            copies[k].issue(to + k * ROWS * C::STRIDE, at, !CHECK || first + k * ROWS < limit);
             at += ROWS * stride;
         }
         commit_copies();
@@ -205,13 +204,17 @@ struct Accumulator {
             kind.weigh(c);
             multiply<C>(out, c, s_value, C::HEAD, scratch);
         }
-        keys.complete();
+        wait_for_copies<0>();
     }
 };
 
+// Before 8.0, where registers hold a tile on its way, wide heads leave none to hold gates: the host does not ask for it.
+template <class C>
+constexpr bool kTakesQueryGates = C::HEAD <= 64 || kAsynchronousCopies;
+
 template <class T, int WIDTH>
 APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) plain_forward(APT_PROBLEM p) {
-    if constexpr (kRuns<T>) {
+    if constexpr (kRuns<T> && WIDTH <= 128) {
         using C = Cut<T, WIDTH, false>;
         APT_SHARED(shared);
         T* const s_query = reinterpret_cast<T*>(shared);
@@ -232,7 +235,9 @@ APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) plain_forward(APT_PROBLEM p) {
             Source<C, T> values(s_value, p.prefix_value, 0, at.kv, p.length);
             const Span prefix{0, int(p.length), -1, -1};
             if (gate_per_query(p)) {
-                sum.pass(prefix, keys, values, QueryGate<C>(p, at, q));
+                if constexpr (kTakesQueryGates<C>) {
+                    sum.pass(prefix, keys, values, QueryGate<C>(p, at, q));
+                }
             } else {
                 sum.pass(prefix, keys, values, RowGate<C>{p, at.b, scratches + C::WARPS * C::SCRATCH});
             }

@@ -71,7 +71,7 @@ APT_DEVICE Query query_row(const Problem& p, const Place& at, int t) {
 }
 
 // Whether each query of a batch row has its own gate.
-APT_DEVICE bool gate_per_query(const Problem& p) {
+APT_BOTH bool gate_per_query(const Problem& p) {
     return p.gate_index.data ? p.gate_index.stride[3] != 0 : p.gate.data && p.gate.stride[2] != 0;
 }
 

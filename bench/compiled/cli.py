@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "report": "bench.compiled.report",
     "library": "bench.compiled.cuda_report",
+    "cuda-rates": "bench.compiled.cuda_rates",
     "flash4": "bench.compiled.flash4",
     "launches": "bench.compiled.launches",
     "overhead": "bench.compiled.launch_overhead",

@@ -1,7 +1,8 @@
 """Compile report of the CUDA C++ kernels: registers, spills and shared memory on every architecture, without a GPU.
 
 ``python -m bench compiled library`` builds the library with nvcc for ``TORCH_CUDA_ARCH_LIST`` (or the default
-list), prints a line for each kernel, and fails where one spills, or needs more shared memory than a chip has.
+list), prints a line for each kernel, and fails where one spills, or needs more shared memory than a chip has. Then it
+counts the instructions of the straight loops (`cuda_rates`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "csrc"))
-
-import build
+from . import cuda_rates
+from .cuda_rates import build
 
 # KiB of shared memory that a block may have, by compute capability.
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -129,4 +129,5 @@ def main(given: list[str] | None = None) -> int:
     except build.BuildError as error:
         print(f"the CUDA kernels were NOT compiled: {error}", file=sys.stderr)
         return 0 if options.if_there_is_a_compiler else 1
-    return 1 if report() else 0
+    faults = report()
+    return 1 if cuda_rates.main([]) or faults else 0

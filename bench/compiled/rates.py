@@ -38,9 +38,9 @@ _SIZES = {"queries": 4096, "keys": 4096, "prefix": 64}
 # A count may exceed its budget by this much: another build of the assembler moves a few instructions.
 _SLACK = 1.02
 _PRODUCTS = re.compile(r"^(HGMMA|HMMA|UTCHMMA|UTCQMMA|DMMA|v_mfma|v_wmma)")
-_STACK = re.compile(r"^(LDL|STL|scratch_load|scratch_store)")
-_LOADS = re.compile(r"^(LDG\.|LD\.|global_load|flat_load|buffer_load)")
-_EXPONENTIALS = re.compile(r"^(MUFU\.EX2|v_exp_f32)")
+STACK = re.compile(r"^(LDL|STL|scratch_load|scratch_store)")
+LOADS = re.compile(r"^(LDG\.|LD\.|global_load|flat_load|buffer_load)")
+EXPONENTIALS = re.compile(r"^(MUFU\.EX2|v_exp_f32)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 
 
@@ -145,8 +145,8 @@ def _counted(job: Job, kernel: str, compiled, named: dict) -> Iterator[Loop]:
 
         each = threads / elements
         yield Loop(
-            job.architecture, job.head, job.variant, kernel, place, len(body) * each, count(_EXPONENTIALS) * each,
-            count(_STACK), count(_LOADS),
+            job.architecture, job.head, job.variant, kernel, place, len(body) * each, count(EXPONENTIALS) * each,
+            count(STACK), count(LOADS),
         )  # fmt: skip
 
 
@@ -179,6 +179,14 @@ def version() -> str:
 def budgets() -> dict[str, dict[str, float]]:
     """Instructions for each element, by `Loop.key` and Triton's version."""
     return json.loads(BUDGETS.read_text(encoding="utf-8"))
+
+
+def update(changes: dict[str, dict[str, float]]) -> None:
+    """Write new budgets beside those that stand."""
+    allowed = budgets()
+    for key, change in changes.items():
+        allowed[key] = {**allowed.get(key, {}), **change}
+    BUDGETS.write_text(json.dumps(dict(sorted(allowed.items())), indent=1) + "\n", encoding="utf-8")
 
 
 def faults(loop: Loop, allowed: dict[str, dict[str, float]], triton: str) -> list[str]:
@@ -215,7 +223,7 @@ def main(given: list[str] | None = None) -> int:
     wanted = SUBSET
     if options.architecture:
         wanted = [(a, h, v) for a in options.architecture for h in options.head for v in options.variant]
-    allowed, triton, wrong = budgets(), version(), 0
+    allowed, triton, wrong, counted = budgets(), version(), 0, {}
     for one in wanted:
         for loop in loops(*one):
             found = [] if options.update else faults(loop, allowed, triton)
@@ -225,12 +233,11 @@ def main(given: list[str] | None = None) -> int:
                 f"{loop.key:<62} {loop.instructions:6.2f} an element (budget {budget or '-'}), {loop.stack} stack, "
                 f"{loop.loads} loads {'; '.join(found)}"
             )
-            if options.update:
-                allowed.setdefault(loop.key, {})[triton] = round(loop.instructions, 2)
-                if loop.stack:
-                    allowed[loop.key]["stack"] = max(loop.stack, allowed[loop.key].get("stack", 0))
+            counted[loop.key] = {triton: round(loop.instructions, 2)}
+            if loop.stack:
+                counted[loop.key]["stack"] = max(loop.stack, allowed.get(loop.key, {}).get("stack", 0))
     if options.update:
-        BUDGETS.write_text(json.dumps(dict(sorted(allowed.items())), indent=1) + "\n", encoding="utf-8")
+        update(counted)
     return 1 if wrong else 0
 
 

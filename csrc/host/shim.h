@@ -34,6 +34,10 @@ struct alignas(16) float4 {
 
 namespace host {
 inline int half_step = 16;
+inline int half_step_asked() {
+    const char* step = std::getenv("APT_HALF_STEP");
+    return step ? std::atoi(step) : 16;
+}
 
 // A vector access to an address that is not a multiple of 16 bytes ends the process, as it does on a device.
 inline void check_aligned(const void* address) {
@@ -95,6 +99,7 @@ inline float4 load_float4(const float* p) {
 
 template <class T>
 constexpr bool kRuns = true;
+constexpr bool kAsynchronousCopies = true;
 
 // ldmatrix.x4, see device.cuh.
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
@@ -188,10 +193,11 @@ inline void commit_copies() {}
 template <int pending>
 void wait_for_copies() {}
 
+inline bool has_asynchronous_copies() { return host::half_step_asked() != 8; }
+
 template <class Function>
 void launch(Function* kernel, int64_t blocks, int threads, int shared, const Problem& problem, void*) {
-    const char* step = std::getenv("APT_HALF_STEP");
-    host::half_step = step ? std::atoi(step) : 16;
+    host::half_step = host::half_step_asked();
     host::run_blocks(static_cast<int>(blocks), threads, shared, [&] { kernel(problem); });
 }
 

@@ -1,0 +1,42 @@
+"""The straight loops of the CUDA library's forward, as nvcc compiles them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from bench.compiled import cuda_rates
+from bench.compiled.cuda_rates import build
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler():
+    try:
+        build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_the_loops_keep_their_budgets():
+    found = cuda_rates.loops_of("7.5", 64)
+    assert [one.loop.loop for one in found] == [
+        "prefix, gate per row",
+        "prefix, gate per query",
+        "tokens, edge",
+        "tokens",
+    ]
+    assert not any(one.faults for one in found), [str(one) for one in found]
+    assert cuda_rates.rates.budgets()[found[-1].loop.key]["nvcc"] <= 15, "what such a loop needs"
+
+
+def test_a_branch_on_a_setting_is_noticed(tmp_path):
+    folder = shutil.copytree(build.CSRC, tmp_path / "csrc")
+    source = (folder / "plain.cuh").read_text()
+    line = "kind.weigh(c);"
+    assert source.count(line) == 1
+    planted = f"{line}\n            if (scale < 0) {{ for (int e = 0; e < 4; ++e) {{ c[0][e] = tanhf(c[0][e]); }} }}"
+    (folder / "plain.cuh").write_text(source.replace(line, planted))
+    tokens = cuda_rates.loops_of("7.5", 64, folder)[-1]
+    assert any("branches" in fault for fault in tokens.faults), str(tokens)
+    assert any("instructions" in fault for fault in tokens.faults), str(tokens)
