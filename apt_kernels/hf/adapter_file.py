@@ -121,7 +121,9 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
             if not folder.exists():
                 raise AdapterError(f"{folder} does not exist; it needs a folder that apt_kernels.save wrote") from None
             missing = WEIGHTS if (folder / CONFIG).exists() else f"{CONFIG} and no {WEIGHTS}"
-            raise AdapterError(f"{folder} has no {missing}; it is not an adapter folder") from None
+            peft = ", but a PEFT checkpoint: patch_from_peft reads PEFT's prefix tuning"
+            kind = peft if (folder / "adapter_config.json").exists() else ""
+            raise AdapterError(f"{folder} has no {missing}; it is not an adapter folder{kind}") from None
         yield _read(folder, path, file)
 
 

@@ -200,7 +200,7 @@ def warn_if_changed(state: State, record, path: Path) -> None:
     """Warn if values of the base's config or sampled weights differ from those that the adapter was trained on."""
     values = changed_values(state.model.config, record, path)
     if values is not None:
-        warnings.warn(f"{path} was trained on a model that computes otherwise: {values}", stacklevel=5)
+        warnings.warn(f"{path} was trained on a model that computes otherwise: {values}", stacklevel=4)
     record = _checked(record, path)
     recorded, names = record["fingerprint"] or {}, {}
     for name, parameter in state.model.named_parameters():
@@ -221,9 +221,11 @@ def warn_if_changed(state: State, record, path: Path) -> None:
     here = _named(getattr(config, "name_or_path", None) or None, _revision(config))
     others = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
     warnings.warn(
-        f"{path} was trained on other weights than this model's: {shown(differ[0])}{others} differ, of "
-        f"{len(recorded)} compared. It was trained on {there}; this model is {here}",
-        stacklevel=5,
+        f"{path} was trained on other weights than this model's: {len(differ)} of {len(recorded)} compared differ, "
+        f"{shown(differ[0])}{others}. It was trained on {there}; this model is {here}. Load the former. Weights that "
+        "its checkpoint lacks (transformers lists them as MISSING) are random at every load: patch(..., trainable=...) "
+        "lets them train, and save then writes them",
+        stacklevel=4,
     )
 
 

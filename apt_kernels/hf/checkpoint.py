@@ -467,7 +467,7 @@ def _make_room(model, name: str, config: AptConfig, file: AdapterFile, example_i
         set_adapter(model, name)
     if not all(is_as_made(prefix) for prefix in state.prefixes.values()):
         warnings.warn(
-            f"the adapter {name!r} is replaced by {file.path.parent}; load(..., adapter=...) keeps both", stacklevel=5
+            f"the adapter {name!r} is replaced by {file.path.parent}; load(..., adapter=...) keeps both", stacklevel=4
         )
 
 

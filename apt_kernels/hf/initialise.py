@@ -277,6 +277,8 @@ def _read_peft(folder: Path) -> tuple[Tensor, int, int]:
             raise AdapterError(
                 f"{folder} does not exist; it needs a folder with {settings.name} and {weights.name}"
             ) from None
+        if not settings.exists() and (folder / "adapter.safetensors").exists():
+            raise AdapterError(f"{folder} is no PEFT checkpoint; apt_kernels.load(model, folder) reads it") from None
         name = next(path.name for path in (settings, weights) if not path.exists())
         raise AdapterError(f"{folder} has no {name}; pickled checkpoints are not read") from None
     kind = given.get("peft_type") if isinstance(given, dict) else None

@@ -396,7 +396,10 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     if probe is not None and not isinstance(probe, Probe):
         raise ConfigError(f"probe is a {type(probe).__name__}; it needs what apt_kernels.probe returns, or None")
     if not isinstance(lengths, Sequence) or isinstance(lengths, str):
-        raise ConfigError(f"lengths is a {type(lengths).__name__}; it needs a list of {len(names)} ints")
+        raise ConfigError(
+            f"lengths is {lengths!r}; it needs a list of {len(names)} ints, one for each attention module, such as "
+            "apt_kernels.probe(...).lengths(budget=...)"
+        )
     if len(lengths) != len(names):
         raise ConfigError(f"lengths has {len(lengths)} entries; the model has {len(names)} attention modules")
     if not any(lengths):

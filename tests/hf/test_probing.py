@@ -269,6 +269,7 @@ def test_closing_a_gate_is_not_pruning():
         ([5, 4], "lengths has 5 for bert.encoder.layer.0.attention.self; it needs an int from 0 to 4"),
         ([2.0, 4], "it needs an int from 0 to 4"),
         ([0, 0], "lengths is 0 everywhere"),
+        (2, "lengths is 2; it needs a list of 2 ints, one for each attention module, such as"),
         ([2, 4], "its 4 tokens cannot be ranked"),
     ],
 )

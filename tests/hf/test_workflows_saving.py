@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import apt_kernels
-from apt_kernels import AdapterError, ConfigError
+from apt_kernels import AdapterError, ConfigError, PatchError
 from helpers.workflows import bert, llama, stir, token_ids
 
 IDS = token_ids()
@@ -110,6 +110,41 @@ def test_a_path_that_is_empty(call, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"folder is ''; it needs a path \('\.' for the current folder\)"):
         call(apt_kernels.patch(llama(), prefix_length=4, gate="static"), "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["adapter", ("a", "b")])
+def test_save_of_what_is_no_model(given, tmp_path):
+    """The two arguments swapped, or a tokenizer."""
+    with pytest.raises(PatchError, match=r"the (str|tuple) is not patched; pass the model there"):
+        apt_kernels.save(given, tmp_path)
+
+
+def test_folders_of_the_other_library_are_named(tmp_path):
+    model = apt_kernels.patch(llama(), prefix_length=4, gate="static")
+    apt_kernels.save(model, tmp_path / "ours")
+    apt_kernels.export(model, tmp_path / "theirs")
+    with pytest.raises(AdapterError, match="but a PEFT checkpoint: patch_from_peft reads"):
+        apt_kernels.load(llama(), tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=r"no PEFT checkpoint; apt_kernels\.load"):
+        apt_kernels.patch_from_peft(llama(), tmp_path / "ours")
+
+
+def test_the_warning_about_other_weights_points_at_the_call_and_says_what_to_do(tmp_path):
+    apt_kernels.save(apt_kernels.patch(llama(), prefix_length=4), tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.add_(0.1)
+    with pytest.warns(UserWarning, match=r"1 of \d+ compared differ.*MISSING.*trainable=") as found:
+        apt_kernels.load(other, tmp_path)
+    assert [each.filename for each in found] == [__file__]
+
+
+def test_the_warning_about_a_replaced_adapter_points_at_the_call(tmp_path):
+    model = stir(apt_kernels.patch(llama(), prefix_length=4))
+    apt_kernels.save(model, tmp_path)
+    with pytest.warns(UserWarning, match="is replaced by") as found:
+        apt_kernels.load(model, tmp_path)
+    assert [each.filename for each in found] == [__file__]
 
 
 # What else was trained on the model.
