@@ -16,6 +16,7 @@ LENGTHS = (1, 7, 33, 64, 90, 5)
 
 @contextlib.contextmanager
 def engine(model, adapter, **options):
+    """An engine of ``model`` with one adapter, a folder, or several, folders by name; None: without."""
     given = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -27,7 +28,8 @@ def engine(model, adapter, **options):
         "seed": 0,
     }
     if adapter is not None:
-        given |= {"load_format": "apt_kernels", "model_loader_extra_config": {"adapter": str(adapter)}}
+        chosen = {"adapters": adapter} if isinstance(adapter, dict) else {"adapter": str(adapter)}
+        given |= {"load_format": "apt_kernels", "model_loader_extra_config": chosen}
     llm = LLM(model=str(model), **{**given, **options})
     try:
         yield llm
@@ -44,16 +46,22 @@ def end(llm: LLM | None) -> None:
     cleanup_dist_env_and_memory()
 
 
-def generate(llm, prompts, prompt_logprobs=None, new=NEW):
-    settings = SamplingParams(
-        temperature=0,
-        max_tokens=new,
-        ignore_eos=True,
-        logprobs=3,
-        prompt_logprobs=prompt_logprobs,
-        detokenize=False,
-    )
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+def generate(llm, prompts, prompt_logprobs=None, new=NEW, names=None, lora_request=None):
+    """Greedy answers to prompts in one batch; ``names``: the adapter of each, or None."""
+    settings = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=new,
+            ignore_eos=True,
+            logprobs=3,
+            prompt_logprobs=prompt_logprobs,
+            detokenize=False,
+            extra_args={"apt_adapter": name} if names else None,
+        )
+        for name in names or [None] * len(prompts)
+    ]
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(given, settings, use_tqdm=False, lora_request=lora_request)
 
 
 def assert_same(outputs, answers):

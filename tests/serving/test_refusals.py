@@ -7,7 +7,7 @@ import torch
 
 import apt_kernels
 from apt_kernels.serving.vllm import adapter as adapters
-from apt_kernels.serving.vllm import refusals
+from apt_kernels.serving.vllm import refusals, settings
 from helpers import models
 from helpers.patched import randomise
 
@@ -22,9 +22,13 @@ def engine(**changes):
             use_ubatching=False,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate", enable_sleep_mode=False),
+        model_config=SimpleNamespace(
+            is_encoder_decoder=False, runner_type="generate", enable_sleep_mode=False, enforce_eager=True
+        ),
         speculative_config=None,
         kv_transfer_config=None,
+        lora_config=None,
+        use_v2_model_runner=False,
         additional_config={},
     )
     for name, value in changes.items():
@@ -95,6 +99,78 @@ def test_settings_of_the_engine(change, message):
 def test_layers_of_the_model(change, message):
     with pytest.raises(apt_kernels.ConfigError, match=f"layers.0.self_attn .*{message}"):
         refusals.check_layer(layer(**change), "layers.0.self_attn")
+
+
+@pytest.mark.parametrize(
+    ("change", "rust", "message"),
+    [
+        ({"lora_config": object()}, False, "enable_lora"),
+        ({"use_v2_model_runner": True}, False, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ({"model__enforce_eager": False}, False, "set enforce_eager"),
+        ({}, True, "VLLM_USE_RUST_FRONTEND"),
+    ],
+    ids=["LoRA", "V2", "compiled", "Rust"],
+)
+def test_settings_of_an_engine_with_several_adapters(change, rust, message):
+    refusals.check_several(engine(), False)
+    with pytest.raises(apt_kernels.ConfigError, match=f"^vLLM cannot serve several adapters: .*{message}"):
+        refusals.check_several(engine(**change), rust)
+
+
+def test_the_setting_that_names_adapters():
+    options = {"adapters": {"sql": "a", "style": "b"}, "load_format": "dummy"}
+    assert settings.take(options) == {"sql": "a", "style": "b"}
+    assert options == {"load_format": "dummy"}
+    assert settings.take({"adapter": "a"}) == {None: "a"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adapter": "a", "adapters": {"sql": "b"}}, {"adapters": {}}, {"adapters": ["a"]}, {"adapters": {"": "a"}}],
+    ids=str,
+)
+def test_settings_that_name_no_adapters(options):
+    with pytest.raises(apt_kernels.ConfigError, match="NAME: FOLDER"):
+        settings.take(options)
+
+
+def load_config(load_format="apt_kernels", **extra):
+    return SimpleNamespace(load_format=load_format, model_loader_extra_config=extra)
+
+
+def test_the_named_adapters_of_an_engine():
+    assert settings.named(load_config(adapters={"sql": "a"})) == {"sql": "a"}
+    assert settings.named(load_config(adapter="a")) == {}
+    assert settings.named(load_config("auto")) is None
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "model", "name"),
+    [(None, None, None), ({}, "sql", "sql"), ({"apt_adapter": "sql"}, None, "sql"), ({"apt_adapter": "b"}, "b", "b")],
+)
+def test_the_adapter_of_a_request(extra_args, model, name):
+    assert settings.chosen({"sql": "a", "b": "c"}, extra_args, model) == name
+
+
+@pytest.mark.parametrize(
+    ("adapters", "extra_args", "model", "message"),
+    [
+        (
+            {"sql": "a", "b": "c"},
+            {"apt_adapter": "x"},
+            None,
+            "names the adapter 'x'; this engine's adapters are 'sql', 'b'",
+        ),
+        ({"sql": "a"}, {"apt_adapter": 1}, None, "names the adapter 1; "),
+        ({"sql": "a"}, None, "x", "names the adapter 'x'; "),
+        ({"sql": "a", "b": "c"}, {"apt_adapter": "sql"}, "b", "the model 'b' and apt_adapter 'sql'"),
+        ({}, {"apt_adapter": "sql"}, None, "one adapter without a name"),
+    ],
+    ids=["unknown", "no string", "unknown model", "two", "single"],
+)
+def test_a_request_that_names_no_adapter_of_the_engine(adapters, extra_args, model, message):
+    with pytest.raises(apt_kernels.ConfigError, match=message):
+        settings.chosen(adapters, extra_args, model)
 
 
 def test_a_kernel_that_writes_the_cache_itself():

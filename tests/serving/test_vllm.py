@@ -86,6 +86,14 @@ def test_another_base_is_refused(adapted, tmp_path):
         pass
 
 
+def test_one_of_several_of_another_base_is_refused_by_name(llama, adapted, tmp_path):
+    model = served.base("llama", tmp_path / "base", num_hidden_layers=3)
+    deep = served.adapter(model, tmp_path / "adapter", prefix_length=4)
+    adapters = {"flat": str(adapted), "deep": str(deep)}
+    with pytest.raises(AdapterError, match=r"adapter 'deep': .*num_hidden_layers 3"), engine(llama, adapters):
+        pass
+
+
 def test_a_window_is_refused(tmp_path):
     model = served.base("mistral", tmp_path / "base", sliding_window=32)
     adapter = served.adapter(model, tmp_path / "adapter", prefix_length=4)

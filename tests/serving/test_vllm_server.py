@@ -106,10 +106,10 @@ def wait(server, address, log, seconds=300):
     raise AssertionError(log.read_text()[-3000:])
 
 
-def documented_answer(folders) -> list[str]:
+def documented_answer(model, adapter) -> list[str]:
     """The expected answer to the page's prompt, whose three words are unknown to the tiny tokenizer."""
     assert "What is attention?" in PAGE
-    (tokens,) = served.answers(*folders, [[served.UNKNOWN] * 3], 8).tokens
+    (tokens,) = served.answers(model, adapter, [[served.UNKNOWN] * 3], 8).tokens
     tokens = tokens[: tokens.index(served.END)] if served.END in tokens else tokens
     words = [f"w{token}" for token in tokens if token != served.UNKNOWN]
     assert words
@@ -120,7 +120,7 @@ def test_the_documented_request(folders, address):
     words = [word.replace("http://localhost:8000", address).replace(BASE, "tiny") for word in documented("curl")]
     done = subprocess.run([words[0], "--silent", "--fail", *words[1:]], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["choices"][0]["text"].split() == documented_answer(folders)
+    assert json.loads(done.stdout)["choices"][0]["text"].split() == documented_answer(*folders)
 
 
 def test_fifty_requests_at_once(folders, address):
@@ -149,15 +149,32 @@ def test_fifty_requests_at_once(folders, address):
         assert given.token_logprobs == pytest.approx(expected, abs=answers.allowed)
 
 
-def test_the_documented_offline_use(folders, tmp_path, monkeypatch, capsys):
-    model, adapter = folders
-    (code,) = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    code = code.replace(f'"{BASE}", ', f"{str(model)!r}, dtype='float32', max_model_len=256, enforce_eager=True, ")
-    (tmp_path / "adapter").symlink_to(adapter)
-    monkeypatch.chdir(tmp_path)
+def run_as_documented(number: int, model, folder, monkeypatch, capsys) -> list[str]:
+    """The lines that one of the page's programs prints in ``folder``, with a tiny base model."""
+    code = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[number]
+    eager = "" if "enforce_eager" in code else "enforce_eager=True, "
+    assert f'"{BASE}",' in code
+    code = code.replace(f'"{BASE}",', f"{str(model)!r}, dtype='float32', max_model_len=256, {eager}")
+    monkeypatch.chdir(folder)
     namespace = {}
     try:
         exec(compile(code, "serving.md", "exec"), namespace)
     finally:
         end(namespace.pop("llm", None))
-    assert capsys.readouterr().out.splitlines()[-1].split() == documented_answer(folders)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_documented_offline_use(folders, tmp_path, monkeypatch, capsys):
+    model, adapter = folders
+    (tmp_path / "adapter").symlink_to(adapter)
+    lines = run_as_documented(0, model, tmp_path, monkeypatch, capsys)
+    assert lines[-1].split() == documented_answer(model, adapter)
+
+
+def test_the_documented_offline_use_of_several(folders, tmp_path, monkeypatch, capsys):
+    model, adapter = folders
+    adapters = {"sql": adapter, "style": served.adapter(model, tmp_path / "adapters" / "style", 1, prefix_length=5)}
+    (tmp_path / "adapters" / "sql").symlink_to(adapter)
+    lines = run_as_documented(1, model, tmp_path, monkeypatch, capsys)
+    expected = [documented_answer(model, adapters.get(name)) for name in ("sql", "style", None)]
+    assert [line.split() for line in lines[-3:]] == expected

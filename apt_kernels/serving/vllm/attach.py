@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -12,30 +13,50 @@ from ...errors import AdapterError
 from . import layers, marker, refusals
 from .adapter import Adapter
 from .prefix import ServedPrefix
+from .several import Batch
 
 # The head sizes that kernels support are multiples of this.
 _STEP = 8
 
 
-def attach(model: nn.Module, adapter: Adapter) -> None:
-    """Give each attention layer of ``model`` its prefix of ``adapter``.
+@dataclass
+class _Checked:
+    """A layer, the module around it, the head size of its kernel, and its prefixes by the adapter's number."""
+
+    layer: Attention
+    parent: nn.Module
+    size: int
+    prefixes: dict[int, ServedPrefix] = field(default_factory=dict)
+
+
+def attach(model: nn.Module, adapters: Sequence[Adapter], batch: Batch | None = None) -> None:
+    """Give each attention layer of ``model`` its prefixes of ``adapters``, which have numbers from 1.
+
+    Args:
+        model: the model, loaded.
+        adapters: one for all requests; with ``batch`` any number, from which ``batch`` says which each request has.
+        batch: the running batch.
 
     Raises:
         AdapterError: a layer of the adapter is not in the model, or has other sizes there.
         ConfigError: a layer cannot be served; the message says why.
     """
-    found = _by_site(model, adapter)
-    made = []
-    for site, (parent, layer) in found.items():
-        fields = adapter.layers[site]
-        refusals.check_layer(layer, site)
-        _check(adapter, site, layer, fields)
-        prefix = ServedPrefix(adapter.gate(site), fields, _heads(layer, fields["key"].shape[0]), layer.impl.scale)
-        made.append((parent, layer, prefix.to(next(model.parameters()).device), _size(layer, site)))
-    for parent, layer, prefix, size in made:
-        layers.add_prefix(layer, prefix, size)
-        if prefix.gate_weight is not None:
-            parent.register_forward_pre_hook(layers.remember_hidden_states(layer), with_kwargs=True)
+    made: dict[Attention, _Checked] = {}
+    for number, adapter in enumerate(adapters, 1):
+        for site, (parent, layer) in _by_site(model, adapter).items():
+            fields = adapter.layers[site]
+            refusals.check_layer(layer, site)
+            _check(adapter, site, layer, fields)
+            prefix = ServedPrefix(adapter.gate(site), fields, _heads(layer, fields["key"].shape[0]), layer.impl.scale)
+            one = made.setdefault(layer, _Checked(layer, parent, _size(layer, site)))
+            one.prefixes[number] = prefix.to(next(model.parameters()).device)
+    for one in made.values():
+        if batch is None:
+            layers.add_prefix(one.layer, one.prefixes[1], one.size)
+        else:
+            layers.add_prefixes(one.layer, one.prefixes, one.size, batch)
+        if any(prefix.gate_weight is not None for prefix in one.prefixes.values()):
+            one.parent.register_forward_pre_hook(layers.remember_hidden_states(one.layer), with_kwargs=True)
 
 
 def _by_site(model: nn.Module, adapter: Adapter) -> dict[str, tuple[nn.Module, Attention]]:

@@ -53,12 +53,20 @@ def first_gate(logits: Tensor, layer_name: str) -> Tensor:
     metadata, layer, kv_cache, _ = get_attention_context(layer_name)
     if metadata is None:  # a run that only measures memory
         return logits.clone()
+    return of_each_token(logits, metadata, layer, layer.apt_first, kv_cache)
+
+
+def of_each_token(
+    logits: Tensor, metadata, layer, memory: Memory, kv_cache: Tensor, mine: Tensor | None = None
+) -> Tensor:
+    """`first_gate` with the step's metadata and one adapter's memory; ``mine [R]``: the requests of this adapter."""
     starts = metadata.query_start_loc.long()
     lengths = starts[1:] - starts[:-1]
     # The marker's block is in front of each request's blocks.
     computed = metadata.seq_lens.long() - layer.apt_block_size - lengths
     blocks = metadata.block_table[: lengths.shape[0], 1].long()
-    found = layer.apt_first.of_requests(logits, starts[:-1], lengths, computed, blocks, kv_cache.shape[0])
+    own = lengths if mine is None else lengths * mine
+    found = memory.of_requests(logits, starts[:-1], own, computed, blocks, kv_cache.shape[0])
     rows = torch.arange(logits.shape[0], device=logits.device)
     request = torch.searchsorted(starts[1:], rows, right=True)
     inside = request < lengths.shape[0]  # rows after the last request are padding

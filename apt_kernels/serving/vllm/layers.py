@@ -8,15 +8,17 @@ and token positions do not change.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
 
 from . import first_gate, marker
 from .prefix import ServedPrefix
+from .several import Batch
 
 _NULL_BLOCK = 0
 # The classes below are mixed in before classes that vLLM selects when it loads a model.
@@ -25,16 +27,27 @@ _Base: Any = object
 
 def add_prefix(layer: Attention, prefix: ServedPrefix, size: int) -> None:
     """Add a prefix to ``layer``, which then requests a key/value cache of the head size ``size``."""
-    layer.apt = prefix
-    layer.apt_head_dim, layer.apt_hidden_states = layer.head_size, None
-    layer.apt_first = first_gate.Memory()
+    layer.apt, layer.apt_first, layer.apt_batch = prefix, first_gate.Memory(), None
+    _add(layer, prefix.scale, size, _prefixed_layer(layer.__class__))
+
+
+def add_prefixes(layer: Attention, prefixes: Mapping[int, ServedPrefix], size: int, batch: Batch) -> None:
+    """Add the prefixes of several adapters, by their numbers. ``batch`` says which number each request has."""
+    layer.apt = nn.ModuleDict({str(number): prefix for number, prefix in prefixes.items()})
+    layer.apt_first, layer.apt_batch = {number: first_gate.Memory() for number in prefixes}, batch
+    scale = next(iter(prefixes.values())).scale
+    _add(layer, scale, size, _choosing_layer(layer.__class__))
+
+
+def _add(layer: Attention, scale: float, size: int, layer_class: Any) -> None:
+    layer.apt_head_dim, layer.apt_hidden_states, layer.apt_scale = layer.head_size, None, scale
     layer.head_size = layer.head_size_v = size
     layer.attn_backend = _marked_backend(layer.attn_backend)
     kind = _marked_impl(layer.impl.__class__)
     impl = kind.__new__(kind)  # the class of an existing implementation cannot be changed
     vars(impl).update(vars(layer.impl), head_size=size, apt_head_dim=layer.apt_head_dim, apt_marked=None)
     layer.impl = impl
-    layer.__class__ = _prefixed_layer(layer.__class__)
+    layer.__class__ = layer_class
 
 
 def remember_hidden_states(layer: Attention):
@@ -62,16 +75,26 @@ class _Prefixed(_Base):
         hidden, self.apt_hidden_states = self.apt_hidden_states, None
         query = query.view(-1, self.num_heads, self.apt_head_dim)
         key, value = (part.view(-1, self.num_kv_heads, self.apt_head_dim) for part in (key, value))
-        logits = self.apt.logits(hidden)
-        if logits is not None and self.apt.entry.kept_in_cache:
-            logits = torch.ops.apt_kernels_vllm.first_gate(logits, self.layer_name)
-        prefix_out, logsumexp = self.apt(query, logits)
+        prefix_out, logsumexp = self._attend_to_prefix(query, hidden)
         out = super().forward(
-            marker.pad_query(query, logsumexp, self.apt.scale, self.head_size).flatten(1),
+            marker.pad_query(query, logsumexp, self.apt_scale, self.head_size).flatten(1),
             marker.pad_zeros(key, self.head_size).flatten(1),
             marker.pad_zeros(value, self.head_size).flatten(1),
         )
         return marker.merge(out.view(-1, self.num_heads, self.head_size), prefix_out).flatten(1)
+
+    def _attend_to_prefix(self, query: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = self.apt.logits(hidden)
+        if logits is not None and self.apt.entry.kept_in_cache:
+            logits = torch.ops.apt_kernels_vllm.first_gate(logits, self.layer_name)
+        return self.apt(query, logits)
+
+
+class _Choosing(_Prefixed):
+    """The same with several adapters."""
+
+    def _attend_to_prefix(self, query: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.apt_kernels_vllm.chosen_prefix(query, hidden, self.layer_name)
 
 
 class _MarkedImpl(_Base):
@@ -109,6 +132,7 @@ class _MarkedBuilder(_Base):
         for name in layer_names:
             # The block size of the kernel. The cache manager's block size may be a multiple of it.
             layers[name].apt_block_size = kv_cache_spec.block_size
+        self.apt_batch = layers[layer_names[0]].apt_batch
 
     @classmethod
     def get_cudagraph_support(cls, *args, **kwargs):
@@ -118,7 +142,10 @@ class _MarkedBuilder(_Base):
         return False
 
     def build(self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False, **kwargs):
-        return super().build(0, self._behind_marker(common_attn_metadata), fast_build, **kwargs)
+        metadata = super().build(0, self._behind_marker(common_attn_metadata), fast_build, **kwargs)
+        if self.apt_batch is not None:
+            metadata.apt_choice = self.apt_batch.choice(common_attn_metadata)
+        return metadata
 
     def _behind_marker(self, given):
         more = self.kv_cache_spec.block_size
@@ -141,6 +168,11 @@ class _MarkedBuilder(_Base):
 @functools.cache
 def _prefixed_layer(kind: Any) -> Any:
     return type(f"Prefixed{kind.__name__}", (_Prefixed, kind), {})
+
+
+@functools.cache
+def _choosing_layer(kind: Any) -> Any:
+    return type(f"Choosing{kind.__name__}", (_Choosing, kind), {})
 
 
 @functools.cache

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 
 from torch import nn
+from vllm import envs
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ...errors import ConfigError
+from ...errors import AdapterError, ConfigError
 from . import adapter as adapters
-from . import first_gate, refusals
+from . import first_gate, refusals, requests, settings, several
 from .attach import attach
-
-LOAD_FORMAT = "apt_kernels"
-# Keys of ``model_loader_extra_config`` that are ours; the others belong to the base model's load format.
-_ADAPTER, _BASE = "adapter", "load_format"
+from .settings import LOAD_FORMAT
 
 
 def register() -> None:
@@ -24,32 +22,31 @@ def register() -> None:
 
     if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not PrefixModelLoader:
         register_model_loader(LOAD_FORMAT)(PrefixModelLoader)
+    requests.register()
 
 
 class PrefixModelLoader(BaseModelLoader):
-    """Loads the base model, and then the adapter that ``model_loader_extra_config`` names.
+    """Loads the base model, and then the adapters that ``model_loader_extra_config`` names.
 
-    Its keys: ``"adapter"``, a folder that `apt_kernels.save` wrote or a repository of the Hugging Face hub;
-    ``"load_format"``, that of the base model, default ``"auto"``; any other is passed to that load format.
+    Its keys: ``"adapter"``, a folder that `apt_kernels.save` wrote or a repository of the Hugging Face hub, for every
+    request, or ``"adapters"``, such sources by name, of which each request may name one; ``"load_format"``, that of
+    the base model, default ``"auto"``; any other is passed to that load format.
 
     Raises:
-        ConfigError: ``"adapter"`` is missing, or the engine's settings or the model cannot be served.
-        AdapterError: the adapter is missing, damaged, or of another base model.
+        ConfigError: no adapter is named, or the engine's settings or the model cannot be served.
+        AdapterError: an adapter is missing, damaged, or of another base model.
     """
 
     def __init__(self, load_config):
         super().__init__(load_config)
         options = dict(load_config.model_loader_extra_config or {})
-        self._source = options.pop(_ADAPTER, None)
-        if self._source is None:
-            raise ConfigError(
-                f"model_loader_extra_config is {load_config.model_loader_extra_config!r}; load_format "
-                f"{LOAD_FORMAT!r} needs {{'{_ADAPTER}': FOLDER}}"
-            )
+        self._sources = settings.take(options)
         base = copy.copy(load_config)
-        base.load_format, base.model_loader_extra_config = options.pop(_BASE, "auto"), options
+        base.load_format, base.model_loader_extra_config = options.pop(settings.BASE, "auto"), options
         if base.load_format == LOAD_FORMAT:
-            raise ConfigError(f"model_loader_extra_config has the {_BASE} {LOAD_FORMAT!r}; it needs the base model's")
+            raise ConfigError(
+                f"model_loader_extra_config has the {settings.BASE} {LOAD_FORMAT!r}; it needs the base model's"
+            )
         self._base = get_model_loader(base)
 
     def get_external_weight_memory(self, vllm_config) -> int:
@@ -63,14 +60,31 @@ class PrefixModelLoader(BaseModelLoader):
 
     def load_model(self, vllm_config, model_config, prefix: str = "") -> nn.Module:
         # Checked before the base model is loaded, which may take minutes.
+        named = None not in self._sources
         refusals.check_engine(vllm_config)
-        adapter = adapters.read(self._source, model_config.hf_config)
+        if named:
+            refusals.check_several(vllm_config, envs.VLLM_USE_RUST_FRONTEND)
+        read = [_read(name, source, model_config.hf_config) for name, source in self._sources.items()]
         model = self._base.load_model(vllm_config, model_config, prefix)
-        attach(model, adapter)
-        _split_at(vllm_config.compilation_config, first_gate.OPERATOR)
+        attach(model, read, several.Batch() if named else None)
+        if named:
+            several.follow_runners()
+        for operator in (first_gate.OPERATOR, several.OPERATOR):
+            _split_at(vllm_config.compilation_config, operator)
         # vLLM caches compiled graphs by its settings. Graphs of one adapter cannot be used with another one.
-        vllm_config.additional_config = {**vllm_config.additional_config, LOAD_FORMAT: adapter.digest}
+        digest = " ".join(adapter.digest for adapter in read)
+        vllm_config.additional_config = {**vllm_config.additional_config, LOAD_FORMAT: digest}
         return model
+
+
+def _read(name: str | None, source, config) -> adapters.Adapter:
+    """One adapter; an error names it."""
+    try:
+        return adapters.read(source, config)
+    except (AdapterError, ConfigError) as error:
+        if name is None:
+            raise
+        raise type(error)(f"adapter {name!r}: {error}") from error
 
 
 def _split_at(config, operator: str) -> None:

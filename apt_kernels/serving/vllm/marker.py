@@ -24,6 +24,8 @@ _PIECES = 3
 SPARE = _PIECES + 1
 # The logit of hidden slots, before the scale: a float16 number, far below any logit whose weight is not 0 in float32.
 _HIDDEN = -60000.0
+# The marker's own logit, before the scale, for a query without a prefix: the marker is hidden too.
+ABSENT = _HIDDEN
 
 
 def pad_query(query: Tensor, logsumexp: Tensor, scale: float, size: int) -> Tensor:

@@ -9,6 +9,10 @@ def not_served(reason: str) -> ConfigError:
     return ConfigError(f"vLLM cannot serve this adapter: {reason}")
 
 
+def several_not_served(reason: str) -> ConfigError:
+    return ConfigError(f"vLLM cannot serve several adapters: {reason}")
+
+
 def check_engine(vllm_config) -> None:
     """Raise `ConfigError` for settings of the engine with which the prefix would be wrong or is not tested."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
@@ -35,6 +39,21 @@ def check_engine(vllm_config) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise not_served(reason)
+
+
+def check_several(vllm_config, rust_frontend: bool) -> None:
+    """Raise `ConfigError` for settings of the engine with which a request's choice of adapter would be lost."""
+    reasons = {
+        "enable_lora is set; LoRA and named adapters cannot be used together": vllm_config.lora_config is not None,
+        "model runner V2 is not supported; set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
+        "compiled graphs are not tested with several adapters; set enforce_eager": (
+            not vllm_config.model_config.enforce_eager
+        ),
+        "VLLM_USE_RUST_FRONTEND is set; it does not load the plugin that checks the adapter's name": rust_frontend,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise several_not_served(reason)
 
 
 def check_layer(layer, site: str) -> None:

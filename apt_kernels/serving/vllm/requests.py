@@ -1,0 +1,56 @@
+"""Requests that name an adapter, in the process that receives them.
+
+vLLM has one way to carry an adapter's name with a request: its `LoRARequest`. Block hashes contain its name and path,
+so requests of different adapters share no cached blocks. The model runner knows it for each row of the batch. Named
+adapters of this package use the same way; LoRA itself is off (`refusals.check_several`).
+
+vLLM refuses a `LoRARequest` unless LoRA is enabled, and has no setting by which a plugin could allow it. Therefore one
+of its methods is wrapped. Engines with another load format are not changed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.input_processor import InputProcessor
+
+from ...errors import ConfigError
+from . import settings
+
+
+def register() -> None:
+    """Wrap the method, once in a process."""
+    plain = InputProcessor.process_inputs
+    if plain.__module__ != __name__:
+        InputProcessor.process_inputs = _processing(plain)
+
+
+def lora_requests(adapters: dict[str, str]) -> dict[str, LoRARequest]:
+    """For each adapter, what carries its name. Numbers count from 1, in the order of the setting."""
+    return {name: LoRARequest(name, number, source) for number, (name, source) in enumerate(adapters.items(), 1)}
+
+
+def _processing(plain):
+    @functools.wraps(plain, assigned=("__doc__", "__name__", "__qualname__"))
+    def process_inputs(self, request_id, prompt, params, *args, lora_request=None, **kwargs):
+        adapters = settings.named(self.vllm_config.load_config)
+        if adapters is None or (not adapters and lora_request is not None):
+            return plain(self, request_id, prompt, params, *args, lora_request=lora_request, **kwargs)
+        known = lora_requests(adapters)
+        try:
+            model = None if lora_request is None else lora_request.lora_name
+            name = settings.chosen(adapters, getattr(params, "extra_args", None), model)
+        except ConfigError as error:
+            raise VLLMValidationError(str(error)) from error
+        if lora_request is not None and lora_request.lora_path != adapters[lora_request.lora_name]:
+            raise VLLMValidationError(
+                f"the request's adapter {name!r} has the path {lora_request.lora_path!r}; this engine's has "
+                f"{known[name].lora_path!r}"
+            )
+        made = plain(self, request_id, prompt, params, *args, lora_request=None, **kwargs)
+        made.lora_request = None if name is None else known[name]
+        return made
+
+    return process_inputs
