@@ -1,5 +1,6 @@
 """Adaptive Prefix Tuning fused into attention: exact, complete, and fast. See README.md."""
 
+import sys as _sys
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from .mask import Mask
 from .ops.attention import attention, selected
 from .ops.choose import info
 from .prefix.adaptive import AdaptivePrefix
+from .wrapping import when_loaded as _when_loaded
 
 if TYPE_CHECKING:
     from .hf.adapters import adapters, add_adapter, delete_adapter, set_adapter
@@ -98,6 +100,17 @@ if not TYPE_CHECKING:  # to a type checker, other names are mistakes
         if name in _HUGGING_FACE:
             return getattr(_import_module(_HUGGING_FACE[name], __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _join_peft() -> None:
+    _import_module(".hf.integrations.peft", __name__).join_peft()
+
+
+# PeftModel.from_pretrained has to find a prefix in its folder before any other function of this package is called.
+if "peft" in _sys.modules:
+    _join_peft()
+else:
+    _when_loaded("peft", _join_peft)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.common import machine
 from bench.quality.board import cli, report, tasks, training
 from bench.quality.board.methods import METHODS, obstacle
 from bench.quality.sources import DataError
@@ -213,3 +214,14 @@ def test_a_lower_loss_is_better():
         record["loss"] = 1.2 + 1e-4 * seed
     (column,) = [c for c in report.columns([{"name": "copa", "kind": "choice", "metric": "accuracy"}]) if c.tokens]
     assert "-0.200 ± 0.001, better" in report.against(found, [column])
+
+
+def test_the_documented_tables_are_the_committed_ones():
+    root = machine.ROOT
+    board = (root / "bench/results/quality/smollm2-135m-instruct/board.md").read_text(encoding="utf-8")
+    page = (root / "docs/quality/decoder.md").read_text(encoding="utf-8")
+    rows = [line for line in board.splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    assert [row for row in rows if row not in page] == []
+    picture = (root / "bench/results/quality/smollm2-135m-instruct/board.png").read_bytes()
+    assert picture == (root / "docs/quality/board-smollm2.png").read_bytes()

@@ -83,7 +83,9 @@ def test_the_trainer_snippet_of_the_readme_trains_minilm(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_trainer_snippet_of_the_readme_trains_smollm2(tmp_path, monkeypatch):
     before, loss = run_snippet(pretrained.smollm2_task(), tmp_path, monkeypatch)
-    assert loss < before - 0.1, (before, loss)
+    # At least 60% of what full fine-tuning at its best rate gains, as for MiniLM.
+    full = first_use.best_full("SmolLM2", min)
+    assert before - loss > 0.6 * (before - full), (before, loss, full)
 
 
 # ---- On random models

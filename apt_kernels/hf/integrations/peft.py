@@ -11,13 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from ...prefix.adaptive import AdaptivePrefix
+from ...wrapping import when_loaded, wrap
 from .. import compat, events, hub, precision
 from ..adapters import adapters, delete_adapter, rename, set_adapter
 from ..checkpoint import CONFIG, WEIGHTS, load, save_adapter, weights_to_write
 from ..patching import unpatch
 from ..state import inner, is_patched, state_of
 from ..transaction import atomic
-from .wrapping import when_imported, wrap
 
 
 class Peft(events.Integration):
@@ -79,7 +79,7 @@ def join_peft() -> None:
     prefix is saved to and loaded from the same folder. If PEFT is not imported yet, this happens at its import.
     """
     if "peft" not in sys.modules:
-        when_imported("peft", join_peft)
+        when_loaded("peft", join_peft)
         return
     tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
     if tuners is None or models is None:

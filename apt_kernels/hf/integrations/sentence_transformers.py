@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from ...errors import AdapterError
+from ...wrapping import when_loaded, wrap
 from .. import compat, events
 from ..adapter_file import WEIGHTS, open_adapter
 from ..checkpoint import load
 from ..state import state_of
 from ..untrusted import read_json_file, shown
-from .wrapping import when_imported, wrap
 
 # The config.json beside an adapter. With a model's config, from_pretrained would create a model with random weights.
 # transformers quotes the type where it refuses the folder.
@@ -42,7 +42,7 @@ def is_ours(config) -> bool:
 def join_sentence_transformers() -> None:
     """Wrap the two methods by which its Transformer module reads a folder. Once per process, or at its import."""
     if _MODULE not in sys.modules:
-        when_imported("sentence_transformers", join_sentence_transformers)
+        when_loaded("sentence_transformers", join_sentence_transformers)
         return
     if compat.available("sentence-transformers"):
         module = sys.modules[_MODULE].Transformer

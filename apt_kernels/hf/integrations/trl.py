@@ -11,9 +11,9 @@ import sys
 import warnings
 
 from ...errors import PatchError
+from ...wrapping import when_loaded, wrap
 from ..attention.function import NAME
 from ..state import is_patched
-from .wrapping import when_imported, wrap
 
 # TRL's modules whose trainers have a reference, and how to give them one.
 _WITH_ARGUMENT = "Pass ref_model=apt_kernels.reference_model(model), with prefix=False if the base model is meant"
@@ -30,7 +30,7 @@ def join_trl() -> None:
         if module in sys.modules:
             _join(name)
         else:
-            when_imported(module, functools.partial(_join, name))
+            when_loaded(module, functools.partial(_join, name))
 
 
 def _join(name: str) -> None:

@@ -50,6 +50,36 @@ def test_peft_imported_after_the_patch(family):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+LOADED = """
+import torch
+{first}
+{second}
+from helpers import models
+model = models.build("bert")
+given = models.inputs("bert")
+peft.PeftModel.from_pretrained(model, {folder!r})
+with torch.no_grad():
+    torch.save(model.eval()(**given)[0], {out!r})
+"""
+
+
+@pytest.mark.parametrize("order", [("import peft", "import apt_kernels"), ("import apt_kernels", "import peft")])
+def test_a_new_process_loads_the_prefix_beside_a_lora(order, tmp_path):
+    """Nothing but PEFT's own function is called there."""
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    model = apt_kernels.patch(models.build("bert"), prefix_length=3)
+    both = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    randomise(model)
+    both.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(**models.inputs("bert"))[0]
+    out = tmp_path / "out.pt"
+    code = LOADED.format(first=order[0], second=order[1], folder=str(tmp_path), out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(torch.load(out, weights_only=True), expected)
+
+
 def ours_trainable(model) -> bool:
     return all(p.requires_grad for prefix in apt_kernels.prefixes(model).values() for p in prefix.parameters())
 

@@ -24,13 +24,13 @@ def wrap(owner, name: str, around: Callable) -> None:
     setattr(owner, name, wrapped)
 
 
-def when_imported(package: str, action: Callable[[], None]) -> None:
+def when_loaded(package: str, action: Callable[[], None]) -> None:
     """Call ``action`` after the package has been imported."""
-    if not any(isinstance(finder, _WhenImported) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported(package, action))
+    if not any(isinstance(finder, _WhenLoaded) and finder.package == package for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenLoaded(package, action))
 
 
-class _WhenImported:
+class _WhenLoaded:
     """An import hook that calls ``action`` after ``package`` has been imported."""
 
     def __init__(self, package: str, action: Callable[[], None]):
