@@ -25,7 +25,7 @@ help:
 	@echo 'make support  what works with which models, next to PEFT: docs/support.md'
 	@echo 'make cuda   the tests that need a CUDA device'
 	@echo 'make library   build the CUDA library into the source tree; needs nvcc (TORCH_CUDA_ARCH_LIST: for which chips)'
-	@echo 'make report    compile the CUDA kernels; registers, spills, shared memory; needs nvcc'
+	@echo 'make report    compile the CUDA kernels; registers, spills, shared memory, instructions; needs nvcc'
 	@echo 'make rates     instructions of the Triton kernels for each element, held to their budgets, on two Tritons'
 	@echo 'make flash4    compile flash-attn-4 as the strategy merge_flash4 calls it, in an environment of its own in the cache'
 	@echo 'make sanitize  the CUDA kernels on the CPU under the address, undefined-behaviour and thread sanitizers'
