@@ -22,9 +22,7 @@ def engine(**changes):
             use_ubatching=False,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
-        model_config=SimpleNamespace(
-            is_encoder_decoder=False, runner_type="generate", enable_sleep_mode=False, enforce_eager=True
-        ),
+        model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate", enable_sleep_mode=False),
         speculative_config=None,
         kv_transfer_config=None,
         lora_config=None,
@@ -106,10 +104,9 @@ def test_layers_of_the_model(change, message):
     [
         ({"lora_config": object()}, False, "enable_lora"),
         ({"use_v2_model_runner": True}, False, "VLLM_USE_V2_MODEL_RUNNER=0"),
-        ({"model__enforce_eager": False}, False, "set enforce_eager"),
         ({}, True, "VLLM_USE_RUST_FRONTEND"),
     ],
-    ids=["LoRA", "V2", "compiled", "Rust"],
+    ids=["LoRA", "V2", "Rust"],
 )
 def test_settings_of_an_engine_with_several_adapters(change, rust, message):
     refusals.check_several(engine(), False)

@@ -43,6 +43,21 @@ def test_compiled(llama, adapted, monkeypatch, tmp_path):
     check(llama, adapted, enforce_eager=False)
 
 
+def test_two_adapters_compiled(llama, tmp_path, monkeypatch):
+    """The adapters of a batch are no part of the graph."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    prompts = served.prompts((40, 7))
+    adapters = {
+        gate: str(served.adapter(llama, tmp_path / gate, prefix_length=length, gate=gate))
+        for gate, length in {"static": 9, "token": 21}.items()
+    }
+    with engine(llama, adapters, enforce_eager=False) as llm:
+        for names in (["static", "token"], ["token", None]):
+            found = generate(llm, prompts, names=names)
+            for out, prompt, name in zip(found, prompts, names):
+                assert_same([out], served.answers(llama, adapters.get(name), [prompt], NEW))
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_chunked_prompts_and_cached_prefixes(llama, adapted, caching):
     prompts = served.prompts((3, 20, 40), shared=70)

@@ -1,5 +1,6 @@
 """`make test-vllm`: vLLM's OpenAI-compatible server with an adapter, in separate processes, over loopback."""
 
+import contextlib
 import json
 import os
 import re
@@ -29,10 +30,10 @@ PAGE = (ROOT / "docs" / "how-to" / "serving.md").read_text(encoding="utf-8")
 BASE = "Qwen/Qwen3-0.6B"
 
 
-def documented(program: str) -> list[str]:
-    """The command of docs/how-to/serving.md that starts with ``program``, as words."""
-    (block,) = re.findall(rf"^```sh\n({program} .*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    return shlex.split(block.replace("\\\n", " "))
+def documented(program: str, several: bool = False) -> list[str]:
+    """The command of docs/how-to/serving.md that starts with ``program``, for one adapter or for several, as words."""
+    one, more = re.findall(rf"^```sh\n({program} .*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return shlex.split((more if several else one).replace("\\\n", " "))
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,29 @@ def folders(tmp_path_factory):
     return model, served.adapter(model, root / "adapter", prefix_length=21, gate="token")
 
 
+@pytest.fixture(scope="module")
+def named(folders, tmp_path_factory):
+    """The adapters that the page names, and a third, each with a gate and a length of its own."""
+    root = tmp_path_factory.mktemp("adapters")
+    (written,) = (json.loads(word)["adapters"] for word in documented("vllm", several=True) if word.startswith("{"))
+    assert written == {"sql": "adapters/sql", "style": "adapters/style"}
+    gates = {"sql": "none", "style": "static", "first": "first"}
+    return {
+        name: str(served.adapter(folders[0], root / name, seed, prefix_length=5 + 7 * seed, gate=gate))
+        for seed, (name, gate) in enumerate(gates.items())
+    }
+
+
 def command(model, adapter, port: int) -> list[str]:
-    """The documented command with a tiny base model, the adapter's real path and little memory."""
+    """The documented command with a tiny base model, the adapters' real paths and little memory."""
+    several = isinstance(adapter, dict)
     # The command `vllm` looks for a package named "vllm", which is not the name of the CPU package. The server's module
     # is started instead.
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    assert documented("vllm")[:3] == ["vllm", "serve", BASE]
-    for word in documented("vllm")[3:]:
-        words.append(json.dumps({"adapter": str(adapter)}) if word.startswith("{") else word)
+    assert documented("vllm", several)[:3] == ["vllm", "serve", BASE]
+    setting = {"adapters": adapter} if several else {"adapter": str(adapter)}
+    for word in documented("vllm", several)[3:]:
+        words.append(json.dumps(setting) if word.startswith("{") else word)
     words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     return [*words, "--max-model-len", "256", "--num-gpu-blocks-override", "96", "--served-model-name", "tiny"]
 
@@ -65,21 +81,27 @@ def start(model, adapter, port: int, log) -> subprocess.Popen:
     )
 
 
-@pytest.fixture(scope="module")
-def address(folders, tmp_path_factory):
+@contextlib.contextmanager
+def running(model, adapter, folder):
     """The address of a running server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = tmp_path_factory.mktemp("log") / "server.log"
+    path = folder / "server.log"
     with open(path, "w") as log:
-        server = start(*folders, port, log)
+        server = start(model, adapter, port, log)
         try:
             wait(server, f"http://127.0.0.1:{port}", path)
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def address(folders, tmp_path_factory):
+    with running(*folders, tmp_path_factory.mktemp("log")) as found:
+        yield found
 
 
 def test_a_server_whose_adapter_is_refused_ends(folders, tmp_path):
@@ -116,11 +138,17 @@ def documented_answer(model, adapter) -> list[str]:
     return words
 
 
-def test_the_documented_request(folders, address):
-    words = [word.replace("http://localhost:8000", address).replace(BASE, "tiny") for word in documented("curl")]
+def ask_as_documented(address, several=False) -> dict:
+    words = documented("curl", several)
+    words = [word.replace("http://localhost:8000", address).replace(BASE, "tiny") for word in words]
     done = subprocess.run([words[0], "--silent", "--fail", *words[1:]], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["choices"][0]["text"].split() == documented_answer(*folders)
+    return json.loads(done.stdout)
+
+
+def test_the_documented_request(folders, address):
+    found = ask_as_documented(address)
+    assert found["choices"][0]["text"].split() == documented_answer(*folders)
 
 
 def test_fifty_requests_at_once(folders, address):
@@ -131,30 +159,61 @@ def test_fifty_requests_at_once(folders, address):
     answers = served.answers(*folders, prompts, NEW)
     bare = served.answers(folders[0], None, prompts, NEW)
     assert answers.tokens != bare.tokens, "the adapter has no influence"
-
-    def ask(i):
-        extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}
-        made = client.completions.create(
-            model="tiny", prompt=prompts[i % 10], max_tokens=NEW, temperature=0, logprobs=0, extra_body=extra
-        )
-        return made.choices[0].logprobs
-
     with ThreadPoolExecutor(REQUESTS) as pool:
-        found = list(pool.map(ask, range(REQUESTS)))
+        found = list(pool.map(lambda i: complete(client, "tiny", prompts[i % 10]), range(REQUESTS)))
     for i, given in enumerate(found):
-        answer = answers.each[i % 10]
-        tokens = [int(name.removeprefix("token_id:")) for name in given.tokens]
-        assert tokens == answer.tokens
-        expected = [float(step[token]) for step, token in zip(answer.steps, tokens)]
-        assert given.token_logprobs == pytest.approx(expected, abs=answers.allowed)
+        assert_completion(given, answers.each[i % 10], answers.allowed)
+
+
+def complete(client, model: str, prompt: list[int], **extra):
+    """The log-probabilities of a greedy completion."""
+    extra |= {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    made = client.completions.create(
+        model=model, prompt=prompt, max_tokens=NEW, temperature=0, logprobs=0, extra_body=extra
+    )
+    return made.choices[0].logprobs
+
+
+def assert_completion(given, answer: served.Answer, allowed: float):
+    tokens = [int(name.removeprefix("token_id:")) for name in given.tokens]
+    assert tokens == answer.tokens
+    expected = [float(step[token]) for step, token in zip(answer.steps, tokens)]
+    assert given.token_logprobs == pytest.approx(expected, abs=allowed)
+
+
+def test_a_server_with_several_adapters(folders, named, tmp_path):
+    """Each request names its adapter as the model. All prompts start alike, and come to the server at the same time."""
+    from openai import BadRequestError, NotFoundError, OpenAI
+
+    model, choices = folders[0], {**named, "tiny": None}
+    prompts = served.prompts((3, 20, 9), shared=40)
+    answers = {name: served.answers(model, adapter, prompts, NEW) for name, adapter in choices.items()}
+    assert len({str(one.tokens) for one in answers.values()}) == len(choices)
+    with running(model, named, tmp_path) as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        assert [one.id for one in client.models.list().data] == ["tiny", *named]
+        with pytest.raises(NotFoundError, match=r"`nobody` does not exist.*tiny, sql, style, first"):
+            complete(client, "nobody", prompts[0])
+        with pytest.raises(BadRequestError, match="names the adapter 'nobody'; this engine's adapters are 'sql'"):
+            complete(client, "tiny", prompts[0], vllm_xargs={"apt_adapter": "nobody"})
+        asked = [(name, i) for i in (0, 1, 2) for name in choices] * 2
+        with ThreadPoolExecutor(len(asked)) as pool:
+            found = list(pool.map(lambda one: complete(client, one[0], prompts[one[1]]), asked))
+        for (name, i), given in zip(asked, found):
+            assert_completion(given, answers[name].each[i], answers[name].allowed)
+        given = complete(client, "tiny", prompts[1], vllm_xargs={"apt_adapter": "style"})
+        assert_completion(given, answers["style"].each[1], answers["style"].allowed)
+        documented = ask_as_documented(address, several=True)
+    assert documented["model"] == "sql"
+    assert documented["choices"][0]["text"].split() == documented_answer(model, named["sql"])
 
 
 def run_as_documented(number: int, model, folder, monkeypatch, capsys) -> list[str]:
-    """The lines that one of the page's programs prints in ``folder``, with a tiny base model."""
+    """What the page's program prints last, run in ``folder`` with a tiny base model."""
     code = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[number]
-    eager = "" if "enforce_eager" in code else "enforce_eager=True, "
+    tiny = f"{str(model)!r}, dtype='float32', max_model_len=256, enforce_eager=True,"
     assert f'"{BASE}",' in code
-    code = code.replace(f'"{BASE}",', f"{str(model)!r}, dtype='float32', max_model_len=256, {eager}")
+    code = code.replace(f'"{BASE}",', tiny)
     monkeypatch.chdir(folder)
     namespace = {}
     try:
@@ -171,10 +230,10 @@ def test_the_documented_offline_use(folders, tmp_path, monkeypatch, capsys):
     assert lines[-1].split() == documented_answer(model, adapter)
 
 
-def test_the_documented_offline_use_of_several(folders, tmp_path, monkeypatch, capsys):
-    model, adapter = folders
-    adapters = {"sql": adapter, "style": served.adapter(model, tmp_path / "adapters" / "style", 1, prefix_length=5)}
-    (tmp_path / "adapters" / "sql").symlink_to(adapter)
-    lines = run_as_documented(1, model, tmp_path, monkeypatch, capsys)
-    expected = [documented_answer(model, adapters.get(name)) for name in ("sql", "style", None)]
+def test_the_documented_offline_use_of_several(folders, named, tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapters").mkdir()
+    for name in ("sql", "style"):
+        (tmp_path / "adapters" / name).symlink_to(named[name])
+    lines = run_as_documented(1, folders[0], tmp_path, monkeypatch, capsys)
+    expected = [documented_answer(folders[0], adapter) for adapter in (named["sql"], named["style"], None)]
     assert [line.split() for line in lines[-3:]] == expected

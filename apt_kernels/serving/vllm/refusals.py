@@ -46,9 +46,6 @@ def check_several(vllm_config, rust_frontend: bool) -> None:
     reasons = {
         "enable_lora is set; LoRA and named adapters cannot be used together": vllm_config.lora_config is not None,
         "model runner V2 is not supported; set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
-        "compiled graphs are not tested with several adapters; set enforce_eager": (
-            not vllm_config.model_config.enforce_eager
-        ),
         "VLLM_USE_RUST_FRONTEND is set; it does not load the plugin that checks the adapter's name": rust_frontend,
     }
     for reason, applies in reasons.items():

@@ -1,17 +1,21 @@
 """Requests that name an adapter, in the process that receives them.
 
 vLLM has one way to carry an adapter's name with a request: its `LoRARequest`. Block hashes contain its name and path,
-so requests of different adapters share no cached blocks. The model runner knows it for each row of the batch. Named
-adapters of this package use the same way; LoRA itself is off (`refusals.check_several`).
+so requests of different adapters share no cached blocks. The model runner knows it for each row of the batch. The
+server lists it as a model. Named adapters of this package use the same way; LoRA itself is off
+(`refusals.check_several`).
 
-vLLM refuses a `LoRARequest` unless LoRA is enabled, and has no setting by which a plugin could allow it. Therefore one
-of its methods is wrapped. Engines with another load format are not changed.
+vLLM refuses a `LoRARequest` unless LoRA is enabled, and has no setting by which a plugin could allow it. Therefore two
+of its methods are wrapped. Engines with another load format are not changed.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.input_processor import InputProcessor
@@ -21,10 +25,15 @@ from . import settings
 
 
 def register() -> None:
-    """Wrap the method, once in a process."""
-    plain = InputProcessor.process_inputs
-    if plain.__module__ != __name__:
-        InputProcessor.process_inputs = _processing(plain)
+    """Wrap the methods, once in a process."""
+    _wrap(InputProcessor, "process_inputs", _processing)
+    _wrap(OpenAIServingModels, "init_static_loras", _listing)
+
+
+def _wrap(owner: Any, name: str, wrapper) -> None:
+    plain = getattr(owner, name)
+    if getattr(plain, "__module__", None) != __name__:
+        setattr(owner, name, wrapper(plain))
 
 
 def lora_requests(adapters: dict[str, str]) -> dict[str, LoRARequest]:
@@ -54,3 +63,18 @@ def _processing(plain):
         return made
 
     return process_inputs
+
+
+def _listing(plain):
+    @functools.wraps(plain, assigned=("__doc__", "__name__", "__qualname__"))
+    async def init_static_loras(self):
+        await plain(self)
+        adapters = settings.named(self.engine_client.vllm_config.load_config)
+        for name, carrier in lora_requests(adapters or {}).items():
+            if self.is_base_model(name):
+                raise ConfigError(f"adapter {name!r} has the name of the base model; give it another")
+            self.lora_requests[name] = carrier
+            # For the error that lists the models that exist. The list of models has adapters from `lora_requests`.
+            self.base_model_paths = [*self.base_model_paths, BaseModelPath(name=name, model_path=carrier.lora_path)]
+
+    return init_static_loras
