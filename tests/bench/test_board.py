@@ -225,3 +225,16 @@ def test_the_documented_tables_are_the_committed_ones():
     assert [row for row in rows if row not in page] == []
     picture = (root / "bench/results/quality/smollm2-135m-instruct/board.png").read_bytes()
     assert picture == (root / "docs/quality/board-smollm2.png").read_bytes()
+
+
+def test_a_gate_may_have_a_rate_of_its_own(model_folder, tmp_path, monkeypatch):
+    seen, plain = [], torch.optim.AdamW
+
+    def optimizer(groups, **given):
+        made = plain(groups, **given)
+        seen.append({group.get("name"): group["lr"] for group in made.param_groups})
+        return made
+
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    _run(model_folder, tmp_path, "--task", "documents", "--method", "apt-slow-gate", "prefix", "--seeds", "1")
+    assert seen == [{"prefix": 1e-2, "gate": 1e-3, "scale": 1e-2}, {None: 1e-2}]

@@ -101,6 +101,7 @@ _RATE = ({"lr": 1e-2},)  # the default of `apt_kernels.parameter_groups`
 METHODS = {
     "none": Method("not trained", ({"lr": 0.0},), _none),
     "apt": Method("APT (token gate, λ, start from a text)", _RATE, _adaptive),
+    "apt-slow-gate": Method("APT, gate's rate 1e-3", ({"lr": 1e-2, "gate_lr": 1e-3},), _adaptive),
     "apt-static": Method("APT, static gate", _RATE, _static),
     "apt-fixed-scale": Method("APT, λ not trained", _RATE, _fixed_scale),
     "apt-vocabulary": Method("APT, start from the vocabulary", _RATE, _vocabulary),

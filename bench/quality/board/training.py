@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import apt_kernels
 from bench.quality.tasks import IGNORED
 
 from .methods import METHODS, Start
@@ -41,7 +42,7 @@ def run(
     began = time.perf_counter()
     model = METHODS[method].prepare(copy.deepcopy(base), start, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
-    last = _train(model, trained, tokenizer, task, size, settings["lr"], start.seed, notify) if trained else None
+    last = _train(model, trained, tokenizer, task, size, settings, start.seed, notify) if trained else None
     seconds = time.perf_counter() - began
     items = task.dev if choosing else task.test
     loss, score = evaluate(model, tokenizer, task, items)
@@ -56,8 +57,11 @@ def run(
     }
 
 
-def _train(model, trained, tokenizer, task: Task, size: Size, rate: float, seed: int, notify) -> float:
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+def _train(model, trained, tokenizer, task: Task, size: Size, settings: dict, seed: int, notify) -> float:
+    rate, groups = settings["lr"], trained
+    if "gate_lr" in settings:
+        groups = apt_kernels.parameter_groups(model, lr=rate, gate_lr=settings["gate_lr"])
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     warm_up = max(1, round(_WARM_UP * size.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (1 - step / size.steps)
