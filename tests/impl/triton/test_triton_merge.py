@@ -76,7 +76,7 @@ def test_strides_and_an_expanded_output_gradient():
         torch.testing.assert_close(other, dense)
 
 
-@examples(100)
+@examples(60)
 @given(
     cases(
         batch=(1, 1, 2),
