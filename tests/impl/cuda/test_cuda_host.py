@@ -122,7 +122,7 @@ def test_partial_sums(batch, blocks, parts, monkeypatch):
     hold(x)
 
 
-@examples(150)
+@examples(100)
 @given(cases(dtype=(torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float16), batch=(1, 1, 2)))
 def test_any_inputs(case):
     hold(case.inputs())
