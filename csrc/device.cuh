@@ -138,13 +138,15 @@ APT_DEVICE void multiply_k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 #endif
 }
 
-// Copy sixteen bytes from global to shared memory; asynchronous until `wait_for_copies` on 8.0 and newer.
-APT_DEVICE void copy_vector(void* shared, const void* global) {
+// Copy sixteen bytes from global to shared memory, zeros where they are not `real`; asynchronous until `wait_for_copies`
+// on 8.0 and newer.
+APT_DEVICE void copy_vector(void* shared, const void* global, bool real = true) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(real ? 16 : 0)
+                 : "memory");
 #else
-    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+    *static_cast<uint4*>(shared) = real ? *static_cast<const uint4*>(global) : uint4{};
 #endif
 }
 APT_DEVICE void commit_copies() {
@@ -170,11 +172,7 @@ struct Copy {
     }
     APT_DEVICE void complete(void* shared) { *static_cast<uint4*>(shared) = held; }
 #else
-    APT_DEVICE void issue(void* shared, const void* global, bool real) {
-        const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(real ? 16 : 0)
-                     : "memory");
-    }
+    APT_DEVICE void issue(void* shared, const void* global, bool real) { copy_vector(shared, global, real); }
     APT_DEVICE void complete(void*) {}
 #endif
 };

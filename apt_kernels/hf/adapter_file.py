@@ -38,6 +38,7 @@ except ImportError:  # Windows
 
 WEIGHTS = "adapter.safetensors"
 CONFIG = "apt_config.json"
+PEFT_CONFIG = "adapter_config.json"  # that of PEFT's checkpoints
 # Keys of the safetensors file's metadata.
 _SETTINGS, _CHECKSUM = "apt_kernels", "apt_kernels.checksum"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -122,7 +123,7 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
                 raise AdapterError(f"{folder} does not exist; it needs a folder that apt_kernels.save wrote") from None
             missing = WEIGHTS if (folder / CONFIG).exists() else f"{CONFIG} and no {WEIGHTS}"
             peft = ", but a PEFT checkpoint: patch_from_peft reads PEFT's prefix tuning"
-            kind = peft if (folder / "adapter_config.json").exists() else ""
+            kind = peft if (folder / PEFT_CONFIG).exists() else ""
             raise AdapterError(f"{folder} has no {missing}; it is not an adapter folder{kind}") from None
         yield _read(folder, path, file)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, PatchError
 from . import calls, compat, events, offload
-from .adapter_file import make_folder, replacing, write_tensors, writing
+from .adapter_file import PEFT_CONFIG, make_folder, replacing, write_tensors, writing
 from .capture import SAME, Captured, at_positions, capture, refuse_lengths, refuse_no_decoder, rotated, window_of
 from .checkpoint import check_path, trained_beside
 from .discovery import dummy_inputs
@@ -135,7 +135,7 @@ def export(
     make_folder(folder)
     with writing(folder):
         write_tensors(folder / "adapter_model.safetensors", {"prompt_embeddings": flat})
-        with replacing(folder / "adapter_config.json") as file:
+        with replacing(folder / PEFT_CONFIG) as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
     return Exported(folder, format, layers[0].key.shape[1], len(layers), difference)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import AptConfig, Settings
 from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
 from . import compat, patching, text
-from .adapter_file import read_tensor
+from .adapter_file import PEFT_CONFIG, WEIGHTS, read_tensor
 from .batches import check_batches, moved, next_token_loss
 from .capture import (
     SAME,
@@ -269,7 +269,7 @@ def _after(name: str, mask, length: int) -> int:
 
 def _read_peft(folder: Path) -> tuple[Tensor, int, int]:
     """The checkpoint's ``[M, L * 2 * Hkv * D]``, its number of layers L, and of frozen tokens."""
-    settings, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    settings, weights = folder / PEFT_CONFIG, folder / "adapter_model.safetensors"
     try:
         given, flat = read_json_file(settings), read_tensor(weights, "prompt_embeddings")
     except FileNotFoundError:
@@ -277,7 +277,7 @@ def _read_peft(folder: Path) -> tuple[Tensor, int, int]:
             raise AdapterError(
                 f"{folder} does not exist; it needs a folder with {settings.name} and {weights.name}"
             ) from None
-        if not settings.exists() and (folder / "adapter.safetensors").exists():
+        if not settings.exists() and (folder / WEIGHTS).exists():
             raise AdapterError(f"{folder} is no PEFT checkpoint; apt_kernels.load(model, folder) reads it") from None
         name = next(path.name for path in (settings, weights) if not path.exists())
         raise AdapterError(f"{folder} has no {name}; pickled checkpoints are not read") from None

@@ -16,12 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common import machine
 from . import rates
-
-sys.path.insert(0, str(machine.ROOT / "csrc"))
-
-import build
+from .csrc import build
 
 ARCHITECTURES = ("7.5", "8.0", "8.6", "9.0")
 HEADS = (64, 128)
@@ -39,18 +35,12 @@ class Counted:
     loop: rates.Loop
     branches: int
 
-    @property
-    def faults(self) -> list[str]:
-        """What is wrong with it; empty: nothing."""
-        found = rates.faults(self.loop, rates.budgets(), "nvcc")
+    def faults(self, allowed: dict[str, dict[str, float]]) -> list[str]:
+        """What is wrong with it, by the budgets; empty: nothing."""
+        found = rates.faults(self.loop, allowed, "nvcc")
         if self.branches and self.loop.loop != _LOOPS[0]:
             found.append(f"has {self.branches} branches inside; a straight loop has none")
         return found
-
-    def __str__(self) -> str:
-        budget = rates.budgets().get(self.loop.key, {}).get("nvcc", "-")
-        line = f"{self.loop.key:<58} {self.loop.instructions:6.2f} a pair (budget {budget})"
-        return "; ".join([line, *self.faults])
 
 
 def loops_of(architecture: str, head: int, folder: Path = build.CSRC) -> list[Counted]:
@@ -77,22 +67,14 @@ def loops_of(architecture: str, head: int, folder: Path = build.CSRC) -> list[Co
     names = [name for name in _LOOPS if name != _LOOPS[1] or head == 64 or int(chip) >= 80]
     if len(bodies) != len(names):
         raise RuntimeError(f"plain_forward has {len(bodies)} loops of products; {len(names)} were expected")
-    return [_counted(f"sm_{chip}", head, name, body) for name, body in zip(names, bodies)]
-
-
-def _counted(architecture: str, head: int, name: str, body: list[str]) -> Counted:
-    each = _THREADS / _PAIRS
-    exponentials, stack, loads = (
-        sum(bool(pattern.match(one)) for one in body) for pattern in (rates.EXPONENTIALS, rates.STACK, rates.LOADS)
-    )
-    # The last two leave the loop and go back.
-    branches = sum(one.startswith(_BRANCHES) for one in body[:-2])
-    return Counted(
-        rates.Loop(
-            architecture, head, "plain", "plain_forward", name, len(body) * each, exponentials * each, stack, loads
-        ),
-        branches,
-    )
+    return [
+        Counted(
+            rates.loop_of(f"sm_{chip}", head, "plain", "plain_forward", name, body, _THREADS / _PAIRS),
+            # The last two leave the loop and go back.
+            sum(one.startswith(_BRANCHES) for one in body[:-2]),
+        )
+        for name, body in zip(names, bodies)
+    ]
 
 
 def main(given: list[str] | None = None) -> int:
@@ -105,9 +87,14 @@ def main(given: list[str] | None = None) -> int:
     found = [one for a in options.architecture for head in options.head for one in loops_of(a, head)]
     if options.update:
         rates.update({one.loop.key: {"nvcc": round(one.loop.instructions, 2)} for one in found})
+    allowed, wrong = rates.budgets(), 0
     for one in found:
-        print(one)
-    return 1 if any(one.faults for one in found) else 0
+        faults = one.faults(allowed)
+        wrong += bool(faults)
+        budget = allowed.get(one.loop.key, {}).get("nvcc", "-")
+        line = f"{one.loop.key:<58} {one.loop.instructions:6.2f} a pair (budget {budget})"
+        print("; ".join([line, *faults]))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

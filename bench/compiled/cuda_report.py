@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from . import cuda_rates
-from .cuda_rates import build
+from .csrc import build
 
 # KiB of shared memory that a block may have, by compute capability.
 SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}

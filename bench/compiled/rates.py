@@ -38,9 +38,9 @@ _SIZES = {"queries": 4096, "keys": 4096, "prefix": 64}
 # A count may exceed its budget by this much: another build of the assembler moves a few instructions.
 _SLACK = 1.02
 _PRODUCTS = re.compile(r"^(HGMMA|HMMA|UTCHMMA|UTCQMMA|DMMA|v_mfma|v_wmma)")
-STACK = re.compile(r"^(LDL|STL|scratch_load|scratch_store)")
-LOADS = re.compile(r"^(LDG\.|LD\.|global_load|flat_load|buffer_load)")
-EXPONENTIALS = re.compile(r"^(MUFU\.EX2|v_exp_f32)")
+_STACK = re.compile(r"^(LDL|STL|scratch_load|scratch_store)")
+_LOADS = re.compile(r"^(LDG\.|LD\.|global_load|flat_load|buffer_load)")
+_EXPONENTIALS = re.compile(r"^(MUFU\.EX2|v_exp_f32)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
 
 
@@ -139,15 +139,21 @@ def _counted(job: Job, kernel: str, compiled, named: dict) -> Iterator[Loop]:
         raise RuntimeError(f"{kernel} of {job} has {len(bodies)} loops of products; {len(expected)} were expected")
     threads = compiled.metadata.num_warps * CHIPS[job.architecture][0].lanes
     for (place, elements), body in zip(expected, bodies):
+        yield loop_of(job.architecture, job.head, job.variant, kernel, place, body, threads / elements)
 
-        def count(pattern: re.Pattern, body=body) -> int:
-            return sum(bool(pattern.match(name)) for name in body)
 
-        each = threads / elements
-        yield Loop(
-            job.architecture, job.head, job.variant, kernel, place, len(body) * each, count(EXPONENTIALS) * each,
-            count(STACK), count(LOADS),
-        )  # fmt: skip
+def loop_of(
+    architecture: str, head: int, variant: str, kernel: str, place: str, body: list[str], threads: float
+) -> Loop:
+    """A loop by the names of its instructions; ``threads``: those that execute it, for each element of a tile."""
+
+    def count(pattern: re.Pattern) -> int:
+        return sum(bool(pattern.match(name)) for name in body)
+
+    return Loop(
+        architecture, head, variant, kernel, place, len(body) * threads, count(_EXPONENTIALS) * threads,
+        count(_STACK), count(_LOADS),
+    )  # fmt: skip
 
 
 def loops(architecture: str, head: int, variant: str) -> list[Loop]:

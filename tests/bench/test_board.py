@@ -197,7 +197,7 @@ def test_differences_are_paired_and_named_in_words():
     found = _found({"apt": [0.5, 0.6, 0.7], "prefix": [0.4, 0.501, 0.6], "lora": [0.6, 0.5, 0.8], "full": [0.5]})
     described = [{"name": "copa", "kind": "choice", "metric": "accuracy"}]
     shown = report.columns(described)
-    table = report.against(found, shown)
+    table = report.against(found, shown, "apt")
     assert "| plain prefix, same length | **-10.0 ± 0.1, worse** |" in table
     assert "| LoRA r 16 | +3.3 ± 28.7, within noise |" in table
     assert "| full fine-tuning | +0.0 (one seed) |" in table
@@ -213,7 +213,7 @@ def test_a_lower_loss_is_better():
     for seed, record in enumerate(found["apt", "copa"]):
         record["loss"] = 1.2 + 1e-4 * seed
     (column,) = [c for c in report.columns([{"name": "copa", "kind": "choice", "metric": "accuracy"}]) if c.tokens]
-    assert "-0.200 ± 0.001, better" in report.against(found, [column])
+    assert "-0.200 ± 0.001, better" in report.against(found, [column], "apt")
 
 
 def test_the_documented_tables_are_the_committed_ones():

@@ -74,9 +74,9 @@ class Problem:
         """An uninitialised float32 tensor on the inputs' device."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.query.device)
 
-    def is_plain(self, **more: Tensor | int | None) -> bool:
+    def is_plain(self) -> bool:
         """Whether straight loops compute the forward: see `is_plain` in ``csrc/dispatch.h``."""
-        return self._operators.is_plain(self._type, *self._arguments(more))
+        return self._operators.is_plain(self._type, *self._arguments({}))
 
     def _arguments(self, more: dict[str, Tensor | int | None]) -> tuple[list, list, list]:
         given = self._tensors | self._integers | self._reals | more

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 
-
-def not_served(reason: str) -> ConfigError:
-    return ConfigError(f"vLLM cannot serve this adapter: {reason}")
+SEVERAL = "several adapters"
 
 
-def several_not_served(reason: str) -> ConfigError:
-    return ConfigError(f"vLLM cannot serve several adapters: {reason}")
+def not_served(reason: str, what: str = "this adapter") -> ConfigError:
+    return ConfigError(f"vLLM cannot serve {what}: {reason}")
 
 
 def check_engine(vllm_config) -> None:
@@ -50,7 +48,7 @@ def check_several(vllm_config, rust_frontend: bool) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise several_not_served(reason)
+            raise not_served(reason, SEVERAL)
 
 
 def check_layer(layer, site: str) -> None:

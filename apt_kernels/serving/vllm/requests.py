@@ -36,9 +36,9 @@ def _wrap(owner: Any, name: str, wrapper) -> None:
         setattr(owner, name, wrapper(plain))
 
 
-def lora_requests(adapters: dict[str, str]) -> dict[str, LoRARequest]:
-    """For each adapter, what carries its name. Numbers count from 1, in the order of the setting."""
-    return {name: LoRARequest(name, number, source) for number, (name, source) in enumerate(adapters.items(), 1)}
+def carrier(adapters: dict[str, str], name: str) -> LoRARequest:
+    """What carries the name of an adapter. Numbers count from 1, in the order of the setting."""
+    return LoRARequest(name, 1 + list(adapters).index(name), adapters[name])
 
 
 def _processing(plain):
@@ -47,7 +47,6 @@ def _processing(plain):
         adapters = settings.named(self.vllm_config.load_config)
         if adapters is None or (not adapters and lora_request is not None):
             return plain(self, request_id, prompt, params, *args, lora_request=lora_request, **kwargs)
-        known = lora_requests(adapters)
         try:
             model = None if lora_request is None else lora_request.lora_name
             name = settings.chosen(adapters, getattr(params, "extra_args", None), model)
@@ -56,10 +55,10 @@ def _processing(plain):
         if lora_request is not None and lora_request.lora_path != adapters[lora_request.lora_name]:
             raise VLLMValidationError(
                 f"the request's adapter {name!r} has the path {lora_request.lora_path!r}; this engine's has "
-                f"{known[name].lora_path!r}"
+                f"{adapters[name]!r}"
             )
         made = plain(self, request_id, prompt, params, *args, lora_request=None, **kwargs)
-        made.lora_request = None if name is None else known[name]
+        made.lora_request = None if name is None else carrier(adapters, name)
         return made
 
     return process_inputs
@@ -69,12 +68,12 @@ def _listing(plain):
     @functools.wraps(plain, assigned=("__doc__", "__name__", "__qualname__"))
     async def init_static_loras(self):
         await plain(self)
-        adapters = settings.named(self.engine_client.vllm_config.load_config)
-        for name, carrier in lora_requests(adapters or {}).items():
+        adapters = settings.named(self.engine_client.vllm_config.load_config) or {}
+        for name, path in adapters.items():
             if self.is_base_model(name):
                 raise ConfigError(f"adapter {name!r} has the name of the base model; give it another")
-            self.lora_requests[name] = carrier
+            self.lora_requests[name] = carrier(adapters, name)
             # For the error that lists the models that exist. The list of models has adapters from `lora_requests`.
-            self.base_model_paths = [*self.base_model_paths, BaseModelPath(name=name, model_path=carrier.lora_path)]
+            self.base_model_paths = [*self.base_model_paths, BaseModelPath(name=name, model_path=path)]
 
     return init_static_loras

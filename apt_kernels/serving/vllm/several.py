@@ -18,7 +18,7 @@ OPERATOR = "apt_kernels_vllm::chosen_prefix"
 
 @dataclass(frozen=True)
 class Choice:
-    """The adapters of one step. They have the numbers of `requests.lora_requests`; 0 is the base model.
+    """The adapters of one step. They have the numbers of `requests.carrier`; 0 is the base model.
 
     Attributes:
         of_request: ``[R]``, the number of each request's adapter.
@@ -40,7 +40,8 @@ class Batch:
         lengths = metadata.query_start_loc_cpu.long().diff()
         numbers = torch.zeros_like(lengths)
         if self.runner is None:
-            raise refusals.several_not_served("the model runner is no GPUModelRunner, which knows a request's adapter")
+            reason = "the model runner is no GPUModelRunner, which knows a request's adapter"
+            raise refusals.not_served(reason, refusals.SEVERAL)
         rows = self.runner.input_batch
         count = min(rows.num_reqs, len(numbers))  # rows after the last request are padding
         numbers[:count] = torch.from_numpy(rows.request_lora_mapping[:count])
@@ -82,11 +83,15 @@ def chosen_prefix(query: Tensor, hidden_states: Tensor | None, layer_name: str) 
         if str(number) not in layer.apt:  # this adapter has no prefix in this layer
             continue
         prefix = layer.apt[str(number)]
-        logits = prefix.logits(hidden_states)
-        if logits is not None and prefix.entry.kept_in_cache:
+        if prefix.entry.kept_in_cache:
             mine = metadata.apt_choice.of_request == number
-            logits = first_gate.of_each_token(logits, metadata, layer, layer.apt_first[number], kv_cache, mine)
-        out[tokens], logsumexp[tokens] = prefix(query[tokens], None if logits is None else logits[tokens])
+            every = first_gate.of_each_token(
+                prefix.logits(hidden_states), metadata, layer, layer.apt_first[number], kv_cache, mine
+            )
+            logits = every[tokens]
+        else:
+            logits = prefix.logits(None if hidden_states is None else hidden_states[tokens])
+        out[tokens], logsumexp[tokens] = prefix(query[tokens], logits)
     return out, logsumexp
 
 

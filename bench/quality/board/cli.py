@@ -33,7 +33,7 @@ from bench.quality.store import Store
 from bench.speed.timing import peak_bytes, steady
 
 from . import report, tasks, training
-from .methods import METHODS, Start, obstacle
+from .methods import BASELINES, METHODS, Start, obstacle
 
 _CHOOSING_SEED = 1000  # of the trainings that compare settings; no table uses it
 _COST_ROUNDS = 2
@@ -252,7 +252,8 @@ def write(given: argparse.Namespace, names: list[str], store: Store, blocked: di
     described = [{"name": name, **_KINDS.get(name, _KINDS["rte"])} for name in listed]
     shown = [c for c in report.columns(described) if any(task == c.task for _, task in found)]
     parts = [f"# {model}: methods of fine-tuning", "Generated: `python -m bench board`.", "## Scores"]
-    parts += [report.scores(found, shown, given.seeds, blocked), report.against(found, shown)]
+    parts += [report.scores(found, shown, given.seeds, blocked)]
+    parts += [report.against(found, shown, baseline) for baseline in BASELINES if baseline in {m for m, _ in found}]
     parts += [report.notes(found, described, shown), _provenance(records, every)]
     path, costs = given.output / "costs.json", []
     if path.exists():

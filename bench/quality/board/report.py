@@ -12,7 +12,7 @@ from bench.common.markdown import markdown
 from bench.quality import figures
 from bench.quality.tables import interval
 
-from .methods import BASELINE, METHODS
+from .methods import BASELINES, METHODS
 
 NOT_RUN = "not run"
 # Of a two-sided test at 5% that finds a difference with a probability of 80%.
@@ -86,24 +86,24 @@ def _cell(records: list[dict], column: Column, seeds: int) -> str:
     return text if len(numbers) >= expected else f"{text} ({len(numbers)} of {expected} seeds)"
 
 
-def against(found: Records, shown: list[Column]) -> str:
-    """Paired differences to `BASELINE` with 95% intervals, in words where zero is outside."""
+def against(found: Records, shown: list[Column], baseline: str) -> str:
+    """Paired differences to a method with 95% intervals, in words where zero is outside."""
     rows = []
     for name, method in METHODS.items():
-        if name in (BASELINE, "none"):
+        if name in (baseline, "none"):
             continue
-        rows.append([method.title, *(_difference(found, name, c) for c in shown)])
-    return markdown([f"difference to {METHODS[BASELINE].title}", *(c.title for c in shown)], rows, aligned=False)
+        rows.append([method.title, *(_difference(found, name, c, baseline) for c in shown)])
+    return markdown([f"difference to {METHODS[baseline].title}", *(c.title for c in shown)], rows, aligned=False)
 
 
-def apart(found: Records, name: str, column: Column) -> list[float]:
-    """The differences to the baseline, for each seed that both have."""
-    ours, theirs = (values(found.get((each, column.task), []), column) for each in (name, BASELINE))
+def apart(found: Records, name: str, column: Column, baseline: str) -> list[float]:
+    """The differences to a method, for each seed that both have."""
+    ours, theirs = (values(found.get((each, column.task), []), column) for each in (name, baseline))
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def _difference(found: Records, name: str, column: Column) -> str:
-    numbers = apart(found, name, column)
+def _difference(found: Records, name: str, column: Column, baseline: str) -> str:
+    numbers = apart(found, name, column, baseline)
     if not numbers:
         return NOT_RUN
     if len(numbers) < 2:
@@ -152,7 +152,7 @@ def _rows_for(p: float, points: float = 2.0) -> int:
 
 def _seeds_line(found: Records, column: Column) -> str:
     """The seeds that a difference of 2 points (of the loss: 0.02) would need, from the spread of the differences."""
-    spreads = [apart(found, name, column) for name in METHODS if name not in (BASELINE, "none")]
+    spreads = [apart(found, name, column, BASELINES[0]) for name in METHODS if name not in (BASELINES[0], "none")]
     deviations = [statistics.stdev(numbers) for numbers in spreads if len(numbers) > 1]
     if not deviations:
         return ""

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -44,7 +45,6 @@ assert all(p.requires_grad for x in apt_kernels.prefixes(merged).values() for p 
 @pytest.mark.proves("LoRA and other PEFT methods on the same model, patched before or after, merged and unmerged")
 @pytest.mark.parametrize("family", ["llama"])
 def test_peft_imported_after_the_patch(family):
-    pytest.importorskip("peft", reason="the package peft is not installed")
     code = LATER.replace('"llama"', repr(family))
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -66,7 +66,6 @@ with torch.no_grad():
 @pytest.mark.parametrize("order", [("import peft", "import apt_kernels"), ("import apt_kernels", "import peft")])
 def test_a_new_process_loads_the_prefix_beside_a_lora(order, tmp_path):
     """Nothing but PEFT's own function is called there."""
-    peft = pytest.importorskip("peft", reason="the package peft is not installed")
     model = apt_kernels.patch(models.build("bert"), prefix_length=3)
     both = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
     randomise(model)
@@ -84,16 +83,16 @@ def ours_trainable(model) -> bool:
     return all(p.requires_grad for prefix in apt_kernels.prefixes(model).values() for p in prefix.parameters())
 
 
-def prompt_tuning(peft, model):
+def prompt_tuning(model):
     return peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
 
-def own_integration(peft, model):
+def own_integration(model):
     model.add_adapter(peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False))
     return model
 
 
-def kbit(peft, model):
+def kbit(model):
     return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
@@ -101,10 +100,9 @@ def kbit(peft, model):
 @pytest.mark.parametrize("change", [prompt_tuning, own_integration, kbit])
 @pytest.mark.parametrize("family", ["llama"])
 def test_whatever_freezes_leaves_the_prefix(family, change):
-    peft = pytest.importorskip("peft", reason="the package peft is not installed")
     base = apt_kernels.patch(models.build(family), prefix_length=3)
     randomise(base)
-    changed = change(peft, base)
+    changed = change(base)
     assert ours_trainable(base)
     given = models.inputs(family)
     logits = changed(**given).logits

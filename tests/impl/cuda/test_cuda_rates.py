@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 
-from bench.compiled import cuda_rates
-from bench.compiled.cuda_rates import build
+from bench.compiled import cuda_rates, rates
+from bench.compiled.csrc import build
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiler():
+    # CUDA's compiler is no Python package: most machines that run the tests do not have it. The error says where it was
+    # looked for.
     try:
         build.find_nvcc()
     except build.BuildError as error:
@@ -26,8 +28,9 @@ def test_the_loops_keep_their_budgets():
         "tokens, edge",
         "tokens",
     ]
-    assert not any(one.faults for one in found), [str(one) for one in found]
-    assert cuda_rates.rates.budgets()[found[-1].loop.key]["nvcc"] <= 15, "what such a loop needs"
+    allowed = rates.budgets()
+    assert [fault for one in found for fault in one.faults(allowed)] == []
+    assert allowed[found[-1].loop.key]["nvcc"] <= 15, "what such a loop needs"
 
 
 def test_a_branch_on_a_setting_is_noticed(tmp_path):
@@ -38,5 +41,6 @@ def test_a_branch_on_a_setting_is_noticed(tmp_path):
     planted = f"{line}\n            if (scale < 0) {{ for (int e = 0; e < 4; ++e) {{ c[0][e] = tanhf(c[0][e]); }} }}"
     (folder / "plain.cuh").write_text(source.replace(line, planted))
     tokens = cuda_rates.loops_of("7.5", 64, folder)[-1]
-    assert any("branches" in fault for fault in tokens.faults), str(tokens)
-    assert any("instructions" in fault for fault in tokens.faults), str(tokens)
+    branches, instructions = sorted(tokens.faults(rates.budgets()))
+    assert "branches inside" in branches
+    assert "instructions an element; the budget is" in instructions
