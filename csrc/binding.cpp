@@ -113,11 +113,11 @@ void run_kernel(int64_t kernel, int64_t type, std::vector<std::optional<Tensor>>
 std::vector<int64_t> tile_of(int64_t kernel, int64_t type, int64_t dim) {
     return with_instance(type, dim, [&]<class T, int WIDTH>() {
         const apt::Tile tile = apt::tile<T, WIDTH>(static_cast<apt::Kernel>(kernel));
-        return std::vector<int64_t>{tile.rows, tile.columns, tile.shared};
+        return std::vector<int64_t>{tile.rows, tile.columns, tile.shared, tile.plain[0], tile.plain[1]};
     });
 }
 
-// Whether `plain_forward` computes the forward of a call.
+// Whether straight loops compute the forward and dq of a call.
 bool is_plain(int64_t type, std::vector<std::optional<Tensor>> tensors, std::vector<int64_t> integers,
               std::vector<double> reals) {
     const apt::Problem problem = as_problem(tensors, integers, reals);

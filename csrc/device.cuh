@@ -84,6 +84,9 @@ template <class T>
 constexpr bool kRuns = true;
 constexpr bool kAsynchronousCopies = true;
 #endif
+// Whether kernels that have this number of tiles in memory at once run on it.
+template <int STAGES>
+constexpr bool kRunsStages = STAGES == (kAsynchronousCopies ? 2 : 1);
 
 // Four 8x8 tiles of 16-bit elements; lane i names row i % 8 of tile i / 8. Register r takes elements 2 * (lane % 4) and
 // the next of row lane / 4 of tile r (of its transpose).

@@ -9,16 +9,20 @@ constexpr int kWidths[] = {64, 128, 256};
 
 struct Tile {
     int rows, columns, shared;  // shared memory in bytes
+    int plain[2];               // that of the straight loops: before 8.0, and from then on
 };
 
 // The tile sizes of a kernel of this instance.
 template <class T, int WIDTH>
 Tile tile(Kernel kernel);
 
-// Whether the forward's straight loops compute a call: no soft-cap, dropout or mask tensor, heads as wide as the
-// instance, rows at multiples of 16 bytes, gates whose columns are adjacent, and a positive scale, so that the largest
-// product of a row gives its largest logit. Heads over 128 columns leave too few registers, and before 8.0 those over 64
-// with a gate for each query.
+// The most bytes between rows of what straight loops read.
+constexpr int64_t kFarthestRow = 0x7fffffff;
+
+// Whether straight loops compute the forward and dq of a call: no soft-cap, dropout or mask tensor, heads as wide as the
+// instance, rows at multiples of 16 bytes and at most `kFarthestRow` apart, gates whose columns are adjacent, and a
+// positive scale, so that the largest product of a row gives its largest logit. Heads over 128 columns leave too few
+// registers, and before 8.0 those over 64 with a gate for each query.
 template <class T, int WIDTH>
 bool is_plain(const Problem& problem);
 

@@ -206,7 +206,7 @@ APT_KERNEL((Cut<T, WIDTH, false>::THREADS)) attention_forward(APT_PROBLEM p) {
             float c[C::TILES][4];
             clear(c);
             if (busy) {
-                multiply_transposed<C>(c, s_query + lane.warp * kWarpRows * C::STRIDE, s_key, dim);
+                multiply_transposed<C>(c, Rows<C, T>{s_query + lane.warp * kWarpRows * C::STRIDE}, s_key, dim);
             }
             sync_block();
             if (i + 1 < walk.tiles) {

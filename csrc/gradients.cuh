@@ -12,8 +12,8 @@ APT_DEVICE void multiply_both(float (&c)[C::TILES][4], float (&r)[C::TILES][4], 
     const int o = thread_index() / 32 * kWarpRows * C::STRIDE;
     clear(c);
     clear(r);
-    multiply_transposed<C>(c, own_a + o, walked_a, dim);
-    multiply_transposed<C>(r, own_b + o, walked_b, value_dim);
+    multiply_transposed<C>(c, Rows<C, T>{own_a + o}, walked_a, dim);
+    multiply_transposed<C>(r, Rows<C, T>{own_b + o}, walked_b, value_dim);
 }
 
 // dq of a tile of queries of one head: over the prefix, then over the visible tokens.

@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "plain.cuh"
+#include "plain_gradients.cuh"
 #include "sums.cuh"
 
 namespace apt {
@@ -15,27 +16,35 @@ template <>
 Tile tile<T, kWidth>(Kernel kernel) {
     using Forward = Cut<T, kWidth, false>;
     using Backward = Cut<T, kWidth, true>;
-    if (kernel == Kernel::forward) {
-        return {Forward::ROWS, Forward::COLS, Forward::SHARED};
+    switch (kernel) {
+        case Kernel::forward:
+            return {Forward::ROWS, Forward::COLS, Forward::SHARED, {Forward::SHARED, Forward::SHARED}};
+        case Kernel::query:
+            return {Backward::ROWS, Backward::COLS, Backward::SHARED,
+                    {QueryCut<T, kWidth, 1>::SHARED, QueryCut<T, kWidth, 2>::SHARED}};
+        default:
+            return {Backward::ROWS, Backward::COLS, Backward::SHARED, {}};
     }
-    return {Backward::ROWS, Backward::COLS, Backward::SHARED};
 }
 
 template <>
 bool is_plain<T, kWidth>(const Problem& p) {
-    const Array* loaded[] = {&p.query, &p.key, &p.value, &p.prefix_key, &p.prefix_value};
+    const Array* loaded[] = {&p.query, &p.key, &p.value, &p.prefix_key, &p.prefix_value, &p.grad_out};
     if (kWidth > 128 || (kWidth > 64 && gate_per_query(p) && !has_asynchronous_copies())) {
         return false;
     }
     return p.head_dim == kWidth && p.value_dim == kWidth && p.softcap == 0 && !p.seed.data && !has_mask_tensors(p) &&
            p.scale > 0 && (!p.gate.data || p.gate.stride[3] == 1 || p.length == 1) &&
-           std::all_of(std::begin(loaded), std::end(loaded), [](const Array* a) { return a->vectors; });
+           std::all_of(std::begin(loaded), std::end(loaded), [](const Array* a) {
+               return !a->data || (a->vectors && a->stride[2] <= kFarthestRow / int64_t(sizeof(T)));
+           });
 }
 
 template <>
 void run<T, kWidth>(Kernel kernel, const Problem& p, void* stream) {
     using Forward = Cut<T, kWidth, false>;
     using Backward = Cut<T, kWidth, true>;
+    const bool plain = is_plain<T, kWidth>(p);
     const int64_t kv_heads = p.heads / p.group, bh = p.batch * p.heads;
     auto tiles = [](int64_t length, int size) { return (length + size - 1) / size; };
     auto backward = [&](auto* function, int64_t blocks) {
@@ -43,11 +52,18 @@ void run<T, kWidth>(Kernel kernel, const Problem& p, void* stream) {
     };
     switch (kernel) {
         case Kernel::forward:
-            return launch(is_plain<T, kWidth>(p) ? plain_forward<T, kWidth> : attention_forward<T, kWidth>,
+            return launch(plain ? plain_forward<T, kWidth> : attention_forward<T, kWidth>,
                           tiles(p.queries, Forward::ROWS) * bh, Forward::THREADS,
                           Forward::SHARED, p, stream);
-        case Kernel::query:
-            return backward(query_gradient<T, kWidth>, tiles(p.queries, Backward::ROWS) * bh);
+        case Kernel::query: {
+            const int64_t blocks = tiles(p.queries, Backward::ROWS) * bh;
+            if (!plain) {
+                return backward(query_gradient<T, kWidth>, blocks);
+            }
+            const bool two = has_asynchronous_copies();
+            return launch(two ? plain_query_gradient<T, kWidth, 2> : plain_query_gradient<T, kWidth, 1>, blocks,
+                          Backward::THREADS, tile<T, kWidth>(kernel).plain[two], p, stream);
+        }
         case Kernel::key_value:
             return backward(key_gradient<T, kWidth, false>,
                             tiles(p.keys, Backward::ROWS) * kv_heads * p.batch * kParts<kWidth>);

@@ -82,16 +82,44 @@ APT_DEVICE void multiply_step(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
     }
 }
 
-// c += a b^T: 16 rows of a and 8 * TILES rows of b in shared memory, over `dim` columns: all of the instance if WHOLE.
-template <class C, bool WHOLE = false, class T, int TILES>
-APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const T* a, const T* b, int dim) {
+// Sixteen rows in shared memory, the left side of a warp's products.
+template <class C, class T>
+struct Rows {
+    const T* rows;
+    APT_DEVICE void load(uint32_t (&r)[4], int k) const {
+        const Lane at;
+        load_matrices(r, rows + at.lane % 16 * C::STRIDE + at.lane / 16 * 8 + k);
+    }
+};
+
+// The same of a 16-bit type, held in registers.
+template <class C, class T>
+struct HeldRows {
+    uint32_t held[C::HEAD / 16][4];
+    APT_DEVICE HeldRows(const T* rows) {
+        APT_UNROLL
+        for (int k = 0; k < C::HEAD; k += 16) {
+            Rows<C, T>{rows}.load(held[k / 16], k);
+        }
+    }
+    APT_DEVICE void load(uint32_t (&r)[4], int k) const {
+        APT_UNROLL
+        for (int e = 0; e < 4; ++e) {
+            r[e] = held[k / 16][e];
+        }
+    }
+};
+
+// c += a b^T: 16 rows of a, `Rows` or `HeldRows`, and 8 * TILES rows of b in shared memory, over `dim` columns: all of
+// the instance if WHOLE.
+template <class C, bool WHOLE = false, class Left, class T, int TILES>
+APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const Left& left, const T* b, int dim) {
     const Lane at;
     if constexpr (C::HALF) {
-        a += at.lane % 16 * C::STRIDE + at.lane / 16 * 8;
         b += (at.lane % 8 + at.lane / 16 * 8) * C::STRIDE + at.lane / 8 % 2 * 8;
         auto step = [&](int k) {
             uint32_t ra[4];
-            load_matrices(ra, a + k);
+            left.load(ra, k);
             APT_UNROLL
             for (int j = 0; j < TILES; j += 2) {
                 uint32_t rb[4];
@@ -111,7 +139,7 @@ APT_DEVICE void multiply_transposed(float (&c)[TILES][4], const T* a, const T* b
             }
         }
     } else {
-        a += at.row * C::STRIDE;
+        const T* a = left.rows + at.row * C::STRIDE;
         b += at.column * C::STRIDE;
         APT_UNROLL_BY_TWO
         for (int k = 0; k < dim; k += 4) {

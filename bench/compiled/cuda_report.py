@@ -29,6 +29,7 @@ _KERNELS = {
     "attention_forward": "forward",
     "plain_forward": "forward",
     "query_gradient": "query",
+    "plain_query_gradient": "query",
     "key_gradient": "key_value",
 }
 _ENTRY = re.compile(
@@ -36,10 +37,12 @@ _ENTRY = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-# The template's arguments in a mangled name: the type, and the padded head size where there is one.
+# The template's arguments in a mangled name: the type, and, where there are any, the padded head size, whether the
+# kernel is the prefix's or the gate's, and how many tiles are in shared memory at once.
 _NAME = re.compile(
-    r"\d+(?P<kernel>attention_forward|plain_forward|query_gradient|key_gradient|summed_gradient|row_deltas|indexed_sum)"
-    r"I(?:NS_\d+)?(?P<type>f|half_t|bfloat_t)E?(?:Li(?P<width>\d+))?E?(?:Lb(?P<flag>[01]))?"
+    r"\d+(?P<kernel>attention_forward|plain_forward|query_gradient|plain_query_gradient|key_gradient|summed_gradient"
+    r"|row_deltas|indexed_sum)I(?:NS_\d+)?(?P<type>f|half_t|bfloat_t)E?(?:Li(?P<width>\d+))?E?(?:Lb(?P<flag>[01])E?)?"
+    r"(?:Li(?P<stages>[12]))?"
 )
 
 
@@ -72,19 +75,26 @@ class Result:
 
 
 def parse(said: str, shared) -> list[Result]:
-    """The kernels in what ``ptxas -v`` said; ``shared(kernel, type, width)`` is what a launch asks for, in bytes."""
+    """The kernels in what ``ptxas -v`` said; ``shared(kernel, type, width)`` is the library's `tile`."""
     found = set()
     for entry in _ENTRY.finditer(said):
         name = _NAME.search(entry["name"])
         if name is None:
             raise ValueError(f"a kernel of no known name: {entry['name']}")
         (dtype, number), width = _TYPES[name["type"]], int(name["width"] or 0)
-        if dtype == "bfloat16" and int(entry["chip"]) < 80:
+        chip = int(entry["chip"])
+        if dtype == "bfloat16" and chip < 80:
             continue  # compiled empty, refused before a launch
+        plain = name["kernel"].startswith("plain_")
+        if (name["stages"] and int(name["stages"]) != 1 + (chip >= 80)) or (plain and width > 128):
+            continue  # compiled empty, never launched
         kernel = name["kernel"] + {"1": " (prefix)", "0": " (tokens)", None: ""}[name["flag"]]
-        used = shared(_KERNELS.get(name["kernel"], "key_value"), number, width) if width else 0
+        used = 0
+        if width:
+            _, _, general, *straight = shared(_KERNELS.get(name["kernel"], "key_value"), number, width)
+            used = straight[chip >= 80] if plain else general
         numbers = (int(entry[field]) for field in ("registers", "stack"))
-        found.add(Result(int(entry["chip"]), kernel, dtype, width, *numbers, used))
+        found.add(Result(chip, kernel, dtype, width, *numbers, used))
     return sorted(found, key=lambda r: (r.chip, r.dtype, r.width, r.kernel))
 
 
@@ -94,7 +104,7 @@ def compile_library(out: Path) -> list[Result]:
     torch.ops.load_library(out)
     operators = torch.ops.apt_kernels_cuda
     kernels = operators.fields().split(";")[3].split()
-    return parse(said, lambda kernel, number, width: operators.tile(kernels.index(kernel), number, width)[2])
+    return parse(said, lambda kernel, number, width: operators.tile(kernels.index(kernel), number, width))
 
 
 def report() -> int:

@@ -100,6 +100,8 @@ inline float4 load_float4(const float* p) {
 template <class T>
 constexpr bool kRuns = true;
 constexpr bool kAsynchronousCopies = true;
+template <int STAGES>
+constexpr bool kRunsStages = true;
 
 // ldmatrix.x4, see device.cuh.
 inline void load_matrices(uint32_t (&r)[4], const void* row) {

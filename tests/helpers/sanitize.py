@@ -64,6 +64,9 @@ def run(library: str, sanitizer: str, out: str) -> None:
         os.environ["APT_HALF_STEP"] = "8"
         case = replace(CASES["causal_gate_query"], dtype=torch.float16, batch=1)
         found["float16 as on 7.5"] = kernels.results("cuda", case.inputs(device))
+        for name, case in cases(sanitizer).items():
+            if "plain row" in name:
+                found[f"{name} as on 7.5"] = kernels.results("cuda", case.inputs(device))
     torch.save({name: {k: t.cpu() for k, t in results.items()} for name, results in found.items()}, out)
 
 

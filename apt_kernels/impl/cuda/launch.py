@@ -67,16 +67,16 @@ class Problem:
     def tile(self, kernel: str) -> tuple[int, int]:
         """The tile size of a kernel: rows and columns of a block."""
         *_, head_dim, value_dim = self.x.sizes
-        rows, columns, _ = self._operators.tile(self._number(kernel), self._type, max(head_dim, value_dim))
+        rows, columns, *_ = self._operators.tile(self._number(kernel), self._type, max(head_dim, value_dim))
         return rows, columns
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised float32 tensor on the inputs' device."""
         return torch.empty(shape, dtype=torch.float32, device=self.x.query.device)
 
-    def is_plain(self) -> bool:
-        """Whether straight loops compute the forward: see `is_plain` in ``csrc/dispatch.h``."""
-        return self._operators.is_plain(self._type, *self._arguments({}))
+    def is_plain(self, **more: Tensor | int | None) -> bool:
+        """Whether straight loops compute the forward and, with its tensors ``more``, dq: see ``csrc/dispatch.h``."""
+        return self._operators.is_plain(self._type, *self._arguments(more))
 
     def _arguments(self, more: dict[str, Tensor | int | None]) -> tuple[list, list, list]:
         given = self._tensors | self._integers | self._reals | more

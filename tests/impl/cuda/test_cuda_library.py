@@ -162,13 +162,26 @@ ptxas info    : Function properties for _ZN3apt12key_gradientINS_6half_tELi128EL
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 232 registers, used 1 barriers
 """
+# A kernel that one chip runs and the other does not.
+_STAGES = """
+ptxas info    : Compiling entry function '_ZN3apt20plain_query_gradientINS_6half_tELi64ELi2EEEvNS_7ProblemE' for 'sm_{}'
+ptxas info    : Function properties for _ZN3apt20plain_query_gradientINS_6half_tELi64ELi2EEEvNS_7ProblemE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 235 registers, used 1 barriers
+"""
 
 
 @pytest.mark.parametrize(("stack", "shared", "faults"), [(0, 64, 0), (8, 64, 1), (0, 65, 1), (0, 100, 2)])
 def test_the_report_finds_spills_and_too_much_shared_memory(stack, shared, faults):
-    results = cuda_report.parse(_SAID.format(stack=stack), lambda *kernel: shared * 1024)
+    results = cuda_report.parse(_SAID.format(stack=stack), lambda *kernel: (64, 64, shared * 1024))
     assert [(r.chip, r.kernel, r.dtype, r.width, r.registers) for r in results] == [
         (75, "attention_forward", "float32", 64, 168),
         (86, "key_gradient (prefix)", "float16", 128, 232),
     ]
     assert sum(bool(result.faults) for result in results) == faults
+
+
+def test_the_report_passes_over_kernels_that_a_chip_does_not_run():
+    said = _STAGES.format(75) + _STAGES.format(86)
+    found = cuda_report.parse(said, lambda *kernel: (64, 64, 0, 1024, 2048))
+    assert [(r.chip, r.kernel, r.width, r.shared) for r in found] == [(86, "plain_query_gradient", 64, 2048)]

@@ -1,4 +1,4 @@
-"""The straight loops of the CUDA library's forward: which calls they compute, and their results, on the host."""
+"""The straight loops of the CUDA library: which calls they compute, and their results, on the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+import apt_kernels
+from apt_kernels import Mask
 from apt_kernels.impl.cuda.launch import Problem
 from helpers import cuda_host
 from helpers.accuracy import check
@@ -40,10 +42,14 @@ def test_gates(gate, step, monkeypatch):
     hold(replace(PLAIN, gate=gate))
 
 
+@pytest.mark.parametrize("step", ["8", "16"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("width", [64, 128])
-def test_types_and_widths(width, dtype):
-    hold(replace(PLAIN, batch=1, group=1, head_dim=width, value_dim=width, dtype=dtype, gate="query"))
+def test_types_and_widths(width, dtype, step, monkeypatch):
+    """Before 8.0 one tile of keys is in memory at a time, then two."""
+    monkeypatch.setenv("APT_HALF_STEP", step)
+    gate = "row" if (width, step) == (128, "8") else "query"
+    hold(replace(PLAIN, batch=1, group=1, head_dim=width, value_dim=width, dtype=dtype, gate=gate))
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -86,7 +92,34 @@ def test_before_8_0_wide_heads_with_query_gates_take_the_general_loop(width, mon
         assert Problem(x).is_plain() == (width == 64 or gate == "none")
 
 
-def test_rows_without_vectors_take_the_general_loop():
+def _odd(tensor):
+    """Rows that begin at no multiple of 16 bytes."""
+    return torch.empty(*tensor.shape[:-1], 65, dtype=tensor.dtype)[..., :64].copy_(tensor)
+
+
+def _far(tensor):
+    """Rows that are 2^31 bytes apart; none is read, so that the memory is not used."""
+    return tensor.new_empty((1 << 30) + 64).as_strided((*tensor.shape[:2], 2, 64), (0, 0, 1 << 30, 1))
+
+
+def _whole(tensor):
+    return tensor
+
+
+@pytest.mark.parametrize(("change", "plain"), [(_whole, True), (_odd, False), (_far, False)])
+def test_only_rows_of_vectors_take_the_straight_loops(change, plain):
     x = PLAIN.inputs()
-    odd = torch.empty(*x.key.shape[:-1], 65, dtype=x.key.dtype)[..., :64].copy_(x.key)
-    assert not Problem(replace(x, key=odd)).is_plain()
+    assert Problem(replace(x, key=change(x.key))).is_plain() == plain
+    assert Problem(x).is_plain(grad_out=change(x.query)) == plain
+
+
+def test_an_output_gradient_without_vectors():
+    """The forward is straight, dq is not."""
+    x = replace(PLAIN, dtype=torch.float32).inputs()
+    q = x.query.clone().requires_grad_()
+    rest = (x.key, x.value, x.prefix_key, x.prefix_value)
+    causal = Mask(causal=True)
+    outs = [apt_kernels.attention(q, *rest, mask=causal, implementation=name) for name in ("cuda", "reference")]
+    grad = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(7)).to(q.dtype)
+    odd = torch.autograd.grad(outs[0], q, _odd(grad))[0]
+    torch.testing.assert_close(odd, torch.autograd.grad(outs[1], q, grad)[0])
