@@ -117,12 +117,12 @@ std::vector<int64_t> tile_of(int64_t kernel, int64_t type, int64_t dim) {
     });
 }
 
-// Whether straight loops compute the forward and dq of a call.
-bool is_plain(int64_t type, std::vector<std::optional<Tensor>> tensors, std::vector<int64_t> integers,
+// Whether straight loops compute a kernel of a call.
+bool is_plain(int64_t kernel, int64_t type, std::vector<std::optional<Tensor>> tensors, std::vector<int64_t> integers,
               std::vector<double> reals) {
     const apt::Problem problem = as_problem(tensors, integers, reals);
     const int64_t dim = problem.head_dim > problem.value_dim ? problem.head_dim : problem.value_dim;
-    return with_instance(type, dim, [&]<class T, int WIDTH>() { return apt::is_plain<T, WIDTH>(problem); });
+    return with_instance(type, dim, [&]<class T, int WIDTH>() { return apt::is_plain<T, WIDTH>(static_cast<apt::Kernel>(kernel), problem); });
 }
 
 std::string architectures() { return APT_ARCHITECTURES; }
@@ -132,7 +132,7 @@ std::string architectures() { return APT_ARCHITECTURES; }
 STABLE_TORCH_LIBRARY(APT_LIBRARY, m) {
     m.def("run(int kernel, int type, Tensor?[] tensors, int[] integers, float[] reals, int stream) -> ()");
     m.def("tile(int kernel, int type, int dim) -> int[]");
-    m.def("is_plain(int type, Tensor?[] tensors, int[] integers, float[] reals) -> bool");
+    m.def("is_plain(int kernel, int type, Tensor?[] tensors, int[] integers, float[] reals) -> bool");
     m.def("fields() -> str");
     m.def("architectures() -> str");
 }

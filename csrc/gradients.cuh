@@ -130,6 +130,24 @@ struct Share {
     }
 };
 
+// Store what the warp's prefix columns, from `row` on, add to the gradient of their gates, if it is wanted.
+template <class C>
+APT_DEVICE void store_gate_sums(const Problem& p, const Share<C, true>& share, int b, int row, const float (&dg)[2]) {
+    const Lane lane;
+    if (!p.sums.data) {
+        return;
+    }
+    APT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+        const float sum = sum_over_row(dg[i]);
+        const int m = row + lane.row + 8 * i;
+        if (lane.column == 0 && m < p.length) {
+            const int64_t* s = p.sums.stride;
+            reinterpret_cast<float*>(p.sums.data)[share.split * s[0] + b * s[1] + share.kv * s[2] + m * s[3]] = sum;
+        }
+    }
+}
+
 // dk and dv of a tile of keys of one key head, over the queries of its group that see them; or, for the prefix, partial
 // sums of dPk and dPv over a chunk of batch rows or a split of one, and of the gradient of a gate that all queries of a row share.
 template <class T, int WIDTH, bool PREFIX>
@@ -208,16 +226,9 @@ APT_KERNEL((Cut<T, WIDTH, true>::THREADS)) key_gradient(APT_PROBLEM p) {
                 }
                 sync_block();
             }
-            if (PREFIX && p.sums.data && share.part == 0 && busy) {
-                APT_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    const float sum = sum_over_row(dg[i]);
-                    const int m = row + lane.row + 8 * i;
-                    if (lane.column == 0 && m < length) {
-                        const int64_t* s = p.sums.stride;
-                        reinterpret_cast<float*>(
-                            p.sums.data)[share.split * s[0] + b * s[1] + share.kv * s[2] + m * s[3]] = sum;
-                    }
+            if constexpr (PREFIX) {
+                if (share.part == 0 && busy) {
+                    store_gate_sums(p, share, b, row, dg);
                 }
             }
         }

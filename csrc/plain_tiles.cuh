@@ -56,6 +56,7 @@ template <class C>
 struct WholeTokens {
     static constexpr bool CHECK = false;
     float scale;
+    APT_DEVICE void issue(int) {}
     APT_DEVICE void prepare(int, int = 0) {}
     APT_DEVICE float logits(float (&)[C::TILES][4], int) { return scale; }
     APT_DEVICE void weigh(float (&)[C::TILES][4]) {}
@@ -91,6 +92,7 @@ struct RowGate {
     int b;
     float *columns, *factor;
     APT_DEVICE RowGate(const Problem& p, int b, float* columns) : p(p), b(b), columns(columns), factor(columns) {}
+    APT_DEVICE void issue(int) {}
     APT_DEVICE float* hidden() { return factor + C::COLS; }
     APT_DEVICE float* weights() { return factor + 2 * C::COLS; }
     APT_DEVICE void prepare(int first, int stage = 0) {
@@ -142,6 +144,7 @@ struct QueryGate {
             rows[i] = gate_row(p, at.b, q[i].t < p.queries ? q[i].t : int(p.queries) - 1);
         }
     }
+    APT_DEVICE void issue(int) {}
     APT_DEVICE void prepare(int, int = 0) {}
     APT_DEVICE float logits(float (&c)[C::TILES][4], int first) {
         const Lane lane;

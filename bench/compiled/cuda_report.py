@@ -40,9 +40,9 @@ _ENTRY = re.compile(
 # The template's arguments in a mangled name: the type, and, where there are any, the padded head size, whether the
 # kernel is the prefix's or the gate's, and how many tiles are in shared memory at once.
 _NAME = re.compile(
-    r"\d+(?P<kernel>attention_forward|plain_forward|query_gradient|plain_query_gradient|key_gradient|summed_gradient"
-    r"|row_deltas|indexed_sum)I(?:NS_\d+)?(?P<type>f|half_t|bfloat_t)E?(?:Li(?P<width>\d+))?E?(?:Lb(?P<flag>[01])E?)?"
-    r"(?:Li(?P<stages>[12]))?"
+    r"\d+(?P<kernel>attention_forward|plain_forward|query_gradient|plain_query_gradient|key_gradient|plain_key_gradient"
+    r"|summed_gradient|row_deltas|indexed_sum)I(?:NS_\d+)?(?P<type>f|half_t|bfloat_t)E?(?:Li(?P<width>\d+))?E?"
+    r"(?:Lb(?P<flag>[01])E?)?(?:Li(?P<stages>[12]))?"
 )
 
 
@@ -88,10 +88,13 @@ def parse(said: str, shared) -> list[Result]:
         plain = name["kernel"].startswith("plain_")
         if (name["stages"] and int(name["stages"]) != 1 + (chip >= 80)) or (plain and width > 128):
             continue  # compiled empty, never launched
+        if name["kernel"] == "plain_key_gradient" and (chip < 80 or (name["flag"] == "1" and width > 64)):
+            continue  # the same
         kernel = name["kernel"] + {"1": " (prefix)", "0": " (tokens)", None: ""}[name["flag"]]
         used = 0
         if width:
-            _, _, general, *straight = shared(_KERNELS.get(name["kernel"], "key_value"), number, width)
+            launched = "prefix" if kernel.endswith("(prefix)") else _KERNELS.get(name["kernel"], "key_value")
+            _, _, general, *straight = shared(launched, number, width)
             used = straight[chip >= 80] if plain else general
         numbers = (int(entry[field]) for field in ("registers", "stack"))
         found.add(Result(chip, kernel, dtype, width, *numbers, used))

@@ -162,12 +162,16 @@ ptxas info    : Function properties for _ZN3apt12key_gradientINS_6half_tELi128EL
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 232 registers, used 1 barriers
 """
-# A kernel that one chip runs and the other does not.
+# Kernels that one chip runs and the other does not.
 _STAGES = """
 ptxas info    : Compiling entry function '_ZN3apt20plain_query_gradientINS_6half_tELi64ELi2EEEvNS_7ProblemE' for 'sm_{}'
 ptxas info    : Function properties for _ZN3apt20plain_query_gradientINS_6half_tELi64ELi2EEEvNS_7ProblemE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 235 registers, used 1 barriers
+ptxas info    : Compiling entry function '_ZN3apt18plain_key_gradientINS_6half_tELi64ELb1EEEvNS_7ProblemE' for 'sm_{}'
+ptxas info    : Function properties for _ZN3apt18plain_key_gradientINS_6half_tELi64ELb1EEEvNS_7ProblemE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
 """
 
 
@@ -182,6 +186,9 @@ def test_the_report_finds_spills_and_too_much_shared_memory(stack, shared, fault
 
 
 def test_the_report_passes_over_kernels_that_a_chip_does_not_run():
-    said = _STAGES.format(75) + _STAGES.format(86)
-    found = cuda_report.parse(said, lambda *kernel: (64, 64, 0, 1024, 2048))
-    assert [(r.chip, r.kernel, r.width, r.shared) for r in found] == [(86, "plain_query_gradient", 64, 2048)]
+    said = _STAGES.format(75, 75) + _STAGES.format(86, 86)
+    found = cuda_report.parse(said, lambda *kernel: (64, 64, 0, 1024, 2048 if kernel[0] == "query" else 4096))
+    assert [(r.chip, r.kernel, r.width, r.shared) for r in found] == [
+        (86, "plain_key_gradient (prefix)", 64, 4096),
+        (86, "plain_query_gradient", 64, 2048),
+    ]

@@ -31,8 +31,8 @@ def _host():
 def hold(case: Case) -> None:
     """Check a plain call by the error rule."""
     x = case.inputs()
-    assert Problem(x).is_plain()
-    check(x, "cuda", wanted=["query"], generator=torch.Generator().manual_seed(7))
+    assert Problem(x).is_plain("forward")
+    check(x, "cuda", generator=torch.Generator().manual_seed(7))
 
 
 @pytest.mark.parametrize("step", ["8", "16"])
@@ -81,7 +81,7 @@ def test_same_bits_twice():
     ids=str,
 )  # fmt: skip
 def test_other_calls_take_the_general_loop(change):
-    assert not Problem(replace(PLAIN, **change).inputs()).is_plain()
+    assert not Problem(replace(PLAIN, **change).inputs()).is_plain("forward")
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -89,7 +89,18 @@ def test_before_8_0_wide_heads_with_query_gates_take_the_general_loop(width, mon
     monkeypatch.setenv("APT_HALF_STEP", "8")
     for gate in ("none", "query", "indexed_query"):
         x = replace(PLAIN, head_dim=width, value_dim=width, gate=gate).inputs()
-        assert Problem(x).is_plain() == (width == 64 or gate == "none")
+        assert Problem(x).is_plain("forward") == (width == 64 or gate == "none")
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("step", ["8", "16"])
+def test_kernels_of_the_backward(step, width, monkeypatch):
+    """dk and dv take the straight loops from 8.0 on, those of the prefix up to 64 columns."""
+    monkeypatch.setenv("APT_HALF_STEP", step)
+    problem = Problem(replace(PLAIN, head_dim=width, value_dim=width, gate="row").inputs())
+    plain = {name for name in ("query", "key_value", "prefix", "gate", "delta") if problem.is_plain(name)}
+    keys = {"key_value", "prefix"} if width == 64 else {"key_value"}
+    assert plain == {"query"} | (keys if step == "16" else set())
 
 
 def _odd(tensor):
@@ -109,8 +120,8 @@ def _whole(tensor):
 @pytest.mark.parametrize(("change", "plain"), [(_whole, True), (_odd, False), (_far, False)])
 def test_only_rows_of_vectors_take_the_straight_loops(change, plain):
     x = PLAIN.inputs()
-    assert Problem(replace(x, key=change(x.key))).is_plain() == plain
-    assert Problem(x).is_plain(grad_out=change(x.query)) == plain
+    assert Problem(replace(x, key=change(x.key))).is_plain("forward") == plain
+    assert Problem(x).is_plain("query", grad_out=change(x.query)) == plain
 
 
 def test_an_output_gradient_without_vectors():
