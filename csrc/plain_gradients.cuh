@@ -21,9 +21,9 @@ struct StraightCut : Cut<T, WIDTH, true> {
                                   STAGES * FLOATS * int(sizeof(float));
 };
 
-// float32 holds no rows in registers; in one stage those of gradients would leave too few.
+// float32 holds no rows in registers; in one stage, and of wide heads, those of gradients would leave too few.
 template <class T, int WIDTH, int STAGES>
-using QueryCut = StraightCut<T, WIDTH, STAGES, sizeof(T) == 2, (sizeof(T) == 2 && STAGES > 1),
+using QueryCut = StraightCut<T, WIDTH, STAGES, sizeof(T) == 2, (sizeof(T) == 2 && WIDTH <= 64 && STAGES > 1),
                              RowGate<Cut<T, WIDTH, true>>::SIZE>;
 
 // The pointers into a block's shared memory.

@@ -6,10 +6,10 @@
 namespace apt {
 
 // In each stage: log-sum-exp and delta of a tile's queries, then, for gates per query, where each one's gates are. Wide
-// heads and the prefix leave no registers to hold all rows.
+// heads and the prefix leave no registers to hold rows.
 template <class T, int WIDTH, bool PREFIX>
-using KeyCut = StraightCut<T, WIDTH, 2, (sizeof(T) == 2 && WIDTH <= 64), (sizeof(T) == 2 && WIDTH <= 64 && !PREFIX),
-                           4 * Cut<T, WIDTH, true>::COLS>;
+using KeyCut = StraightCut<T, WIDTH, 2, (sizeof(T) == 2 && WIDTH <= 64 && !PREFIX),
+                           (sizeof(T) == 2 && WIDTH <= 64 && !PREFIX), 4 * Cut<T, WIDTH, true>::COLS>;
 
 // Whether straight loops are compiled. In one stage, and for the prefix of wide heads, the compiler spills registers.
 template <int WIDTH, bool PREFIX>
