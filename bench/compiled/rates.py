@@ -29,6 +29,8 @@ BUDGETS = Path(__file__).with_name("budgets.json")
 SUBSET = (
     ("sm_90", 64, "causal"),
     ("sm_90", 128, "causal"),
+    ("sm_90", 64, "causal_gate_query"),
+    ("sm_90", 128, "causal_gate_query"),
     ("sm_80", 128, "causal"),
     ("sm_100", 128, "causal"),
     ("sm_90", 128, "mixed"),

@@ -43,6 +43,7 @@ _KINDS = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx90a": "v_mfma
 _STACK = {
     ("sm_90", 2, 128, "column_gradients"): 64,
     ("sm_90", 2, 128, "prefix_column_gradients"): 1024,
+    ("sm_90", 2, 64, "prefix_column_gradients"): 64,
 }
 
 

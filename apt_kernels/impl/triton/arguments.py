@@ -94,6 +94,8 @@ class Constants(NamedTuple):
     W: tl.dtype
     SCAN: int
     PAD: int
+    FAST: bool
+    GATE_ALIGNED: bool
     ALIGNED: bool = False
     DESCRIPTORS: bool = False
 
@@ -206,6 +208,14 @@ def _gate(x: Inputs) -> Gate:
 _ONE_PREFIX = Adapters()
 
 
+def _gate_aligned(gate: Gate) -> bool:
+    """Whether the rows of a gate consist of vectors of four logits."""
+    if gate.ptr is None:
+        return False
+    bits = (gate.b - _ZERO) | (gate.t - _ZERO) | 2 * gate.ptr.shape[-1]
+    return bits % (2 * 4) == 0 and gate.ptr.data_ptr() % 16 == 0
+
+
 def _seen(x: Inputs) -> Seen:
     if x.key_padding is x.query_segments is x.dense is x.bias is x.query_offset is None:
         return _ALL_SEEN
@@ -248,6 +258,8 @@ class Problem:
             W=WIDE[x.compute_dtype],
             SCAN=tiles.SCAN,
             PAD=self.tile("query").rows,
+            FAST=self.architecture != "interpreter" and x.compute_dtype == torch.float32,
+            GATE_ALIGNED=_gate_aligned(self.gate),
         )
 
     @property
@@ -313,10 +325,13 @@ class Problem:
         crowded = self.x.bias is not None or self.x.dense is not None or not self._aligned
         return tiles.tile(kernel, self.architecture, self.x.query.element_size(), self.dim, crowded)
 
-    def prefix_columns(self, tile: tiles.Tile) -> int:
+    def prefix_columns(self, kernel: str) -> int:
         """The tile size of a kernel over queries along the prefix."""
-        width = self.x.query.element_size()
-        return tiles.prefix_columns(self.architecture, tile, width, self.dim, self.x.gate_per_query)
+        x = self.x
+        most = tiles.prefix_columns(
+            kernel, self.architecture, x.query.element_size(), self.dim, x.gate_per_query, self.sizes[5]
+        )
+        return min(self.tile(kernel).columns, most)
 
 
 def _precision(architecture: str) -> str:

@@ -91,7 +91,7 @@ def _prefix(
     i_b, _, o_t, _ = place
     for i_m in tl.range(i_first, i_end, PREFIX):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
-        b_g = column_weights(gate, i_b, o_t, i_m, T, M, PREFIX, C)  # [ROWS or 1, PREFIX]
+        b_g = column_weights(gate, i_b, o_t, i_m, T, M, PREFIX, C, CHECK)  # [ROWS or 1, PREFIX]
         b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH]
         b_s = similarity(b_q, at_q, b_k, at(k, i_m), D, C)
         b_x, b_factor = logits(b_s, b_g, scales[0], scales[1], C.CAPPED, C.POSITIVE)
@@ -185,6 +185,6 @@ def forward(x: Inputs, strategy: str) -> tuple[Tensor, Tensor]:
         attention_forward, count_tiles(queries, tile.rows) * batch * heads, tile,
         problem.operands, first, tokens_logsumexp, to, logsumexp, sinks, problem.gate, problem.seen, x.seed,
         (odd(problem.band(tile)),), problem.numbers, *problem.scales, C=problem.constants(first, to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns("forward"),
     )  # fmt: skip
     return out, logsumexp

@@ -225,22 +225,22 @@ def _prefix_queries(
         b_q = load_head(q, i_head, i_t, D, ROWS, WIDTH, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH]
         b_do = load_head(do, i_head, i_t, DV, ROWS, WIDTH_V, True, C.ALIGNED, C.DESCRIPTORS)  # [ROWS, WIDTH_V]
         b_lse = load_sums(row, i_head, i_t, False, ROWS)
-        b_w = weights(gate, i_b, o_t, o_m, T, M, True, C.W) if C.PER_QUERY else b_g  # [COLUMNS, ROWS or 1]
+        b_w = b_g  # [COLUMNS, ROWS or 1]
+        if C.PER_QUERY:
+            o_row = i_t + tl.arange(0, ROWS)[:, None]
+            b_w = tl.trans(weights(gate, i_b, o_row, tl.trans(o_m), T, M, True, C))
         b_s = similarity(b_k, at_k, b_q, at_head(q, i_head, i_t), D, C)
         # Columns past the end need no check: their results are not stored.
-        b_x = exponent(b_s, b_w * scales[0], scales[1], C.CAPPED)
+        b_x = exponent(b_s, b_w, scales[0], scales[1], C.CAPPED)
         b_p = tl.exp2(b_x - b_lse[None, :])
         m_kept = kept_columns(row_keys(p_seed, i_bh + i_head, o_t), o_m, plain(n.threshold))
-        b_kept = drop(b_p, m_kept)
         if C.PER_QUERY:
-            b_kept = b_kept * b_w
-        b_dv = product(b_kept.to(b_q.dtype), b_do, b_dv, C)
+            b_p = b_p * b_w
+        b_dv = product(drop(b_p, m_kept).to(b_q.dtype), b_do, b_dv, C)
         b_delta = load_sums(row, i_head, i_t, True, ROWS)
         b_r = similarity(b_v, at_v, b_do, at_head(do, i_head, i_t), DV, C)
         b_dz = b_p * (rescale(drop(b_r, m_kept), scales[2], p_seed) * b_w - b_delta[None, :])
         b_dz = uncap(b_dz, b_x, scales[1], C.CAPPED)
-        if C.PER_QUERY:
-            b_dz = b_dz * b_w
         b_dk = product(b_dz.to(b_q.dtype), b_q, b_dk, C)
         i_t += ROWS
         m_head = i_t >= i_end
@@ -309,7 +309,7 @@ def _prefix(
         b_dk, b_dv = tl.zeros([COLUMNS, WIDTH], C.W), tl.zeros([COLUMNS, WIDTH_V], C.W)
         b_g = tl.full((1, 1), 1.0, C.W)
         if not C.PER_QUERY:
-            b_g = weights(gate, i_b, o_m, o_m, T, M, False, C.W)  # [COLUMNS or 1, 1]
+            b_g = weights(gate, i_b, o_m, o_m, T, M, False, C)  # [COLUMNS or 1, 1]
         i_h, i_bh = i_kv * group, i_b * heads + i_kv * group
         queries = (
             open_heads(x.q, i_b, i_h, group, T, D, ROWS, WIDTH, C.ALIGNED, C.DESCRIPTORS),
@@ -339,7 +339,7 @@ def _prefix(
             if to.d_scale is not None:
                 # Columns past the end hold arbitrary sums.
                 b_dg = tl.where(o_m < M, b_dg, 0.0)
-                b_d_scale += b_dg * sigmoids(gate, i_b, o_m, o_m, T, M, False, C.W)
+                b_d_scale += b_dg * sigmoids(gate, i_b, o_m, o_m, T, M, False, C)
         _add_part(to.dpv, i, b_dv * b_g, more)
         # Carried by the loop, so that Triton keeps them in shared memory: it keeps the result of a cast in registers.
         b_k = _load_prefix(x.pk, i_a, i_kv, i_m, i_rows, element, D, COLUMNS, WIDTH, C)
@@ -366,7 +366,7 @@ def _query_gate(
     i_a, M = row_prefix(gate, i_b, n)
     i_rows = at_least_one(gate, M)
     o_t, o_m = i_t + tl.arange(0, ROWS)[:, None], i_m + tl.arange(0, COLUMNS)[None, :]
-    b_g = weights(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
+    b_g = weights(gate, i_b, o_t, o_m, T, M, True, C)  # [ROWS, COLUMNS]
     b_weight = b_g * (scales[0] * LOG2E)
     b_dg = tl.zeros([ROWS, COLUMNS], C.W)
     element = x.q.ptr.dtype.element_ty
@@ -387,14 +387,14 @@ def _query_gate(
             b_lse, b_delta = tl.load(p_row + o_row), tl.load(p_row + i_padded + o_row)  # [ROWS, 1]
             b_x = b_s * b_weight
             if C.CAPPED:
-                b_x = exponent(b_s, b_g * scales[0], scales[1], C.CAPPED)
+                b_x = exponent(b_s, b_g, scales[0], scales[1], C.CAPPED)
             b_p = tl.exp2(b_x - b_lse)
             b_keys = row_keys(p_seed, i_b * heads + i_h, o_t)
             b_r = rescale(drop(b_r, kept_columns(b_keys, o_m, plain(n.threshold))), scales[2], b_keys)
             b_w = uncap(b_r * b_g - b_delta, b_x, scales[1], C.CAPPED)
             b_dg += b_p * (b_w * (b_s * scales[0]) + b_r)
     tl.debug_barrier()  # loaded again: to keep it would cost registers in the loop
-    b_sigmoid = sigmoids(gate, i_b, o_t, o_m, T, M, True, C.W)  # [ROWS, COLUMNS]
+    b_sigmoid = sigmoids(gate, i_b, o_t, o_m, T, M, True, C)  # [ROWS, COLUMNS]
     o_row = (tl.cast(i_b, tl.int64) * T + o_t) * i_most + o_m
     m_row = (o_t < T) & (o_m < i_most)
     if gate.adapters.index is not None:

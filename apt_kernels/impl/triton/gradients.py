@@ -84,7 +84,7 @@ def _query_prefix(
     i_b, _, o_t, _ = place
     for i_m in tl.range(i_first, i_end, PREFIX):
         o_m = i_m + tl.arange(0, PREFIX)[None, :]
-        b_g = column_weights(gate, i_b, o_t, i_m, T, M, PREFIX, C)  # [ROWS or 1, PREFIX]
+        b_g = column_weights(gate, i_b, o_t, i_m, T, M, PREFIX, C, CHECK)  # [ROWS or 1, PREFIX]
         b_k = load_tile(k, i_m, D, PREFIX, WIDTH, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH]
         b_v = load_tile(v, i_m, DV, PREFIX, WIDTH_V, CHECK, C.ALIGNED, C.DESCRIPTORS).to(b_q.dtype)  # [PREFIX, WIDTH_V]
         b_s = similarity(b_q, at_q, b_k, at(k, i_m), D, C)
@@ -195,7 +195,7 @@ def _query_gradient_of(
         query_gradient, n_tiles * batch * heads, tile,
         problem.operands, out, d_out, logsumexp, d_logsumexp, sums, tokens, to, problem.gate, problem.seen, x.seed,
         (odd(problem.band(tile)),), problem.numbers, *problem.scales, C=problem.constants(out, d_out, tokens, to),
-        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns(tile),
+        ROWS=tile.rows, COLUMNS=tile.columns, PREFIX=problem.prefix_columns("query"),
     )  # fmt: skip
     return sums, to.ptr
 

@@ -7,6 +7,7 @@ tile and on its transpose. Logits are in base 2. ``W`` is the dtype of sums.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from . import arguments, tiles
 
@@ -280,11 +281,17 @@ def online(b_x, b_factor, b_max, b_sum):
 
 
 @triton.jit
-def exponent(b_s, b_weight, b_cap, CAPPED: tl.constexpr):
-    """Base-2 logits: products times ``b_weight`` (the scale, or scale and gate), soft-capped."""
-    b_x = b_s * (b_weight * LOG2E)
+def exponent(b_s, b_g, b_scale, b_cap, CAPPED: tl.constexpr):
+    """Base-2 logits: products times scale and gate (or None), soft-capped. Multiplied in the order that leaves the
+    fewest products a pair: the last one is part of a multiply-add with what the caller subtracts."""
+    if b_g is not None:
+        if b_g.shape == b_s.shape:
+            b_s = b_s * b_g
+        else:
+            b_scale = b_scale * b_g
+    b_x = b_s * (b_scale * LOG2E)
     if CAPPED:
-        b_x = tanh(b_s * (b_weight / b_cap)) * (b_cap * LOG2E)
+        b_x = tanh(b_s * (b_scale / b_cap)) * (b_cap * LOG2E)
     return b_x
 
 
@@ -301,24 +308,54 @@ def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
+def sigmoid(b_x, FAST: tl.constexpr):
+    """``1 / (1 + exp(-x))``. ``FAST``: by the chip's approximate reciprocal, 1 ulp off, which float64 does not have."""
+    b_sum = 1 + tl.exp2(b_x * -LOG2E)
+    if FAST:
+        return libdevice.fast_dividef(1.0, b_sum)
+    return 1 / b_sum
+
+
+@triton.jit
+def gate_stride(n, ALIGNED: tl.constexpr):
+    """`plain` of a stride in 64 bits, as `stride`, with multiples of 4."""
+    s = tl.cast(n - 3, tl.int64) >> 1
+    if ALIGNED:
+        s = tl.cast((n - 3) >> 3, tl.int64) * 4
+    return s
+
+
+@triton.jit
+def gate_rows(gate, i_b, o_t, T, C: tl.constexpr):
+    """Where the logits of a gate per query begin, for queries ``o_t``; past the last query those of the last."""
+    i_row = tl.cast(i_b, tl.int64)
+    o_t = tl.minimum(o_t, T - 1)
+    if gate.index is not None:
+        o_index = i_row * plain(gate.index_b) + o_t * plain(gate.index_t)
+        o_row = tl.load(gate.index + o_index) * gate_stride(gate.b, C.GATE_ALIGNED)
+    else:
+        o_row = i_row * gate_stride(gate.b, C.GATE_ALIGNED)
+        o_row += tl.cast(o_t, tl.int64) * gate_stride(gate.t, C.GATE_ALIGNED)
+    return o_row
+
+
+@triton.jit
+def sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, C: tl.constexpr, CHECK: tl.constexpr = True):
     """``sigmoid(gate)`` of prefix columns ``o_m``, of which there are ``M``, 1 without a gate; a 2-D tile only for a
-    gate per query."""
-    b_sigmoid = tl.full((1, 1), 1.0, W)
+    gate per query. ``CHECK``: some columns may be past the last."""
+    b_sigmoid = tl.full((1, 1), 1.0, C.W)
     if gate.ptr is not None:
-        i_row = tl.cast(i_b, tl.int64)
         if PER_QUERY:
-            if gate.index is not None:
-                o_index = i_row * plain(gate.index_b) + o_t * plain(gate.index_t)
-                o_row = tl.load(gate.index + o_index, mask=o_t < T, other=0) * plain(gate.b)
-            else:
-                o_row = i_row * plain(gate.b) + tl.cast(o_t, tl.int64) * plain(gate.t)
-            b_logit = tl.load(gate.ptr + o_row + o_m, mask=(o_t < T) & (o_m < M), other=0.0)
+            p_logit, m_column = gate.ptr + gate_rows(gate, i_b, o_t, T, C) + o_m, o_m < M
+            if C.GATE_ALIGNED and gate.adapters.index is None:
+                m_column = tl.max_constancy(m_column, (1, 4))  # M is a multiple of 4
+            b_logit = tl.load(p_logit, mask=m_column, other=0.0) if CHECK else tl.load(p_logit)
         else:
+            i_row = tl.cast(i_b, tl.int64)
             if gate.index is not None:
                 i_row = tl.load(gate.index + i_row * plain(gate.index_b))
             b_logit = tl.load(gate.ptr + i_row * plain(gate.b) + o_m, mask=o_m < M, other=0.0)
-        b_sigmoid = 1 / (1 + tl.exp2(b_logit.to(W) * -LOG2E))
+        b_sigmoid = sigmoid(b_logit.to(C.W), C.FAST)
     return b_sigmoid
 
 
@@ -335,18 +372,18 @@ def layer_scale(gate, i_b, W: tl.constexpr):
 
 
 @triton.jit
-def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, W: tl.constexpr):
+def weights(gate, i_b, o_t, o_m, T, M, PER_QUERY: tl.constexpr, C: tl.constexpr, CHECK: tl.constexpr = True):
     """``g = lambda * sigmoid(gate)``."""
-    return sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY, W) * layer_scale(gate, i_b, W)
+    return sigmoids(gate, i_b, o_t, o_m, T, M, PER_QUERY, C, CHECK) * layer_scale(gate, i_b, C.W)
 
 
 @triton.jit
-def column_weights(gate, i_b, o_t, i_m, T, M, PREFIX: tl.constexpr, C: tl.constexpr):
+def column_weights(gate, i_b, o_t, i_m, T, M, PREFIX: tl.constexpr, C: tl.constexpr, CHECK: tl.constexpr):
     """`weights` of a tile: ``[ROWS, PREFIX]``, or ``[1, PREFIX]`` for a gate per row."""
     if C.PER_QUERY:
-        b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[None, :], T, M, True, C.W)
+        b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[None, :], T, M, True, C, CHECK)
     else:
-        b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[:, None], T, M, False, C.W)
+        b_g = weights(gate, i_b, o_t, i_m + tl.arange(0, PREFIX)[:, None], T, M, False, C)
         # A sum over one element, which Triton does not move: without it, every thread computes the sigmoids of all
         # columns that it multiplies, those of other threads included.
         b_g = tl.sum(tl.broadcast_to(b_g, [PREFIX, 1]), 1)[None, :]
@@ -515,7 +552,7 @@ def rescale(b, b_kept, p_seed):
 @triton.jit
 def token_weights(b_s, b_lse, seen, place, n, scales, C: tl.constexpr, CHECK: tl.constexpr):
     """Probabilities before dropout, and base-2 logits before the bias. ``place`` as in `seen_tokens`."""
-    b_x = exponent(b_s, scales[0], scales[1], C.CAPPED)
+    b_x = exponent(b_s, None, scales[0], scales[1], C.CAPPED)
     b_y, _ = add_bias(b_x, 1.0, seen, place, n)
     m_seen = seen_tokens(seen, place, n, C.LEFT, C.RIGHT, CHECK)
     return hide(tl.exp2(b_y - b_lse), m_seen, 0.0), b_x
@@ -537,7 +574,7 @@ def prefix_gradients(b_s, b_r, b_g, b_lse, b_delta, b_keys, o_m, M, n, scales, C
     ``CHECK``: columns past the last are hidden; without it, their results must not be used. A gate of one number per
     column costs nothing here: existing multiply-adds include it.
     """
-    b_x = exponent(b_s, b_g * scales[0], scales[1], C.CAPPED)
+    b_x = exponent(b_s, b_g, scales[0], scales[1], C.CAPPED)
     b_p = tl.exp2(b_x - b_lse)
     if CHECK:
         b_p = tl.where(o_m < M, b_p, 0.0)

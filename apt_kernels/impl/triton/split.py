@@ -125,7 +125,7 @@ def _prefix_share(
     i_share = tl.cdiv(tl.cdiv(M, splits), COLUMNS) * COLUMNS
     for i_m in tl.range(i_split * i_share, tl.minimum((i_split + 1) * i_share, M), COLUMNS, num_stages=1):
         o_m = i_m + tl.arange(0, COLUMNS)[None, :]
-        b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, C.W)  # [ROWS or 1, COLUMNS or 1]
+        b_g = weights(gate, o_b[:, None], o_t[:, None], o_m, T, M, True, C)  # [ROWS or 1, COLUMNS or 1]
         b_k = load_rows(p_pk, s_pk, i_m, M, D, COLUMNS, WIDTH, True, C.ALIGNED).to(b_q.dtype)  # [COLUMNS, WIDTH]
         rows = (o_b[:, None], o_h[:, None], o_t[:, None], T)
         b_s = _similarity(b_q, x.q, rows, b_k, (p_pk, s_pk, i_m, M), D, C, False)

@@ -82,7 +82,7 @@ _RTX_BLACKWELL = {
 }
 _HOPPER = {
     64: _entry("64x128/4/2  128x128/8/2 64x64/4/2  64x64   64x64   64x64/8/1  16x128/4/3 64x32")
-    | {"prefix_by_query": Tile(32, 64, 4, 2)},
+    | {"prefix_by_query": Tile(64, 64, 4, 2)},
     128: _entry("128x128/8/2 128x64/8/2 64x64/4/2  64x64/4/2 64x64  64x64/8/1  16x64/4/3  32x32")
     | {"prefix_by_query": Tile(32, 64, 4, 2)},
     256: _entry("128x32/8/2  128x16/8/3 16x128/8/2  16x32   16x16   64x32/8/1  16x32/4/3  16x32"),
@@ -128,6 +128,8 @@ _TABLE = {
 _APART = {("sm_90", 2), ("sm_100", 2), ("interpreter", 4)}
 # Architectures and bytes of an element for which tiles are loaded by tensor descriptors.
 _DESCRIPTORS = {("sm_90", 2), ("sm_100", 2), ("sm_120", 2), ("interpreter", 2), ("interpreter", 4), ("interpreter", 8)}
+# Architectures, or their kernels over queries, whose tiles of a half-precision prefix have 64 columns.
+_WIDE_PREFIX = {"sm_90", "sm_100", "sm_120", ("sm_80", "query"), ("sm_86", "query")}
 # Bytes that concurrent programs may share: half of the L2 cache.
 _CACHE = {
     "sm_80": 20 << 20, "sm_86": 3 << 20, "sm_90": 25 << 20, "sm_100": 60 << 20, "sm_120": 24 << 20,
@@ -184,11 +186,16 @@ def entries(architecture: str, width: int) -> dict[int, dict[str, Tile]]:
     return _TABLE[architecture][width]
 
 
-def prefix_columns(architecture: str, tile: Tile, width: int, dim: int, gate_per_query: bool) -> int:
-    """The tile size of the kernels over queries along the prefix: prefixes are short, and gates need registers."""
-    if architecture == "sm_90" and width == 2 and dim <= 128:
-        return min(tile.columns, 32 if gate_per_query and dim > 64 else 64)
-    return min(tile.columns, 16 if dim > 128 or (gate_per_query and dim > 64) else 32)
+def prefix_columns(kernel: str, architecture: str, width: int, dim: int, gate_per_query: bool, length: int) -> int:
+    """The most columns of a tile of a kernel over queries along a prefix of ``length``.
+
+    Wide tiles share what is done once for a tile: accumulators are rescaled, operands are prepared. But a tile is
+    computed whole, however short the prefix, so that a second size, for which a kernel is compiled again, pays.
+    """
+    most = 16 if dim > 128 or (gate_per_query and dim > 64) else 32
+    if width == 2 and dim <= 128 and (architecture in _WIDE_PREFIX or (architecture, kernel) in _WIDE_PREFIX):
+        most = 64
+    return min(most, 32) if length <= 32 else most
 
 
 def programs(architecture: str) -> int:

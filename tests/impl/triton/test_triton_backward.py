@@ -193,3 +193,28 @@ def test_descriptors_take_what_they_can():
     assert not described(query=shifted).DESCRIPTORS
     assert not described(key=lambda t: t[:, :, :1].expand(t.shape)).DESCRIPTORS
     assert not described(value=lambda t: t[:, :1].expand(t.shape)).DESCRIPTORS
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns", "aligned"),
+    [((2, 5, 8), 8, True), ((2, 5, 6), 6, False), ((1, 1, 6), 6, False), ((2, 5, 8), 6, False), ((2, 8), 8, True)],
+)
+def test_gates_load_as_vectors_where_all_rows_consist_of_them(shape, columns, aligned):
+    from apt_kernels.impl.triton.arguments import Problem
+
+    logits = torch.zeros(shape)[..., :columns]
+    x = Case(batch=shape[0], queries=shape[1] if len(shape) == 3 else 5, length=columns).inputs()
+    assert aligned == Problem(replace(x, gate=logits)).constants().GATE_ALIGNED
+    assert not Problem(replace(x, gate=torch.zeros(logits.numel() + 1)[1:].view(logits.shape))).constants().GATE_ALIGNED
+    assert not Problem(replace(x, gate=None)).constants().GATE_ALIGNED
+
+
+def test_short_prefixes_have_narrow_tiles():
+    from apt_kernels.impl.triton import tiles
+
+    def columns(length, kernel="forward", architecture="sm_90", gate_per_query=True, width=2, dim=128):
+        return tiles.prefix_columns(kernel, architecture, width, dim, gate_per_query, length)
+
+    assert (columns(16), columns(32), columns(33)) == (32, 32, 64)
+    assert (columns(64, architecture="sm_80"), columns(64, "query", "sm_80")) == (16, 64)
+    assert (columns(64, width=4), columns(64, width=4, gate_per_query=False), columns(64, dim=256)) == (16, 32, 16)
