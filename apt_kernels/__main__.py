@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m apt_kernels", epilog=_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, and which implementations are usable")
     inspect = commands.add_parser("inspect", help="what is in an adapter folder")
     inspect.add_argument("folder", type=Path)

@@ -1,5 +1,10 @@
 """The errors this package raises on purpose; each is also the built-in that callers would expect."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """A setting is out of range or unknown; the message names it, its value and what it may be."""
@@ -19,3 +24,9 @@ class AdapterError(ValueError):
 
 class ImplementationError(RuntimeError):
     """An implementation requested by name cannot compute this call; the message says why."""
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """The part of a message that suggests the name among ``known`` that is most like ``name``; empty if none is."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

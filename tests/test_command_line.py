@@ -111,3 +111,6 @@ def test_wrong_arguments(given, capsys):
         main(given)
     assert ended.value.code == 2
     assert "usage" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])
+    assert "{info,inspect,check,convert,lm-eval}" in capsys.readouterr().err

@@ -51,6 +51,7 @@ _OURS = re.compile(
 # The age in seconds at which a temporary file without a lock is deleted (a file system without locks, or a file of an
 # older release).
 _ABANDONED = 3600
+_NAMED = 5  # the most adapter folders that a message names
 _CHUNK = 2**24
 _BIG_ENDIAN = sys.byteorder == "big"
 
@@ -123,9 +124,15 @@ def open_adapter(folder: Path) -> Iterator[AdapterFile]:
                 raise AdapterError(f"{folder} does not exist; it needs a folder that apt_kernels.save wrote") from None
             missing = WEIGHTS if (folder / CONFIG).exists() else f"{CONFIG} and no {WEIGHTS}"
             peft = ", but a PEFT checkpoint: patch_from_peft reads PEFT's prefix tuning"
-            kind = peft if (folder / PEFT_CONFIG).exists() else ""
+            kind = peft if (folder / PEFT_CONFIG).exists() else _inside(folder)
             raise AdapterError(f"{folder} has no {missing}; it is not an adapter folder{kind}") from None
         yield _read(folder, path, file)
+
+
+def _inside(folder: Path) -> str:
+    """The end of a message: the adapter folders in ``folder``, such as Trainer's checkpoints; empty without any."""
+    names = sorted((path.parent.name for path in folder.glob(f"*/{WEIGHTS}")), key=lambda name: (len(name), name))
+    return f". It contains some: {', '.join(names[-_NAMED:])}" if names else ""
 
 
 def _read(folder: Path, path: Path, file) -> AdapterFile:

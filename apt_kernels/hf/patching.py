@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import AptConfig, Settings
-from ..errors import ArgumentError, ConfigError, PatchError
+from ..errors import ArgumentError, ConfigError, PatchError, similar
 from ..ops import choose
 from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
@@ -138,7 +138,8 @@ def _check_example(given) -> None:
 def make_config(config: AptConfig | None, settings: Mapping[str, Any]) -> AptConfig:
     unknown = sorted(set(settings) - set(AptConfig.__dataclass_fields__))
     if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
+        named = repr(unknown[0]) + similar(unknown[0], AptConfig.__dataclass_fields__)
+        raise ConfigError(f"unknown setting {named}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
     if config is not None and not isinstance(config, AptConfig):
         raise ConfigError(f"config is a {type(config).__name__}; it needs an AptConfig, or settings as keywords")
     return AptConfig(**settings) if config is None else replace(config, **settings)

@@ -181,8 +181,8 @@ class Probe:
         if unnamed:
             raise ArgumentError(f"lengths is given {unnamed[0]!r} without a name; it needs budget= or threshold=")
         if (budget is None) == (threshold is None):
-            given = "neither" if budget is None else "both"
-            raise ArgumentError(f"lengths needs exactly one of budget and threshold; {given} is given")
+            given = "neither is" if budget is None else "both are"
+            raise ArgumentError(f"lengths needs exactly one of budget and threshold; {given} given")
         if threshold is not None and (
             isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf
         ):

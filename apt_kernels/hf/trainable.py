@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .. import patterns
 from ..config import AptConfig
-from ..errors import ConfigError, PatchError
+from ..errors import ConfigError, PatchError, similar
 from ..prefix.adaptive import AdaptivePrefix
 from . import events
 
@@ -42,7 +42,8 @@ def _why_unused(model, pattern: str) -> str:
                 f"{name} is tied to {other}: they are one parameter. Train both with trainable=[{other!r}], or give "
                 f"the module a weight of its own before the patch: torch.nn.Parameter(model.{name}.detach().clone())"
             )
-    return "no parameter's name matches it"
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    return f"no parameter's name matches it{similar(pattern, parts)}; model.named_parameters() has the names"
 
 
 def refuse_quantised(model, trainable: set[str]) -> None:

@@ -131,5 +131,6 @@ class Info(dict):
         versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in self["versions"].items())
         width = max(map(len, self["implementations"]))
         rows = [f"  {name:<{width}}  {state}" for name, state in self["implementations"].items()]
-        asked = f"implementations (asked for: {self['asked']}, {self['threads']} threads):"
+        threads = f"{self['threads']} thread{'s' * (self['threads'] != 1)}"
+        asked = f"implementations (asked for: {self['asked']}, {threads}):"
         return "\n".join([versions, asked, *rows])

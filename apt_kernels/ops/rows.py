@@ -23,7 +23,8 @@ def check_prefix(
     if len(shape) != 3 + by_row or shape[-3] != kv_heads or shape[-1] != head_dim:
         lead = "A, " if by_row else ""
         raise ArgumentError(
-            f"prefix_key has shape {list(shape)}; it needs [{lead}Hkv, M, D] = [{lead}{kv_heads}, M, {head_dim}]"
+            f"prefix_key has shape {list(shape)}; it needs [{lead}Hkv, M, D] = [{lead}{kv_heads}, M, {head_dim}], "
+            "with Hkv and D of key [B, Hkv, S, D]"
         )
     need = (*shape[:-1], value_dim)
     if tuple(prefix_value.shape) != need:

@@ -516,3 +516,12 @@ def test_a_folder_that_does_not_exist_is_told_from_one_without_an_adapter(tmp_pa
         apt_kernels.load(model, tmp_path / "nowhere")
     with pytest.raises(apt_kernels.AdapterError, match=r"has no apt_config\.json and no adapter\.safetensors"):
         apt_kernels.load(model, tmp_path)
+
+
+def test_a_folder_of_trainer_checkpoints_is_refused_with_their_names(tmp_path):
+    model = apt_kernels.patch(models.build("bert"))
+    for step in (4, 12, 8):
+        apt_kernels.save(model, tmp_path / f"checkpoint-{step}")
+    message = r"not an adapter folder\. It contains some: checkpoint-4, checkpoint-8, checkpoint-12$"
+    with pytest.raises(apt_kernels.AdapterError, match=message):
+        apt_kernels.load(models.build("bert"), tmp_path)

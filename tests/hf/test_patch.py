@@ -323,6 +323,8 @@ BAD = [
     ({"trainable": "no_such_name"}, apt_kernels.ConfigError, "no parameter's name matches"),
     ({"implementation": "cuddn"}, apt_kernels.ImplementationError, "implementation is 'cuddn'"),
     ({"lenght": 3}, apt_kernels.ConfigError, "unknown setting 'lenght'"),
+    ({"prefix_lenght": 3}, apt_kernels.ConfigError, "'prefix_lenght' .did you mean 'prefix_length'"),
+    ({"trainable": "lm_haed"}, apt_kernels.ConfigError, "matches it .did you mean 'lm_head'"),
 ]
 
 

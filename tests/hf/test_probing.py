@@ -192,6 +192,8 @@ def test_a_budget_is_spent_to_the_token(budget):
     [
         ({}, "exactly one of budget and threshold"),
         ({"budget": 2, "threshold": 0.1}, "exactly one of budget and threshold"),
+        ({}, "exactly one of budget and threshold; neither is given"),
+        ({"budget": 2, "threshold": 0.5}, "exactly one of budget and threshold; both are given"),
         ({"budget": 0}, "budget is 0"),
         ({"budget": 9}, "budget is 9; the layers have 8 tokens"),
         ({"threshold": 2.0}, "threshold is 2.0"),

@@ -180,7 +180,10 @@ WRONG = {
     "key heads": ({"key": torch.randn(2, 3, 6, 8)}, "key has 3 heads; it needs a number that divides the query's 4"),
     "key dtype": ({"key": torch.randn(2, 2, 6, 8).double()}, "key has dtype torch.float64; it needs the query's"),
     "value length": ({"value": torch.randn(2, 2, 7, 8)}, r"value has shape .* = \[2, 2, 6, Dv\]"),
-    "prefix heads": ({"prefix_key": torch.randn(4, 3, 8)}, r"prefix_key has shape .* = \[2, M, 8\]"),
+    "prefix heads": (
+        {"prefix_key": torch.randn(4, 3, 8)},
+        r"prefix_key has shape .* = \[2, M, 8\], with Hkv and D of key \[B, Hkv, S, D\]",
+    ),
     "prefix value": ({"prefix_value": torch.randn(2, 4, 8)}, r"prefix_value has shape .* = \[2, 3, 8\]"),
     "prefix dtype": ({"prefix_key": torch.randn(2, 3, 8).double()}, "prefix_key has dtype torch.float64; it need"),
     "prefix empty": (

@@ -160,7 +160,8 @@ def _save_pretrained(original, self, save_directory, *args, **kwargs):
     unsaved = sorted(set(adapters(self)) - set(names.values()))
     if unsaved:
         warnings.warn(
-            f"PEFT has no adapter of the name {unsaved[0]!r}: its prefix is not saved. Call apt_kernels.save",
+            f"PEFT has no adapter of the name {unsaved[0]!r}: its prefix is not saved. "
+            f"apt_kernels.save(model, folder, adapter={unsaved[0]!r}) saves it",
             stacklevel=3,
         )
     for name in given.get("selected_adapters") or list(names):
