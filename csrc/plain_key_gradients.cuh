@@ -5,10 +5,18 @@
 
 namespace apt {
 
+// Whether the prefix's own keys stay in registers: without it the compiler spills on 8.0 to 8.9, with it on 12.0. The host
+// reserves the shared memory of a block without.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
+constexpr bool kHoldsPrefix = true;
+#else
+constexpr bool kHoldsPrefix = false;
+#endif
+
 // In each stage: log-sum-exp and delta of a tile's queries, then, for gates per query, where each one's gates are. Wide
-// heads and the prefix leave no registers to hold rows.
+// heads leave no registers to hold rows, and the prefix none for its values.
 template <class T, int WIDTH, bool PREFIX>
-using KeyCut = StraightCut<T, WIDTH, 2, (sizeof(T) == 2 && WIDTH <= 64 && !PREFIX),
+using KeyCut = StraightCut<T, WIDTH, 2, (sizeof(T) == 2 && WIDTH <= 64 && (!PREFIX || kHoldsPrefix)),
                            (sizeof(T) == 2 && WIDTH <= 64 && !PREFIX), 4 * Cut<T, WIDTH, true>::COLS>;
 
 // Whether straight loops are compiled. In one stage, and for the prefix of wide heads, the compiler spills registers.
