@@ -230,7 +230,7 @@ def test_every_trainable_parameter_is_in_one_group(gate, settings):
     assert set(found) == {id(p) for p in model.parameters() if p.requires_grad}
     assert {g["name"]: (g["lr"], g["weight_decay"]) for g in groups} == {
         "prefix": (1e-2, 0.1),
-        **({} if gate == "none" else {"gate": (1e-2, 0.1)}),
+        **({} if gate == "none" else {"gate": (1e-2 if gate == "static" else 1e-3, 0.1)}),
         "scale": (1e-2, 0.0),
         "head": (1e-2, 0.1),
     }
@@ -251,6 +251,15 @@ def test_rates_by_group():
     }
     with pytest.raises(apt_kernels.PatchError, match="is not patched"):
         apt_kernels.parameter_groups(models.build("bert"))
+
+
+def test_gates_of_adapters_that_train_together_have_rates_of_their_own():
+    model = apt_kernels.patch(models.build("llama"), prefix_length=3, gate="token")
+    apt_kernels.add_adapter(model, "static", prefix_length=3, gate="static")
+    apt_kernels.set_adapter(model, ["default", "static"])
+    groups = apt_kernels.parameter_groups(model, lr=1.0)
+    assert [(g["name"], g["lr"]) for g in groups] == [("prefix", 1.0), ("gate", 0.1), ("gate", 1.0), ("scale", 1.0)]
+    assert {g["lr"] for g in apt_kernels.parameter_groups(model, gate_lr=2.0) if g["name"] == "gate"} == {2.0}
 
 
 def test_the_learning_rates_are_logged_once(caplog):

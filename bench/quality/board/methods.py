@@ -97,7 +97,7 @@ def _none(model, start, settings):
     return model.requires_grad_(False)
 
 
-_RATE = ({"lr": 1e-2},)  # the default of `apt_kernels.parameter_groups`
+_RATE = ({"lr": 1e-2},)  # of every parameter; the default of `apt_kernels.parameter_groups` is "apt-slow-gate"
 METHODS = {
     "none": Method("not trained", ({"lr": 0.0},), _none),
     "apt": Method("APT (token gate, λ, start from a text)", _RATE, _adaptive),
