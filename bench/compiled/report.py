@@ -44,6 +44,8 @@ _STACK = {
     ("sm_90", 2, 128, "column_gradients"): 64,
     ("sm_90", 2, 128, "prefix_column_gradients"): 1024,
     ("sm_90", 2, 64, "prefix_column_gradients"): 64,
+    ("sm_80", 2, 128, "column_gradients"): 64,
+    ("sm_100", 2, 128, "column_gradients"): 64,
 }
 
 

@@ -77,7 +77,7 @@ _AMPERE = {
 }
 _RTX_BLACKWELL = {
     64: _AMPERE[64] | _entry("128x64/8/2  32x64/4/2") | {"split": Tile(16, 32, 4, 2)},
-    128: _AMPERE[128] | _entry("64x64/8/2"),
+    128: _AMPERE[128] | _entry("64x64/8/2   64x64/8/2  64x32/8/1"),
     256: _AMPERE[256],
 }
 _HOPPER = {
