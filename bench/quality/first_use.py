@@ -90,7 +90,7 @@ def _measure(part: str, full_only: bool) -> list[dict]:
 
 def minilm_rates() -> list[dict]:
     """MiniLM's accuracy with both starts and two rates of the new head, each with the same seeds."""
-    model, rows, measure = packaged.minilm_task()
+    model, rows, measure, _ = packaged.minilm_task()
     start = {key: value.clone() for key, value in model.state_dict().items()}
     found = []
     for seed in SEEDS:
@@ -107,7 +107,7 @@ def minilm_rates() -> list[dict]:
 def _compare(name: str, task: Callable[[], packaged.Task], full_only: bool) -> list[dict]:
     """MiniLM: accuracy in classifying docstrings by their group of modules (four groups). SmolLM2: next-token loss on
     docstrings of modules that are not in its training rows."""
-    model, rows, measure = task()
+    model, rows, measure, _ = task()
     found = [{"method": "none", "rate": None, "metric": measure(model)}]
     start = {key: value.clone() for key, value in model.state_dict().items()}
     for rate in FULL_RATES[name]:

@@ -21,11 +21,12 @@ TRAINED = ("doctest", "subprocess", "tarfile", "difflib", "shutil", "threading",
 
 
 class Task(NamedTuple):
-    """A model, training rows, and a function that computes the metric on held-out rows."""
+    """A model, training rows, a function that computes the metric on held-out rows, and the tokenizer."""
 
     model: nn.Module
     rows: list[dict]
     measure: Callable[[nn.Module], float]
+    tokenizer: transformers.PreTrainedTokenizerBase
 
 
 def minilm(kind: str = "AutoModel", **options):
@@ -69,7 +70,7 @@ def minilm_task() -> Task:
     def accuracy(model) -> float:
         return (model.eval()(**given).logits.argmax(1) == expected).float().mean().item()
 
-    return Task(model, rows("train"), accuracy)
+    return Task(model, rows("train"), accuracy, tokenizer)
 
 
 def smollm2_task() -> Task:
@@ -77,7 +78,8 @@ def smollm2_task() -> Task:
     model, tokenizer = smollm2()
     ids = windows(tokenizer, TRAINED, 64, 64)
     test = windows(tokenizer, HELD_OUT, 16, 64)
-    return Task(model, [{"input_ids": row, "labels": row} for row in ids], lambda model: next_token_loss(model, test))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return Task(model, rows, lambda model: next_token_loss(model, test), tokenizer)
 
 
 def long_docstrings(*modules: str) -> list[str]:
