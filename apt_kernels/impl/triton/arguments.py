@@ -79,6 +79,7 @@ class Constants(NamedTuple):
     how tiles are loaded and multiplied (``W``: the dtype of sums).
 
     ``DESCRIPTORS``: rows are loaded through tensor descriptors. ``PAD``: row sums are padded to its multiples.
+    ``FAST``: sigmoids may use the chip's approximate division. ``GATE_ALIGNED``: rows of a gate are vectors of four.
     """
 
     D: int
@@ -258,7 +259,7 @@ class Problem:
             W=WIDE[x.compute_dtype],
             SCAN=tiles.SCAN,
             PAD=self.tile("query").rows,
-            FAST=self.architecture != "interpreter" and x.compute_dtype == torch.float32,
+            FAST=self.architecture != "interpreter" and x.query.element_size() == 2,
             GATE_ALIGNED=_gate_aligned(self.gate),
         )
 
