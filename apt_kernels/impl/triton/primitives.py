@@ -309,8 +309,8 @@ def uncap(b_dz, b_x, b_cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def sigmoid(b_x, FAST: tl.constexpr):
-    """``1 / (1 + exp(-x))``. ``FAST``: by the chip's approximate division, at most 2 ulp off, where operands of products
-    are rounded to half precision anyway."""
+    """``1 / (1 + exp(-x))``. ``FAST``: by the chip's approximate division, at most 2 ulp off, where operands of
+    products are rounded to half precision anyway."""
     b_sum = 1 + tl.exp2(b_x * -LOG2E)
     if FAST:
         return libdevice.fast_dividef(1.0, b_sum)
