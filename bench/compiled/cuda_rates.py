@@ -115,7 +115,9 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench compiled cuda-rates", description=__doc__.split("\n\n")[0])
     parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--head", nargs="+", type=int, choices=HEADS, default=list(HEADS))
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument(
+        "--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME", help=f"of {', '.join(KERNELS)}"
+    )
     parser.add_argument("--update", action="store_true", help=f"write the counts to {rates.BUDGETS.name}")
     options = parser.parse_args(given)
     found = [
