@@ -260,7 +260,7 @@ class Problem:
             SCAN=tiles.SCAN,
             PAD=self.tile("query").rows,
             FAST=self.architecture != "interpreter" and x.query.element_size() == 2,
-            GATE_ALIGNED=_gate_aligned(self.gate),
+            GATE_ALIGNED=x.gate_per_query and _gate_aligned(self.gate),
         )
 
     @property
