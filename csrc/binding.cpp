@@ -122,7 +122,9 @@ bool is_plain(int64_t kernel, int64_t type, std::vector<std::optional<Tensor>> t
               std::vector<double> reals) {
     const apt::Problem problem = as_problem(tensors, integers, reals);
     const int64_t dim = problem.head_dim > problem.value_dim ? problem.head_dim : problem.value_dim;
-    return with_instance(type, dim, [&]<class T, int WIDTH>() { return apt::is_plain<T, WIDTH>(static_cast<apt::Kernel>(kernel), problem); });
+    return with_instance(type, dim, [&]<class T, int WIDTH>() {
+        return apt::is_plain<T, WIDTH>(static_cast<apt::Kernel>(kernel), problem);
+    });
 }
 
 std::string architectures() { return APT_ARCHITECTURES; }

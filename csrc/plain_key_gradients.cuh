@@ -5,7 +5,7 @@
 
 namespace apt {
 
-// Whether the prefix's own keys stay in registers: without it the compiler spills on 8.0 to 8.9, with it on 12.0. The host
+// Whether the prefix's own keys stay in registers: without it the compiler spills on 8.0 and 8.6, with it on 12.0. The host
 // reserves the shared memory of a block without.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1200
 constexpr bool kHoldsPrefix = true;
@@ -49,6 +49,21 @@ struct QueryNumbers {
     }
 };
 
+// Call `body` with the place of each of the thread's pairs, and log-sum-exp and delta of its query.
+template <class C, class Body>
+APT_DEVICE void each_pair(const float* numbers, Body body) {
+    const Lane lane;
+    APT_UNROLL
+    for (int j = 0; j < C::TILES; ++j) {
+        const float2 l = load_float2(numbers + 8 * j + lane.column);
+        const float2 d = load_float2(numbers + C::COLS + 8 * j + lane.column);
+        APT_UNROLL
+        for (int e = 0; e < 4; ++e) {
+            body(j, e, e % 2 ? l.y : l.x, e % 2 ? d.y : d.x);
+        }
+    }
+}
+
 // The kinds of tiles. `gradients` turns the products c = k.q and r = v.dO into the left sides of dv's and dk's products;
 // `numbers` are those of the stage.
 
@@ -56,18 +71,11 @@ struct QueryNumbers {
 template <class C, class Kind>
 struct TokenGradients : Kind {
     APT_DEVICE void gradients(float (&c)[C::TILES][4], float (&r)[C::TILES][4], int first, const float* numbers) {
-        const Lane lane;
         const float scale = this->logits(c, first);
-        APT_UNROLL
-        for (int j = 0; j < C::TILES; ++j) {
-            const float2 l = load_float2(numbers + 8 * j + lane.column);
-            const float2 d = load_float2(numbers + C::COLS + 8 * j + lane.column);
-            APT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                c[j][e] = exp2_flushed(c[j][e] * scale - (e % 2 ? l.y : l.x));
-                r[j][e] = c[j][e] * (r[j][e] - (e % 2 ? d.y : d.x));
-            }
-        }
+        each_pair<C>(numbers, [&](int j, int e, float logsumexp, float delta) {
+            c[j][e] = exp2_flushed(c[j][e] * scale - logsumexp);
+            r[j][e] = c[j][e] * (r[j][e] - delta);
+        });
     }
 };
 
@@ -80,22 +88,15 @@ struct RowGateGradients {
         : scale(p.scale * kLog2E), g{weight(p, b, 0, row), weight(p, b, 0, row + 8)} {}
     APT_DEVICE void prepare(int, int) {}
     APT_DEVICE void gradients(float (&c)[C::TILES][4], float (&r)[C::TILES][4], int, const float* numbers) {
-        const Lane lane;
         const float factor[2] = {g[0] * scale, g[1] * scale};
-        APT_UNROLL
-        for (int j = 0; j < C::TILES; ++j) {
-            const float2 l = load_float2(numbers + 8 * j + lane.column);
-            const float2 d = load_float2(numbers + C::COLS + 8 * j + lane.column);
-            APT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                const float x = c[j][e] * factor[e / 2] - (e % 2 ? l.y : l.x), probability = exp2_flushed(x);
-                const float dz = probability * (r[j][e] * g[e / 2] - (e % 2 ? d.y : d.x));
-                by_logit[e / 2] += dz * c[j][e];
-                by_value[e / 2] += probability * r[j][e];
-                c[j][e] = probability * g[e / 2];
-                r[j][e] = dz * g[e / 2];
-            }
-        }
+        each_pair<C>(numbers, [&](int j, int e, float logsumexp, float delta) {
+            const float x = c[j][e] * factor[e / 2] - logsumexp, probability = exp2_flushed(x);
+            const float dz = probability * (r[j][e] * g[e / 2] - delta);
+            by_logit[e / 2] += dz * c[j][e];
+            by_value[e / 2] += probability * r[j][e];
+            c[j][e] = probability * g[e / 2];
+            r[j][e] = dz * g[e / 2];
+        });
     }
 };
 
@@ -125,19 +126,13 @@ struct QueryGateGradients {
     APT_DEVICE void gradients(float (&c)[C::TILES][4], float (&r)[C::TILES][4], int, const float* numbers) {
         const Lane lane;
         const float factor = p.scale * kLog2E;
-        APT_UNROLL
-        for (int j = 0; j < C::TILES; ++j) {
-            const float2 l = load_float2(numbers + 8 * j + lane.column);
-            const float2 d = load_float2(numbers + C::COLS + 8 * j + lane.column);
-            APT_UNROLL
-            for (int e = 0; e < 4; ++e) {
-                const float g = lambda * sigmoid(rows(numbers)[8 * j + lane.column + e % 2][m[e / 2]]);
-                const float x = c[j][e] * (g * factor) - (e % 2 ? l.y : l.x), probability = exp2_flushed(x);
-                const float dz = probability * (r[j][e] * g - (e % 2 ? d.y : d.x));
-                c[j][e] = probability * g;
-                r[j][e] = dz * g;
-            }
-        }
+        each_pair<C>(numbers, [&](int j, int e, float logsumexp, float delta) {
+            const float g = lambda * sigmoid(rows(numbers)[8 * j + lane.column + e % 2][m[e / 2]]);
+            const float x = c[j][e] * (g * factor) - logsumexp, probability = exp2_flushed(x);
+            const float dz = probability * (r[j][e] * g - delta);
+            c[j][e] = probability * g;
+            r[j][e] = dz * g;
+        });
     }
 };
 
