@@ -8,7 +8,8 @@
 #   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
 #   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
 #   APT_TUNE        seconds of `python -m bench compiled tune`; unset: no search
-#   APT_REGISTRY    gpu, cpu or tiny;  APT_DEVICE  cuda or cpu;  APT_COMMIT  the commit, where there is no git
+#   APT_REGISTRY    gpu, small_gpu, cpu or tiny (default: by the device and its memory);  APT_DEVICE  cuda or cpu
+#   APT_COMMIT      the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${APT_OUT:-${OUT:-bench/results/latest}}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from . import registry
 from .op import Measured, is_called
 
 # How a line about the progress within a stage begins; `run` prints these lines as they come.
@@ -18,10 +19,8 @@ class Settings:
 
     def __init__(self, config):
         self.device = torch.device(config.getoption("device"))
-        cuda = self.device.type == "cuda"
-        name = config.getoption("dtype") or ("bfloat16" if cuda else "float32")
-        self.dtype = getattr(torch, name)
-        self.registry = config.getoption("registry") or ("gpu" if cuda else "cpu")
+        self.dtype = getattr(torch, config.getoption("dtype") or registry.default_dtype(self.device))
+        self.registry = config.getoption("registry") or registry.default_registry(self.device)
         self.stage, self.only = config.getoption("stage"), config.getoption("only")
         self.peers = tuple(filter(None, config.getoption("peers").split(",")))
         self.seconds, self.limit = config.getoption("seconds"), config.getoption("limit")

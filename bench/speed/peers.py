@@ -158,6 +158,26 @@ def _concat_flash_obstacle(problem: Problem) -> str | None:
     return "the CPU's flash kernel has no bottom-right causality"
 
 
+def _concat_on(backend: SDPBackend, problem: Problem) -> Callable[[Operands], Tensor]:
+    """Concatenation on one of PyTorch's kernels, with a copy of keys and values for each query head.
+
+    The memory-efficient kernel, which takes no grouped heads, is what GPUs before compute capability 8.0 have.
+    """
+    group, mask = problem.shape.heads // problem.shape.kv_heads, problem.shape.mask(problem.device)
+    heads = {"key": 1, "value": 1, "prefix_key": 0, "prefix_value": 0}
+
+    def forward(given: Operands) -> Tensor:
+        copies = {name: given[name].repeat_interleave(group, dim=dim) for name, dim in heads.items() if group > 1}
+        with sdpa_kernel(backend):
+            return naive.attention(**{**given, **copies}, mask=mask)
+
+    return forward
+
+
+def _concat_efficient_obstacle(problem: Problem) -> str | None:
+    return PER_QUERY if problem.shape.gate_per_query else _cuda_only(problem)
+
+
 def _in_cache(problem: Problem) -> Callable[[Operands], Tensor]:
     """Decoding after a prompt that put the prefix into the cache, a copy a row: only the stock kernel is left."""
     made: dict[int, tuple[Tensor, Tensor]] = {}
@@ -288,6 +308,8 @@ def peers() -> list[Peer]:
     found = [Peer("no_prefix", partial(_stock, None), has_prefix=False)]
     found += [Peer(f"no_prefix:{n}", partial(_stock, b), _cuda_only, has_prefix=False) for n, b in backends.items()]
     found += [Peer("naive", _naive), Peer("concat_flash", _concat_flash, _concat_flash_obstacle)]
+    efficient = partial(_concat_on, SDPBackend.EFFICIENT_ATTENTION)
+    found += [Peer("concat_efficient", efficient, _concat_efficient_obstacle)]
     found += [Peer("in_cache", _in_cache, _in_cache_obstacle)]
     found += _own_peers()
     found.append(Peer("flex", _flex, _flex_obstacle))  # last: it compiles, and a stage's time may be over

@@ -1,14 +1,23 @@
-"""What each stage measures on each kind of machine: ``gpu``, ``cpu`` (a laptop), ``tiny`` (the tests' dry run)."""
+"""What each stage measures on each kind of machine.
+
+``gpu``; ``small_gpu``, of less than 40 GiB; ``cpu``, a laptop; ``tiny``, the dry run of the tests.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from .compilation import Lengths
 from .generation import Decoding
 from .models import ModelShape
 from .shapes import REGISTRIES
 
+# Bytes of a GPU from which on the cases of ``gpu`` fit.
+LARGE = 40 << 30
+# `default_dtype` in words.
+DTYPES = "default: on CUDA bfloat16, or float16 before compute capability 8.0; float32 elsewhere"
 TRAINING = {
     "gpu": {
         "training": [
@@ -23,6 +32,15 @@ TRAINING = {
             ModelShape("llama-1b", 2, 1024, 4096, "none"),
         ],
         "compiled": [ModelShape("llama-1b", 4, 2048, 64, "none", compiled=True, layers=2)],
+    },
+    "small_gpu": {
+        "training": [
+            ModelShape("llama-1b", 1, 1024, 64, "none"),
+            ModelShape("llama-1b", 1, 1024, 64),
+            ModelShape("bert-large", 16, 128, 16, "none"),
+            ModelShape("bert-large", 16, 128, 128),
+        ],
+        "compiled": [ModelShape("llama-1b", 1, 1024, 64, "none", compiled=True, layers=2)],
     },
     "cpu": {
         "training": [
@@ -52,6 +70,7 @@ GENERATION = {
             Decoding("llama-1b", 64, 1024, 64, "none"),
         ]
     },
+    "small_gpu": {"generation": [Decoding("llama-1b", 1, 1024, 64), Decoding("llama-1b", 8, 1024, 64, "none")]},
     "cpu": {
         "generation": [
             Decoding("llama-4-layers", 1, 1024, 16),
@@ -64,6 +83,7 @@ GENERATION = {
 _MANY = (96, 128, 200, 257, 384, 512, 700, 1024)
 COMPILATION = {
     "gpu": {"compilation": [Lengths(32, 8, 128, 64, _MANY)]},
+    "small_gpu": {"compilation": [Lengths(32, 8, 64, 64, _MANY)]},
     "cpu": {"compilation": [Lengths(8, 4, 64, 16, _MANY)]},
     "tiny": {"compilation": [Lengths(2, 1, 16, 4, (8, 12))]},
 }
@@ -94,7 +114,7 @@ STAGES = {
     "compilation": Stage("test_compilation.py", gpu=40, cpu=50),
 }
 SECONDS = {
-    "gpu": {name: stage.gpu for name, stage in STAGES.items()},
+    **{kind: {name: stage.gpu for name, stage in STAGES.items()} for kind in ("gpu", "small_gpu")},
     "cpu": {name: stage.cpu for name, stage in STAGES.items()},
     "tiny": dict.fromkeys(STAGES, 0),
 }
@@ -106,3 +126,17 @@ def cases(registry: str) -> dict[str, list]:
     for stages in (TRAINING, GENERATION, COMPILATION):
         found |= stages[registry]
     return found
+
+
+def default_registry(device: torch.device) -> str:
+    """The cases for a device: of a GPU by its memory."""
+    if device.type != "cuda":
+        return "cpu"
+    return "gpu" if torch.cuda.get_device_properties(device).total_memory >= LARGE else "small_gpu"
+
+
+def default_dtype(device: torch.device) -> str:
+    """What models are trained in on a device: GPUs before compute capability 8.0 have no products of bfloat16."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_properties(device).major >= 8 else "float16"

@@ -27,7 +27,7 @@ from bench.common.machine import RESULTS, ROOT, slug
 from bench.speed import report
 
 from .harness import PROGRESS
-from .registry import SECONDS, STAGES, cases
+from .registry import DTYPES, SECONDS, STAGES, cases, default_registry
 from .tables import compact, left_out, load
 
 
@@ -40,9 +40,7 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--stage", nargs="+", choices=STAGES, default=tuple(STAGES), metavar="STAGE", help=f"default: all: {names}"
     )
-    parser.add_argument(
-        "--registry", choices=tuple(SECONDS), default="gpu" if cuda else "cpu", help="set of cases (default: by device)"
-    )
+    parser.add_argument("--registry", choices=tuple(SECONDS), help="set of cases (default: by device and its memory)")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this text")
     parser.add_argument("--peers", default="", metavar="NAMES", help="peers, separated by commas (default: all)")
     parser.add_argument("--seconds", type=float, help="timing per stage (default: see bench/speed/registry.py)")
@@ -52,12 +50,13 @@ def arguments(given: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--then", nargs="+", choices=STAGES, default=(), metavar="STAGE", help="later stages that --within has to cover"
     )
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", help="default: bfloat16 on CUDA, float32 elsewhere")
+    parser.add_argument("--dtype", help=DTYPES)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the JSON files and the report are written")
     parser.add_argument("--keep", action="store_true", help="write to bench/results/MACHINE and update docs/")
     parser.add_argument("--details", action="store_true", help="print the times of every peer")
     parser.add_argument("--list-stages", action="store_true", help="print the names of the stages and exit")
     own, more = parser.parse_known_args(given)
+    own.registry = own.registry or default_registry(torch.device(own.device))
     return own, [argument for argument in more if argument != "--"]
 
 

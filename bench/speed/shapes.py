@@ -143,6 +143,21 @@ _GPU = {
         *[decode(16, 32, 8, 8192, 128, 64, "none"), decode(16, 32, 8, 8192, 128, 4096, "none")],
     ],
 }
+# For GPUs of less than `registry.LARGE` memory, such as a T4, an A10 or an RTX 4090.
+_SMALL_GPU = {
+    "encoder": [
+        *[encoder(b, 12, t, m) for (b, t), m in product(((32, 64), (32, 128), (8, 512)), (16, 128))],
+        encoder(32, 12, 128, 16, "none", padded=False),
+    ],
+    "causal": [
+        *[causal(4096 // t, 32, 8, t, 64, 64) for t in (512, 1024, 2048, 4096)],
+        *[causal(4, 32, 8, 1024, 64, 64, gate) for gate in ("none", "static")],
+        *[causal(2, 32, 8, 2048, 128, 64), causal(4, 12, 12, 1024, 64, 16)],
+    ],
+    "query": [causal(4, 32, 8, 1024, 64, 64, "query"), causal(2, 32, 8, 2048, 128, 64, "query")],
+    "long": [causal(4, 32, 8, 512, 64, 4096, "none"), causal(4, 32, 8, 512, 64, 1024)],
+    "decode": [decode(b, 32, 8, s, 64, 64) for b in (1, 16) for s in (1024, 8192)],
+}
 _CPU = {
     "encoder": [
         *[encoder(b, 12, t, m) for (b, t), m in product(((32, 64), (16, 128), (4, 512)), (16, 128))],
@@ -166,4 +181,4 @@ _TINY = {
     "long": [causal(2, 4, 2, 8, 16, 40, "none")],
     "decode": [decode(2, 4, 2, 24, 16, 4)],
 }
-REGISTRIES = {"gpu": _GPU, "cpu": _CPU, "tiny": _TINY}
+REGISTRIES = {"gpu": _GPU, "small_gpu": _SMALL_GPU, "cpu": _CPU, "tiny": _TINY}

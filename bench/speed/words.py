@@ -9,6 +9,7 @@ PEERS = {
     "naive": "naive (prefix concatenated)",
     "peft": "PEFT",
     "concat_flash": "concatenated, flash kernel",
+    "concat_efficient": "concatenated, memory-efficient kernel",
     "flex": "FlexAttention",
     "in_cache": "prefix in the KV cache",
     "no_prefix": "no prefix",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt_kernels
@@ -14,7 +16,7 @@ from apt_kernels.impl import reference
 from apt_kernels.ops.validation import make_inputs
 from bench.common import naive
 from bench.speed import checking, counts, generation, models, op, peers, registry, timing, training_step
-from bench.speed.shapes import REGISTRIES, Shape, causal, encoder, operands
+from bench.speed.shapes import REGISTRIES, Shape, causal, decode, encoder, operands
 from helpers import accuracy
 
 CPU = torch.device("cpu")
@@ -142,10 +144,38 @@ def test_counted_bytes_are_those_of_the_tensors():
 
 
 def test_case_names_are_unique():
-    for name in ("gpu", "cpu", "tiny"):
+    for name in registry.SECONDS:
         names = [case.name for cases in registry.cases(name).values() for case in cases]
         assert len(set(names)) == len(names)
         assert set(registry.cases(name)) == set(registry.STAGES) == set(registry.SECONDS[name])
+
+
+@pytest.mark.parametrize(
+    ("capability", "gibibytes", "dtype", "cases"),
+    [
+        ((7, 5), 15, "float16", "small_gpu"),  # a T4
+        ((8, 6), 22, "bfloat16", "small_gpu"),  # an A10
+        ((8, 0), 40, "bfloat16", "gpu"),
+        ((9, 0), 80, "bfloat16", "gpu"),
+    ],
+)
+def test_a_gpu_measures_what_fits_it(capability, gibibytes, dtype, cases, monkeypatch):
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, total_memory=gibibytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda")
+    assert (registry.default_dtype(device), registry.default_registry(device)) == (dtype, cases)
+    assert (registry.default_dtype(CPU), registry.default_registry(CPU)) == ("float32", "cpu")
+
+
+@pytest.mark.parametrize("shape", [causal(2, 4, 2, 12, 16, 3), encoder(2, 4, 9, 3), decode(2, 4, 2, 9, 16, 3)])
+def test_concatenation_on_a_kernel_without_grouped_heads(shape):
+    """On the CPU with PyTorch's plain kernel in place of the memory-efficient one, which is for GPUs."""
+    problem = peers.Problem(shape, CPU, torch.float64)
+    given = operands(problem.leaves(0))
+    found = peers._concat_on(SDPBackend.MATH, problem)(given)
+    torch.testing.assert_close(found, peers._naive(problem)(given))
+    assert peers._concat_efficient_obstacle(problem) == peers.CUDA_ONLY
 
 
 def test_the_registry_covers_what_it_must():

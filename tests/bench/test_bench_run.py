@@ -95,7 +95,7 @@ def test_the_setting_comes_before_torch():
 
 @pytest.mark.slow
 def test_progress_is_printed_and_stages_without_time_are_named(tmp_path):
-    given = ["speed", "--registry", "tiny", "--device", "cpu", "--stage", "decode", "--peers", "ours"]
+    given = ["speed", "--registry", "tiny", "--device", "cpu", "--stage", "decode", "--peers", "ours:cpu"]
 
     def run(*more: str) -> list[str]:
         done = subprocess.run(

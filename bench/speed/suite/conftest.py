@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench.common import machine
+from bench.speed import registry
 from bench.speed.harness import Measurements, Settings
 from bench.speed.op import Measured
 from bench.speed.tables import statistics_of
@@ -25,8 +26,8 @@ _SETTINGS = {"measured": "in turn, in one process", "order": "rotated every roun
 def pytest_addoption(parser):
     group = parser.getgroup("apt", "what to measure")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    group.addoption("--dtype", default=None, help="default: bfloat16 on CUDA, float32 elsewhere")
-    group.addoption("--registry", default=None, choices=("gpu", "cpu", "tiny"), help="default: by device")
+    group.addoption("--dtype", default=None, help=registry.DTYPES)
+    group.addoption("--registry", default=None, choices=tuple(registry.SECONDS), help="default: by device")
     group.addoption("--stage", default=None, help="one stage; default: all of the file")
     group.addoption("--only", default="", help="cases whose name contains this")
     group.addoption("--peers", default="", help="peers, separated by commas; default: all")
