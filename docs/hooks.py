@@ -24,6 +24,7 @@ OUTSIDE = {
     "bench/NOTES.md": "benchmark-notes.md",
     "examples/encoder.ipynb": "notebooks/encoder.md",
     "examples/decoder.ipynb": "notebooks/decoder.md",
+    "examples/library.ipynb": "notebooks/library.md",
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import apt_kernels
+from bench.compiled import rates
 from helpers import documentation
 from helpers.documentation import PAGES, ROOT
 
@@ -43,6 +44,20 @@ def test_the_code_runs(page, substitutions, tmp_path, monkeypatch, request, capl
 
 def test_the_readme_fits_a_screen():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_instructions_of_the_librarys_loops_are_those_counted():
+    counted, shown = rates.budgets(), {}
+    text = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    for first, last, dim, *cells in re.findall(
+        r"^\| .*\((\S+?)(?: to (\S+))?\), (\d+) \| (.+) \| (.+) \| (.+) \|$", text, re.M
+    ):
+        for name, cell in zip(("forward", "query_gradient", "key_gradient"), cells, strict=True):
+            for chip in filter(None, (first, last)):
+                shown[f"sm_{chip.replace('.', '')} D{dim} plain plain_{name} tokens"] = cell
+    assert len(shown) == 18
+    for loop, cell in shown.items():
+        assert cell == (f"{counted[loop]['nvcc']:.1f}" if loop in counted else "general loop"), loop
 
 
 @pytest.mark.parametrize("page", PAGES, ids=documentation.name)

@@ -1,11 +1,14 @@
 """The notebooks run, on tiny models in place of those that they name."""
 
 import json
+import re
+from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
 
+from bench.speed import registry
 from helpers import documentation
 from helpers.documentation import NOTEBOOKS, ROOT
 
@@ -45,6 +48,30 @@ def test_the_decoder_starts_as_the_text_learns_and_loads(folder, substitutions):
     assert torch.equal(found["tokens"], found["again"])
 
 
+def test_the_library_is_measured_on_a_gpu(folder, monkeypatch):
+    """On the CPU: nothing is installed or built, and of the benchmark one case of tiny shapes is measured."""
+    for name, value in {
+        "APT_DEVICE": "cpu",
+        "APT_REGISTRY": "tiny",
+        "APT_PEERS": "ours:cpu",
+        "APT_SECONDS": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = ROOT / "examples" / "library.ipynb"
+    cells = dict(documentation.notebook_cells(path, "code"))
+    install = next(number for number, code in cells.items() if '"pip"' in code)
+    stages = re.search(r'stages = "(.+)"', "".join(cells.values()))[1]
+    known = {"machine", "tests", "table", *registry.STAGES}
+    assert set(stages.split()) <= known
+    found = run(
+        path, [('Path("apt_kernels")', f"Path({str(ROOT)!r})"), (cells[install], ""), (stages, "machine decode table")]
+    )
+    assert found["stages"] == "machine decode table"
+    assert "decode-b2" in (found["OUT"] / "table.txt").read_text()
+    assert Path("results.zip").exists()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_stored_without_output(path):
     """An output would show other figures than a run does; nothing compares them."""
@@ -55,6 +82,6 @@ def test_notebooks_are_stored_without_output(path):
 
 def test_every_notebook_is_a_page_of_the_site():
     pages = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert [path.stem for path in NOTEBOOKS] == ["decoder", "encoder"]
+    assert [path.stem for path in NOTEBOOKS] == ["decoder", "encoder", "library"]
     for path in NOTEBOOKS:
         assert f"notebooks/{path.stem}.md" in pages
