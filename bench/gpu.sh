@@ -8,8 +8,9 @@
 #   APT_TESTS       what pytest runs;  APT_WORKERS  processes of it (default 4)
 #   APT_ONLY        part of a case's name;  APT_PEERS  peers, separated by commas;  APT_SECONDS  for each stage
 #   APT_TUNE        seconds of `python -m bench compiled tune`; unset: no search
-#   APT_REGISTRY    gpu, small_gpu, cpu or tiny (default: by the device and its memory);  APT_DEVICE  cuda or cpu
-#   APT_COMMIT      the commit, where there is no git
+#   APT_REGISTRY    gpu, small_gpu, cpu or tiny (default: by the device and its memory), or predicted: the cases of
+#                   `python -m bench compiled predict`, whose tables are then written to $APT_OUT/predictions with the times
+#   APT_DEVICE      cuda or cpu;  APT_COMMIT  the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${APT_OUT:-${OUT:-bench/results/latest}}"
@@ -69,5 +70,8 @@ for stage in $benchmarks; do
 done
 if wanted table && compgen -G "$out/json/*.json" > /dev/null; then
     "$python" -m bench report "$out/json" --out "$out" | tee "$out/table.txt" | cut -c1-"${COLUMNS:-220}"
+fi
+if [[ ${APT_REGISTRY:-} == predicted ]] && compgen -G "$out/json/*.json" > /dev/null; then
+    "$python" -m bench compiled predict --measured "$out/json" --write "$out/predictions" || failed="$failed predictions"
 fi
 [[ -z $failed ]] || { echo "failed or cut short:$failed"; exit 1; }

@@ -13,6 +13,7 @@ COMMANDS = {
     "flash4": "bench.compiled.flash4",
     "launches": "bench.compiled.launches",
     "overhead": "bench.compiled.launch_overhead",
+    "predict": "bench.compiled.predict",
     "rates": "bench.compiled.rates",
     "schedule": "bench.compiled.schedule",
     "tune": "bench.compiled.tune",

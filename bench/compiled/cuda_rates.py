@@ -30,7 +30,7 @@ KERNELS = {
     "plain_key_gradient": "plain_key_gradient<half_t, {head}, false>",
     "plain_key_gradient (prefix)": "plain_key_gradient<half_t, {head}, true>",
 }
-_ROWS, _THREADS = 64, 128  # rows of a tile, and the threads of a block: `Cut` in ``csrc/tile.cuh``, float16
+ROWS, _THREADS = 64, 128  # rows of a tile, and the threads of a block: `Cut` in ``csrc/tile.cuh``, float16
 _ROW_GATES, _QUERY_GATES, _EDGE, _TOKENS = "prefix, gate per row", "prefix, gate per query", "tokens, edge", "tokens"
 _BARRIERS = 2
 _BRANCHES = ("BRA", "BRX", "BSSY", "CALL", "JMP")
@@ -57,7 +57,7 @@ class Counted:
         return found
 
 
-def _columns(kernel: str, head: int) -> int:
+def columns(kernel: str, head: int) -> int:
     """Columns of a tile: `Cut` in ``csrc/tile.cuh``."""
     return 32 if kernel != "plain_forward" and head == 128 else 64
 
@@ -97,7 +97,7 @@ def loops_of(kernel: str, architecture: str, head: int, folder: Path = build.CSR
         bodies = rates.product_loops(cubin.read_bytes())
     if len(bodies) != len(names):
         raise RuntimeError(f"{kernel} has {len(bodies)} loops of products; {len(names)} were expected")
-    threads = _THREADS / (_ROWS * _columns(kernel, head))
+    threads = _THREADS / (ROWS * columns(kernel, head))
     return [
         Counted(
             rates.loop_of(f"sm_{chip}", head, "plain", kernel, name, body, threads),

@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 from zlib import crc32
 
@@ -34,6 +35,18 @@ HEADS = (64, 128)
 # Matrix products of the kernels of a pass, each with as many multiply-adds for an element as the head has columns.
 _PRODUCTS = {"flash_fwd": 2, "flash_bwd": 5}
 _WARPGROUP = 128
+
+
+class Counted(NamedTuple):
+    """Instructions for an element: the forward's whole and masked tiles, the whole deterministic backward."""
+
+    whole: float
+    masked: float
+    backward: float
+
+
+# What this command printed, by architecture and head size; the versions are in bench/NOTES.md.
+COUNTED = {("sm_90", 64): Counted(6.81, 8.39, 11.17), ("sm_90", 128): Counted(7.45, 8.92, 13.84)}
 
 
 def compile_here(architecture: str, head: int) -> list[str]:

@@ -6,6 +6,7 @@
     python -m bench compiled library                              the CUDA library's kernels, with nvcc
     python -m bench compiled launches                             launches, arithmetic and bytes of a layer
     python -m bench compiled overhead                             host time of a launch
+    python -m bench compiled predict                              times that a model predicts from counted instructions
     python -m bench compiled tune                                 search for better tiles
 
 Prints registers, stack, shared memory, occupancy and the kind of matrix instruction of every kernel in every variant.

@@ -73,12 +73,17 @@ def lengths(shape: Shape, kernel: str, architecture: str) -> list[float]:
     return [length(i) for i, _ in order(rows, shape.batch * shape.heads, band)]
 
 
+def blocks(architecture: str, kernel: str, dim: int) -> int:
+    """Programs of a kernel that a multiprocessor holds at a time."""
+    head = next(head for head in tiles.HEADS if dim <= head)
+    return _BLOCKS.get((architecture, kernel, head), 1)
+
+
 def balances(shape: Shape, architecture: str = "sm_90") -> list[Balance]:
     """The balance of the forward, of dq, and of dk and dv."""
     found = []
     for kernel in ("forward", "query", "key_value"):
-        head = next(head for head in tiles.HEADS if shape.dim <= head)
-        places = tiles.processors(architecture) * _BLOCKS.get((architecture, kernel, head), 1)
+        places = tiles.processors(architecture) * blocks(architecture, kernel, shape.dim)
         taken = lengths(shape, kernel, architecture)
         even = max(sum(taken) / places, max(taken) if len(taken) <= places else 0)
         found.append(Balance(shape.name, kernel, makespan(taken, places) / even, len(taken) / places))

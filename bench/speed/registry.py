@@ -1,6 +1,7 @@
 """What each stage measures on each kind of machine.
 
-``gpu``; ``small_gpu``, of less than 40 GiB; ``cpu``, a laptop; ``tiny``, the dry run of the tests.
+``gpu``; ``small_gpu``, of less than 40 GiB; ``cpu``, a laptop; ``tiny``, the dry run of the tests; ``predicted``, the
+cases of `bench.compiled.predict`, on a GPU.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ SECONDS = {
     **{kind: {name: stage.gpu for name, stage in STAGES.items()} for kind in ("gpu", "small_gpu")},
     "cpu": {name: stage.cpu for name, stage in STAGES.items()},
     "tiny": dict.fromkeys(STAGES, 0),
+    "predicted": {name: 120 if name in ("encoder", "causal") else 0 for name in STAGES},
 }
 
 
@@ -124,7 +126,7 @@ def cases(registry: str) -> dict[str, list]:
     """Every stage's cases."""
     found = dict(REGISTRIES[registry])
     for stages in (TRAINING, GENERATION, COMPILATION):
-        found |= stages[registry]
+        found |= stages.get(registry) or {name: [] for name in stages["gpu"]}
     return found
 
 

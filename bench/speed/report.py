@@ -64,7 +64,8 @@ def everything(found: dict[str, Results]) -> str:
         parts += [f"## {name}", *_summary(name, results, "../../docs/"), f"Medians, quartiles and settings: {files}."]
         parts.append(f"Every peer and pass: `python -m bench report bench/results/{name} --details`.")
     parts.append(
-        "## Other results\n\nCompiled Triton kernels: [compile/](compile/). Comparisons on labelled data: "
+        "## Other results\n\nCompiled Triton kernels: [compile/](compile/). Times on GPUs that a model predicts from "
+        "counted instructions, not measured: [predictions/](predictions/README.md). Comparisons on labelled data: "
         "[quality/](quality/), explained in [docs/reproducing.md](../../docs/reproducing.md)."
     )
     return "\n\n".join(parts) + "\n"

@@ -181,4 +181,27 @@ _TINY = {
     "long": [causal(2, 4, 2, 8, 16, 40, "none")],
     "decode": [decode(2, 4, 2, 24, 16, 4)],
 }
-REGISTRIES = {"gpu": _GPU, "small_gpu": _SMALL_GPU, "cpu": _CPU, "tiny": _TINY}
+
+
+def _grid(tokens: int, heads: int, kv_heads: int, gates: tuple[str, ...]) -> dict[str, list[Shape]]:
+    """Batches of ``tokens`` tokens by head size, gate and length, causal and bidirectional, with a prefix of 64."""
+    return {
+        kind: [
+            Shape(kind, tokens // length, heads, kv_heads, length, length, dim, 64, gate)
+            for dim, gate, length in product((64, 128), gates, (512, 2048, 8192))
+        ]
+        for kind in ("causal", "encoder")
+    }
+
+
+# The cases of `bench.compiled.predict`: of the Triton kernels' table, and of the CUDA library's, where a gate for each
+# row runs the loops of none.
+PREDICTED = {"triton": _grid(8192, 32, 8, ("none", "row", "query")), "cuda": _grid(16384, 16, 16, ("none", "query"))}
+_PREDICTED = {kind: [*PREDICTED["triton"][kind], *PREDICTED["cuda"][kind]] for kind in ("encoder", "causal")}
+REGISTRIES = {
+    "gpu": _GPU,
+    "small_gpu": _SMALL_GPU,
+    "cpu": _CPU,
+    "tiny": _TINY,
+    "predicted": {stage: _PREDICTED.get(stage, []) for stage in _GPU},
+}
