@@ -8,10 +8,11 @@ the four alone takes a time on a chip, its *bounds*: what is executed over what 
 - Both are multiplied by the simulated end of the programs over an even division (`bench.compiled.schedule`), where that
   is simulated. The kernels of a pass run one after another, and each launch adds `LAUNCH`.
 
-Sources. Instructions per element: `budgets.json`, counted in compiled code. Tiles: the tables of the kernels; a tile
-that is masked in part is executed whole, at the count of its own loop. Issue: four schedulers a multiprocessor with
-one instruction of 32 threads a cycle (NVIDIA's tuning guides, 7.5 to 12.0). Exponentials: 16 a cycle and multiprocessor
-(CUDA C++ programming guide, arithmetic throughput). Chips: `CHIPS`.
+Sources. Instructions per element: `budgets.json`, counted in compiled code; tests count those of `rates.SUBSET` again,
+`python -m bench compiled rates` and ``cuda-rates`` the others. Tiles: the tables of the kernels; a tile that is masked
+in part is executed whole, at the count of its own loop. Issue: four schedulers a multiprocessor with one instruction of
+32 threads a cycle (NVIDIA's tuning guides, 7.5 to 12.0). Exponentials: 16 a cycle and multiprocessor (CUDA C++
+programming guide, arithmetic throughput). Chips: `CHIPS`.
 
 Assumptions. Bidirectional calls issue the count of the causal call's whole tiles. Outside of the loops of products a
 program issues nothing; every tensor is moved once by each kernel that needs it; clocks stay at the boost clock; no

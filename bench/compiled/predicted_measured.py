@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ _PEERS = {
     "ours:cuda": "cuda",
     "concat_efficient": "concatenation",
 }
-_MERGING = ("merge", "merge_flash4")
+# The strategies among which ``tiles._MERGED`` chooses.
+_OURS = ("triton", "merge", "merge_flash4")
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,29 @@ class Measured:
         return "; ".join(cells)
 
     def dispatch(self) -> str:
-        """The entries of ``tiles._MERGED`` that follow: from which length on a library's kernel wins every case."""
-        entries, architecture = [], CHIPS[self.chip].triton
-        for dim in (64, 128):
-            cases = {case: times for case, times in self.seconds.items() if f"-d{dim}-" in case}
-            fastest: dict[int, set[str]] = {}
-            for case, times in cases.items():
-                both = {name: passes["both"] for name, passes in times.items() if "both" in passes and name != "cuda"}
-                if "triton" in both:
-                    tokens = int(re.search(r"-t(\d+)-", case)[1])
-                    fastest.setdefault(tokens, set()).add(min(both, key=both.__getitem__))
-            least = None
-            for tokens in sorted(fastest, reverse=True):
-                if fastest[tokens] != fastest[max(fastest)] or not fastest[tokens] < {*_MERGING, ""}:
-                    break
-                least = tokens
-            if least is not None and len(fastest[least]) == 1:
-                entries.append(f'    ("{architecture}", {dim}): ("{min(fastest[least])}", {least}),')
-        if not entries:
-            return "apt_kernels/impl/triton/tiles.py: _MERGED stays as it is; no library's kernel wins every case"
-        return "\n".join(["apt_kernels/impl/triton/tiles.py, for _MERGED:", *entries])
+        """The entries of ``tiles._MERGED`` that follow: from which length on one library's kernel wins every case."""
+        found = {dim: self._entry(dim) for dim in (64, 128)}
+        lines = [f'    ("{CHIPS[self.chip].triton}", {dim}): ({json.dumps(e)[1:-1]}),' for dim, e in found.items() if e]
+        if not lines:
+            return (
+                "apt_kernels/impl/triton/tiles.py: _MERGED stays as it is; no library's kernel wins all longest cases"
+            )
+        return "\n".join(["apt_kernels/impl/triton/tiles.py, for _MERGED:", *lines])
+
+    def _entry(self, dim: int) -> tuple[str, int] | None:
+        """A library's kernel and the length from which it wins every case of a head size; None: there is none."""
+        winners: dict[int, set[str]] = {}
+        for case, times in self.seconds.items():
+            both = {name: passes["both"] for name, passes in times.items() if "both" in passes and name in _OURS}
+            if f"-d{dim}-" in case and "triton" in both:
+                tokens = int(re.search(r"-t(\d+)-", case)[1])
+                winners.setdefault(tokens, set()).add(min(both, key=both.__getitem__))
+        found = None
+        for tokens in sorted(winners, reverse=True):
+            if len(winners[tokens]) > 1 or winners[tokens] != winners[max(winners)]:
+                break
+            found = min(winners[tokens]), tokens
+        return None if found is None or found[0] == "triton" else found
 
 
 def _text(times: dict[str, float], which: str) -> str:

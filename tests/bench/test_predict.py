@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -49,7 +52,7 @@ def test_balance_and_launches_lengthen_a_pass():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "columns", "kind"), [*product((16, 20), (2, 4, 8), (2, 4, 8), ("causal", "encoder"))]
+    ("tokens", "rows", "columns", "kind"), [*product((16, 20), (2, 3, 8), (2, 4, 8), ("causal", "encoder"))]
 )
 def test_elements_are_those_of_the_tiles(tokens, rows, columns, kind):
     """Against a walk over all tiles: one that a query sees in part is executed whole."""
@@ -230,12 +233,38 @@ def test_measured_times_stand_beside_the_predictions(tmp_path, capsys):
     assert '("sm_90", 128): ("merge", 8192),' in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_gpu_script_puts_its_times_beside_the_predictions(tmp_path):
+    """Its last step, after stages whose results are on disk."""
+    case = causal(4, 32, 8, 2048, 128, 64).name
+    _results(tmp_path / "json", "NVIDIA H100 80GB HBM3", {(case, "ours:triton"): 1e-3})
+    settings = {"APT_OUT": str(tmp_path), "APT_STAGES": "none", "APT_REGISTRY": "predicted", "PYTHON": sys.executable}
+    script = Path(predict.__file__).parents[1] / "gpu.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={**os.environ, **settings})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "triton 1.000 / 1.000 |" in (tmp_path / "predictions" / "README.md").read_text()
+    assert "_MERGED stays as it is" in done.stdout
+
+
+def test_an_entry_begins_where_the_same_kernel_begins_to_win(tmp_path):
+    kernels = {512: "merge", 2048: "merge_flash4", 8192: "merge_flash4"}
+    times = {}
+    for tokens, kernel in kernels.items():
+        case = causal(8192 // tokens, 32, 8, tokens, 64, 64).name
+        times |= {(case, "ours:triton"): 3e-3, (case, "ours:triton:merge"): 2e-3, (case, "ours:cuda"): 1e-4}
+        times[case, f"ours:triton:{kernel}"] = 1e-3
+    said = predicted_measured.load(_results(tmp_path / "json", "NVIDIA B200", times)).dispatch()
+    assert said.splitlines()[1:] == ['    ("sm_100", 64): ("merge_flash4", 2048),']
+
+
 def test_no_entry_follows_where_the_fused_kernels_win_a_longest_case(tmp_path):
     names = [causal(1, 32, 8, 8192, 64, 64, gate).name for gate in ("none", "row")]
     times = {(name, "ours:triton"): 2e-3 for name in names} | {(names[0], "ours:triton:merge"): 1e-3}
     times |= {(names[1], "ours:triton:merge"): 3e-3}
-    measured = predicted_measured.load(_results(tmp_path / "json", "NVIDIA H200", times))
-    assert "_MERGED stays as it is" in measured.dispatch()
+    for last in (1e-3, 3e-3):  # one of the two cases, then none
+        times[names[0], "ours:triton:merge"] = last
+        measured = predicted_measured.load(_results(tmp_path / "json", "NVIDIA H200", times))
+        assert "_MERGED stays as it is" in measured.dispatch()
 
 
 def test_results_of_an_unknown_machine_are_refused(tmp_path, capsys):
