@@ -75,14 +75,14 @@ CHIPS = {
     "T4": Chip("7.5", 40, 1.590e9, 512, 320e9, None, "sm_75", "sysrqmts.com/en/gpus/nvidia/tesla/t4"),
     "A10": Chip(
         "8.6", 72, 1.695e9, 512, 600e9, "sm_86", "sm_86",
-        "sysrqmts.com, A10 PCIe; 125 TFLOP/s: NVIDIA's data sheet",
+        "sysrqmts.com, A10 PCIe; 512 from the 149.7 and 37.4 TFLOP/s of A40, the same chip (ecer.com, A40)",
     ),
     "RTX 4090": Chip("8.9", 128, 2.52e9, 256, 1008e9, "sm_86", "sm_86", "hmc-tech.com, GeForce RTX 4090"),
     "A100": Chip("8.0", 108, 1.41e9, 1024, 2039e9, "sm_80", "sm_80", f"{_GARDEN}/A100, SXM4 of 80 GB"),
     "H100": Chip("9.0", 132, 1.83e9, 2048, 3350e9, "sm_90", "sm_90", f"{_GARDEN}/h100, SXM5"),
     "H200": Chip(
         "9.0", 132, 1.83e9, 2048, 4800e9, "sm_90", "sm_90",
-        f"{_GARDEN}/h100: the chip of H100; bandwidth: NVIDIA's data sheet",
+        f"{_GARDEN}/h100: the chip of H100; bandwidth: openmetal.io, H200",
     ),
     "B200": Chip("10.0", 148, 1.86e9, 4096, 8000e9, "sm_100", "sm_100", f"{_GARDEN}/B200, HGX; hmc-tech.com, B200"),
     "RTX 5090": Chip(

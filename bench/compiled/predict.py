@@ -5,9 +5,10 @@
     python -m bench compiled predict --write bench/results/predictions    write README.md and predictions.jsonl
 
 Predictions of a model (`bench.compiled.issue_model`), not measured. To measure the same cases and put the times beside
-the predictions:
+the predictions, with the entries for the choice of `apt_kernels.impl.triton.tiles` that follow:
 
-    APT_REGISTRY=predicted APT_STAGES="library machine encoder causal" bash bench/gpu.sh
+    APT_REGISTRY=predicted APT_MINUTES=20 APT_STAGES="library machine encoder causal" \\
+        APT_PEERS=ours,concat_efficient bash bench/gpu.sh
 """
 
 from __future__ import annotations
