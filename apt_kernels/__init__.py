@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .hf.integrations.gate_callback import GateCallback
     from .hf.optimizer import parameter_groups
     from .hf.patching import patch, unpatch
-    from .hf.probing import Probe, probe, prune
+    from .hf.probing import LayerProbe, Probe, probe, prune
     from .hf.reference import reference_model
     from .hf.state import prefixes
     from .hf.summary import summary
@@ -45,6 +45,7 @@ _HUGGING_FACE = {
     "load": ".hf.checkpoint",
     "probe": ".hf.probing",
     "prune": ".hf.probing",
+    "LayerProbe": ".hf.probing",
     "Probe": ".hf.probing",
     "reference_model": ".hf.reference",
     "GateCallback": ".hf.integrations.gate_callback",
@@ -63,6 +64,7 @@ __all__ = [
     "ConfigError",
     "GateCallback",
     "ImplementationError",
+    "LayerProbe",
     "Mask",
     "PatchError",
     "Probe",

@@ -65,6 +65,12 @@ class LayerProbe:
         histogram: ``[M][20]`` shares of alpha's values in 20 equal bins of [0, 1].
         effective: ``layer_scale * gate_mean``: the mean factor on the token's key and value; 1 leaves them unchanged.
         frozen: how many tokens at the beginning are frozen (``num_frozen_tokens``); they are the last to be pruned.
+
+    Examples:
+        >>> layer = apt_kernels.probe(model, [batch]).layers[0]
+        >>> len(layer.gate_mean) == len(layer.effective) == layer.length
+        True
+        >>> weakest = min(range(layer.length), key=lambda token: abs(layer.effective[token]))
     """
 
     name: str
@@ -93,7 +99,7 @@ class LayerProbe:
 
 @dataclass(frozen=True, repr=False)
 class Probe:
-    """The result of `probe`: the layers that have a prefix, in model order.
+    """The result of `probe`: the layers that have a prefix, in model order, each as a `LayerProbe`.
 
     Examples:
         >>> found = apt_kernels.probe(model, [batch])
