@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypedDict, get_args
 
-from .errors import ConfigError
+from .errors import ConfigError, its_type
 from .prefix import gates
 
 GATES = ("auto", *gates.names())
@@ -170,7 +170,7 @@ class AptConfig:
             ConfigError: a newer format, an unknown key, or a value out of range.
         """
         if not isinstance(data, dict):
-            raise ConfigError(f"the config is a {type(data).__name__}; it needs a JSON object")
+            raise ConfigError(f"the config is {its_type(data)}; it needs a JSON object")
         data = {name: value for name, value in data.items() if name not in RECORD}
         number = data.pop("format", None)
         if type(number) is not int or not 1 <= number <= FORMAT:

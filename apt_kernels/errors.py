@@ -30,3 +30,11 @@ def similar(name: str, known: Iterable[str]) -> str:
     """The part of a message that suggests the name among ``known`` that is most like ``name``; empty if none is."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def its_type(value) -> str:
+    """The type of ``value`` with its article, as messages word it: "an int", "a str", "None"."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
+from .errors import ArgumentError, its_type
 
 # What other libraries call the parts of a mask.
 _NAMED_OTHERWISE = {
@@ -118,7 +118,7 @@ class Mask:
             if part is None:
                 continue
             if not isinstance(part, Tensor):
-                raise ArgumentError(f"mask.{name} is a {type(part).__name__}; it needs a torch.Tensor or None")
+                raise ArgumentError(f"mask.{name} is {its_type(part)}; it needs a torch.Tensor or None")
             check_place(f"mask.{name}", part, device)
             self._check_shape(name, part, batch, heads, queries, keys)
             if name in ("key_padding", "dense"):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import patterns
 from ..config import AptConfig
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, its_type
 from .untrusted import JSON_LIMIT, opened, parse_json, read_exactly, read_json_file, shortened, shown
 
 try:
@@ -159,7 +159,7 @@ def _old_settings(path: Path) -> dict:
     except FileNotFoundError:
         raise AdapterError(f"{path.parent} has no {path.name}; it is not an adapter folder") from None
     if not isinstance(settings, dict):
-        raise AdapterError(f"{path}: the config is a {type(settings).__name__}; it needs a JSON object")
+        raise AdapterError(f"{path}: the config is {its_type(settings)}; it needs a JSON object")
     if "save_id" in settings:
         raise AdapterError(
             f"{path} was saved with other weights than {path.with_name(WEIGHTS).name} in the same folder"
@@ -174,7 +174,7 @@ def _check_copy(path: Path, settings: dict) -> None:
     except FileNotFoundError:
         return
     if not isinstance(copy, dict):
-        raise AdapterError(f"{path}: the config is a {type(copy).__name__}; it needs a JSON object")
+        raise AdapterError(f"{path}: the config is {its_type(copy)}; it needs a JSON object")
     read_config(copy, path)
     if copy.get("save_id") == settings["save_id"] and copy != settings:
         different = next(

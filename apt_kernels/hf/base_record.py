@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, its_type
 from . import compat, events
 from .state import State, inner, own_name
 from .untrusted import shown
@@ -247,7 +247,7 @@ def _checked(record, path: Path) -> dict:
     if record is None:
         return empty
     if not isinstance(record, dict):
-        raise AdapterError(f"{path}: its base is a {type(record).__name__}; it needs a JSON object")
+        raise AdapterError(f"{path}: its base is {its_type(record)}; it needs a JSON object")
     found = {**empty, **record}
     texts = all(isinstance(found[name], (str, type(None))) for name in ("model_type", "name_or_path", "revision"))
     marks = found["fingerprint"] or {}

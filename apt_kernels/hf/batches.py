@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ConfigError
+from ..errors import ArgumentError, ConfigError, its_type
 from . import offload
 from .discovery.recording import evaluating
 from .state import inner
@@ -20,16 +20,14 @@ _IGNORED = -100  # the label of a token that transformers' losses leave out
 def check_batches(batches: Any) -> None:
     """Raise `ArgumentError` for what is no iterable of batches."""
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes, Mapping)):
-        raise ArgumentError(
-            f"batches is a {type(batches).__name__}; it needs dicts of the forward's arguments, in a list"
-        )
+        raise ArgumentError(f"batches is {its_type(batches)}; it needs dicts of the forward's arguments, in a list")
 
 
 def moved(batches: Iterable[Any], device: torch.device) -> Iterator[dict[str, Any]]:
     """Each of ``batches`` with its tensors on ``device``; `ArgumentError` for what is no batch."""
     for batch in batches:
         if not hasattr(batch, "items"):
-            raise ArgumentError(f"a batch is a {type(batch).__name__}; it needs a dict of the forward's arguments")
+            raise ArgumentError(f"a batch is {its_type(batch)}; it needs a dict of the forward's arguments")
         yield {name: part.to(device) if isinstance(part, Tensor) else part for name, part in batch.items()}
 
 
@@ -41,7 +39,7 @@ def run(model: nn.Module, batch: dict[str, Any]) -> Any:
         if isinstance(error, (ArgumentError, ConfigError)):
             raise
         given = ", ".join(
-            f"{name} {list(part.shape)}" if isinstance(part, Tensor) else f"{name} (a {type(part).__name__})"
+            f"{name} {list(part.shape)}" if isinstance(part, Tensor) else f"{name} ({its_type(part)})"
             for name, part in batch.items()
         )
         raise ArgumentError(
@@ -60,7 +58,7 @@ def next_token_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> f
             if labels is None:
                 raise ArgumentError(f"a batch has no labels to predict, but {', '.join(batch)}; it needs labels")
             if not isinstance(labels, Tensor):
-                raise ArgumentError(f"the labels of a batch are a {type(labels).__name__}; they need to be a tensor")
+                raise ArgumentError(f"the labels of a batch are {its_type(labels)}; they need to be a tensor")
             predicted = int((labels[..., 1:] != _IGNORED).sum())
             if not predicted:
                 which = "" if (labels == _IGNORED).all() else " after the first token of a row"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .. import patterns
 from ..config import AptConfig
-from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
+from ..errors import AdapterError, ArgumentError, ConfigError, PatchError, its_type
 from ..ops.values import check_flag
 from ..prefix.adaptive import AdaptivePrefix
 from . import base_record, events, hub, offload, unsaved, weights
@@ -126,7 +126,7 @@ def save_adapter(
 
 def check_path(folder) -> None:
     if not isinstance(folder, (str, os.PathLike)):
-        raise ConfigError(f"folder is a {type(folder).__name__}; it needs a path")
+        raise ConfigError(f"folder is {its_type(folder)}; it needs a path")
     if not os.fspath(folder):
         raise ConfigError("folder is ''; it needs a path ('.' for the current folder)")
 
@@ -140,7 +140,7 @@ def _check_upload(private, commit_message, metrics) -> None:
     if metrics is None:
         return
     if not isinstance(metrics, Mapping):
-        raise ArgumentError(f"metrics is a {type(metrics).__name__}; it needs numbers by name, {{'accuracy': 0.9}}")
+        raise ArgumentError(f"metrics is {its_type(metrics)}; it needs numbers by name, {{'accuracy': 0.9}}")
     for name, value in metrics.items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentError(f"metrics has {name!r}: {value!r}; it needs numbers by name, {{'accuracy': 0.9}}")
@@ -218,7 +218,7 @@ def _collected(model, name: str | None, state_dict: dict[str, Tensor] | None) ->
     state = state_of(model)
     saved = _adapter(state, name)
     if state_dict is not None and not isinstance(state_dict, Mapping):
-        raise AdapterError(f"state_dict is a {type(state_dict).__name__}; it needs weights by the model's names")
+        raise AdapterError(f"state_dict is {its_type(state_dict)}; it needs weights by the model's names")
     if state_dict is not None and name not in (None, state.adapter):
         raise AdapterError(f"state_dict holds the weights of {state.adapter!r}, the active adapter, not of {name!r}")
     found = _gathered(model, saved) if state_dict is None else _given(saved, state_dict)
@@ -408,7 +408,7 @@ def load(
     if not isinstance(revision, (str, type(None))):
         raise ArgumentError(f"revision is {revision!r}; it needs a string or None")
     if not isinstance(inner(model), PreTrainedModel):
-        raise PatchError(f"the model is a {type(model).__name__}; load needs a transformers.PreTrainedModel")
+        raise PatchError(f"the model is {its_type(model)}; load needs a transformers.PreTrainedModel")
     if hub.is_repository(folder):
         folder = hub.fetch(str(folder), [WEIGHTS, CONFIG], revision, subfolder)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import AdapterError, ArgumentError
+from ..errors import AdapterError, ArgumentError, its_type
 from . import base_record
 from .adapter_file import AdapterFile, open_adapter
 from .checkpoint import load, save
@@ -49,7 +49,7 @@ def check(base: str, folder: Path, *, model_class: str | None = None, revision: 
         load(model, folder)
     found = [str(each.message) for each in said if str(folder) in str(each.message)]
     if recorded is not None and type(model).__name__ != recorded:
-        found.append(f"it was saved from a {recorded}; this is a {type(model).__name__}")
+        found.append(f"it was saved from a {recorded}; this is {its_type(model)}")
     return found
 
 

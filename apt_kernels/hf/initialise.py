@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from ..config import AptConfig, Settings
-from ..errors import AdapterError, ArgumentError, ConfigError, PatchError
+from ..errors import AdapterError, ArgumentError, ConfigError, PatchError, its_type
 from . import compat, patching, text
 from .adapter_file import PEFT_CONFIG, WEIGHTS, read_tensor
 from .batches import check_batches, moved, next_token_loss
@@ -209,7 +209,7 @@ def patch_from_peft(
     compat.require("patch_from_peft")
     if not isinstance(folder, (str, os.PathLike)):
         raise ArgumentError(
-            f"folder is a {type(folder).__name__}; it needs the path of a saved checkpoint: call the PeftModel's "
+            f"folder is {its_type(folder)}; it needs the path of a saved checkpoint: call the PeftModel's "
             "save_pretrained(folder) first"
         )
     flat, layers, frozen = _read_peft(Path(folder))
@@ -245,7 +245,7 @@ def _starting_config(
     if "init" in settings:
         raise ConfigError("init is given; the source determines the initial values")
     if not isinstance(inner(model), transformers.PreTrainedModel):
-        raise PatchError(f"the model is a {type(model).__name__}; patch needs a transformers.PreTrainedModel")
+        raise PatchError(f"the model is {its_type(model)}; patch needs a transformers.PreTrainedModel")
     if is_patched(model):
         raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
     config = patching.make_config(config, {**settings, "prefix_length": length})

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import AptConfig, Settings
-from ..errors import ArgumentError, ConfigError, PatchError, similar
+from ..errors import ArgumentError, ConfigError, PatchError, its_type, similar
 from ..ops import choose
 from ..prefix import gates
 from ..prefix.adaptive import AdaptivePrefix
@@ -95,7 +95,7 @@ def patch_checked(
     """
     base = inner(model)
     if not isinstance(base, PreTrainedModel):
-        raise PatchError(f"the model is a {type(base).__name__}; patch needs a transformers.PreTrainedModel")
+        raise PatchError(f"the model is {its_type(base)}; patch needs a transformers.PreTrainedModel")
     if is_patched(base):
         if state_of(base).config == config:
             return model
@@ -131,7 +131,7 @@ def _check_example(given) -> None:
     needs = "it needs the arguments of one small forward by name, {'input_ids': ...}"
     if given is None or (isinstance(given, Mapping) and given and all(isinstance(name, str) for name in given)):
         return
-    found = f"is a {type(given).__name__}" if not isinstance(given, Mapping) else f"has the names {list(given)}"
+    found = f"is {its_type(given)}" if not isinstance(given, Mapping) else f"has the names {list(given)}"
     raise ArgumentError(f"example_inputs {found}; {needs}")
 
 
@@ -141,7 +141,7 @@ def make_config(config: AptConfig | None, settings: Mapping[str, Any]) -> AptCon
         named = repr(unknown[0]) + similar(unknown[0], AptConfig.__dataclass_fields__)
         raise ConfigError(f"unknown setting {named}; AptConfig has {', '.join(AptConfig.__dataclass_fields__)}")
     if config is not None and not isinstance(config, AptConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; it needs an AptConfig, or settings as keywords")
+        raise ConfigError(f"config is {its_type(config)}; it needs an AptConfig, or settings as keywords")
     return AptConfig(**settings) if config is None else replace(config, **settings)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..errors import its_type
 from . import calls, offload
 from .attention import subclass
 from .state import Original
@@ -87,7 +88,7 @@ def widen(model: nn.Module, names: Iterable[str], keep: bool = False) -> list[Or
         ours = {key: copies[id(p)] for key, p in module._parameters.items() if id(p) in copies}
         if ours and isinstance(module, nn.RNNBase):  # its forward reads its own list of weights
             dtype = next(iter(ours.values()))[0].dtype
-            warnings.warn(f"a {type(module).__name__} trains in {dtype}: it cannot hold float32 copies", stacklevel=6)
+            warnings.warn(f"{its_type(module)} trains in {dtype}: it cannot hold float32 copies", stacklevel=6)
             continue
         for key, (original, copy) in ours.items():
             done.append(Original(module, key, original, keep))

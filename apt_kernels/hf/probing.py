@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import logging
 
-from ..errors import ArgumentError, ConfigError, PatchError
+from ..errors import ArgumentError, ConfigError, PatchError, its_type
 from ..ops.values import check_flag
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, events, offload, pruning
@@ -400,7 +400,7 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     refuse_several(state, "to prune")
     names = pruning.modules(state)
     if probe is not None and not isinstance(probe, Probe):
-        raise ConfigError(f"probe is a {type(probe).__name__}; it needs what apt_kernels.probe returns, or None")
+        raise ConfigError(f"probe is {its_type(probe)}; it needs what apt_kernels.probe returns, or None")
     if not isinstance(lengths, Sequence) or isinstance(lengths, str):
         raise ConfigError(
             f"lengths is {lengths!r}; it needs a list of {len(names)} ints, one for each attention module, such as "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, its_type
 
 _NEEDS = "it needs the token ids of one text, [M] or [1, M]"
 
@@ -19,7 +19,7 @@ def token_ids(model, given: Any, tokenizer: Any = None, name: str = "input_ids")
     Raises `ArgumentError`, which calls the text ``name``.
     """
     if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "apply_chat_template")):
-        raise ArgumentError(f"tokenizer is a {type(tokenizer).__name__}; it needs the tokenizer of the model")
+        raise ArgumentError(f"tokenizer is {its_type(tokenizer)}; it needs the tokenizer of the model")
     if isinstance(given, str) and tokenizer is not None:
         given = _tokenized(name, lambda: tokenizer(given))
     elif isinstance(given, (list, tuple)) and any(isinstance(each, Mapping) for each in given):
@@ -57,7 +57,7 @@ def _check_messages(given: Sequence[Any], name: str) -> None:
     for number, each in enumerate(given):
         if not isinstance(each, Mapping):
             raise ArgumentError(
-                f"{name}[{number}] is a {type(each).__name__}, not a message; a list of messages needs dicts alone, "
+                f"{name}[{number}] is {its_type(each)}, not a message; a list of messages needs dicts alone, "
                 f"each with {needs}"
             )
         if "role" not in each or len(each) < 2:
@@ -83,14 +83,14 @@ def _checked(model, given: Any, name: str) -> Tensor:
     """Token ids as ``[1, M]``, all of them in the model's vocabulary."""
     if isinstance(given, (str, bytes)):
         raise ArgumentError(
-            f"{name} is a {type(given).__name__}; {_NEEDS}: tokenizer(text).input_ids, or the text with tokenizer="
+            f"{name} is {its_type(given)}; {_NEEDS}: tokenizer(text).input_ids, or the text with tokenizer="
         )
     if isinstance(given, Mapping):
-        raise ArgumentError(f"{name} is a {type(given).__name__}; {_NEEDS}: its ['input_ids']")
+        raise ArgumentError(f"{name} is {its_type(given)}; {_NEEDS}: its ['input_ids']")
     try:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"{name} is a {type(given).__name__}; {_NEEDS} ({error})") from None
+        raise ArgumentError(f"{name} is {its_type(given)}; {_NEEDS} ({error})") from None
     if not ids.numel():  # before the dtype: torch makes an empty list float32
         raise ArgumentError(f"the text is empty: {name} has no tokens; it needs at least one")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -109,6 +109,6 @@ def candidates(given: Any) -> Sequence[Any]:
     """The texts of which `patch_from_text` chooses one; `ArgumentError` where it is one text."""
     one = isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence) or not given
     if one or any(isinstance(each, (int, Mapping)) for each in given):
-        found = "a list of messages" if not one and isinstance(given[0], Mapping) else f"a {type(given).__name__}"
+        found = "a list of messages" if not one and isinstance(given[0], Mapping) else its_type(given)
         raise ArgumentError(f"input_ids is {found}; with batches, it needs a list of texts of which one is chosen")
     return given

@@ -9,7 +9,7 @@ import platform
 import torch
 
 from .. import transforms
-from ..errors import ImplementationError
+from ..errors import ImplementationError, its_type
 from ..impl.backend import Backend, Plan
 from ..impl.inputs import Inputs
 
@@ -29,7 +29,7 @@ def register(backend: Backend) -> None:
         ImplementationError: it is not a `Backend`, or its name is taken.
     """
     if not isinstance(backend, Backend):
-        raise ImplementationError(f"the implementation is a {type(backend).__name__}; it needs a Backend")
+        raise ImplementationError(f"the implementation is {its_type(backend)}; it needs a Backend")
     if backend.name in _BACKENDS or not backend.name.isidentifier() or backend.name == "auto":
         raise ImplementationError(
             f"the implementation's name is {backend.name!r}; it needs an identifier that is not taken"

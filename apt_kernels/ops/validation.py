@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, its_type
 from ..impl.inputs import Inputs
 from ..mask import Mask, check_place
 from . import rows
@@ -62,7 +62,7 @@ def make_inputs(
     named = ("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)
     for name, tensor in named:
         if not isinstance(tensor, Tensor):
-            raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor")
+            raise ArgumentError(f"{name} is {its_type(tensor)}; it needs a torch.Tensor")
         check_place(name, tensor, query.device)
     query, key, value, prefix_key, prefix_value = _cast(query, key, value, prefix_key, prefix_value)
     _check_core(query, key, value, prefix_key, prefix_value, prefix_index is not None)
@@ -73,7 +73,7 @@ def make_inputs(
     elif isinstance(mask, Mask):
         mask.check(batch, heads, queries, keys, device)
     else:
-        raise ArgumentError(f"mask is a {type(mask).__name__}; it needs an apt_kernels.Mask or None")
+        raise ArgumentError(f"mask is {its_type(mask)}; it needs an apt_kernels.Mask or None")
     prefix_index, prefix_lengths = rows.check(prefix_index, prefix_lengths, prefix_key, batch, queries, device)
     adapters = 1 if prefix_index is None else prefix_key.shape[0]
     gate_index = rows.without_ignored(gate_index, prefix_index)
@@ -247,7 +247,7 @@ def _check_core(query, key, value, prefix_key, prefix_value, by_row: bool) -> No
 
 def _check_float(name: str, tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
-        raise ArgumentError(f"{name} is a {type(tensor).__name__}; it needs a torch.Tensor of shape {list(shape)}")
+        raise ArgumentError(f"{name} is {its_type(tensor)}; it needs a torch.Tensor of shape {list(shape)}")
     if tuple(tensor.shape) != shape:
         raise ArgumentError(f"{name} has shape {list(tensor.shape)}; it needs {list(shape)}")
     if tensor.dtype not in _DTYPES:
@@ -261,7 +261,7 @@ def _gate(gate, gate_index, batch: int, queries: int, length: int, device) -> tu
             raise ArgumentError("gate_index is given without gate; it needs gate [G, M]")
         return None, None
     if not isinstance(gate, Tensor):
-        raise ArgumentError(f"gate is a {type(gate).__name__}; it needs a torch.Tensor of logits")
+        raise ArgumentError(f"gate is {its_type(gate)}; it needs a torch.Tensor of logits")
     check_place("gate", gate, device)
     if gate_index is not None:
         if gate.ndim != 2 or gate.shape[1] != length or gate.shape[0] == 0:

@@ -145,7 +145,7 @@ DAMAGE = {
     "other count": (forge(prefix_length=[3, 3, 3]), "3 entries; the model has 2"),
     "other gate": (forge(gate="none"), "gate_weight', which the model does not have"),
     "missing weight": (forge(prefix_length=[3, 3], gate="static"), "which the model"),
-    "a base of another kind": (forge(base=3), "its base is a int"),
+    "a base of another kind": (forge(base=3), "its base is an int"),
     "a base that is malformed": (forge(base={"sizes": []}), "of another type"),
 }
 

@@ -398,7 +398,7 @@ def test_a_probe_that_cannot_be_written_and_an_argument_without_a_name_are_named
     found = apt_kernels.probe(apt_kernels.patch(models.build("llama"), prefix_length=2), [models.inputs("llama")])
     with pytest.raises(apt_kernels.AdapterError, match="cannot be written: Is a directory"):
         found.save(tmp_path)
-    with pytest.raises(apt_kernels.ConfigError, match="folder is a NoneType; it needs a path"):
+    with pytest.raises(apt_kernels.ConfigError, match="folder is None; it needs a path"):
         found.save(None)
     with pytest.raises(apt_kernels.ArgumentError, match="lengths is given 3 without a name; it needs budget= or"):
         found.lengths(3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ...errors import PatchError
+from ...errors import PatchError, its_type
 from ...mask import Mask
 from ...ops.attention import attention
 from .. import calls
@@ -223,7 +223,7 @@ def _mask(module, query: Tensor, key: Tensor, attention_mask, is_causal, positio
         causal = is_causal if is_causal is not None else causal_without_mask(module)
         mask = Mask(causal=True, query_offset=0) if causal and query.shape[2] > 1 else None
     else:
-        raise PatchError(f"the attention mask is a {type(attention_mask).__name__}; it needs a tensor or None")
+        raise PatchError(f"the attention mask is {its_type(attention_mask)}; it needs a tensor or None")
     if position_bias is None:
         return mask
     mask = Mask() if mask is None else mask

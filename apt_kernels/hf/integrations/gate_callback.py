@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, its_type
 from .. import offload
 from ..probing import Probe, probe
 from ..state import inner, state_of
@@ -74,14 +74,12 @@ class GateCallback(TrainerCallback):
         picture: str | os.PathLike | None = "gates.png",
     ):
         if not isinstance(trainer, Trainer):
-            raise ArgumentError(f"trainer is a {type(trainer).__name__}; it needs a transformers Trainer")
+            raise ArgumentError(f"trainer is {its_type(trainer)}; it needs a transformers Trainer")
         for name, value, rest in (("every", every, ", or None"), ("examples", examples, "")):
             if (value is not None or not rest) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ArgumentError(f"{name} is {value!r}; it needs an int of at least 1{rest}")
         if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, (Iterable, type(None))):
-            raise ArgumentError(
-                f"batches is a {type(batches).__name__}; it needs dicts of the forward's arguments, in a list"
-            )
+            raise ArgumentError(f"batches is {its_type(batches)}; it needs dicts of the forward's arguments, in a list")
         state_of(trainer.model)
         self._trainer, self._every, self._examples, self._picture = trainer, every, examples, picture
         self._given = list(batches) if isinstance(batches, Iterator) else batches
