@@ -72,7 +72,10 @@ def add_checked(model: Model, name: str, config: AptConfig, *, initialise: bool 
     if name == BASE:
         raise ConfigError(f"name is {name!r}, which means no adapter in adapter_names; use another")
     if name in adapters(model):
-        raise ConfigError(f"name is {name!r}; the model already has an adapter of that name")
+        raise ConfigError(
+            f"name is {name!r}; the model already has an adapter of that name; choose another, or call "
+            "apt_kernels.delete_adapter first"
+        )
     trained = trainable_names(state.model, config)
     refuse_quantised(state.model, trained)
     _refuse_exchanged(state)
@@ -188,7 +191,9 @@ def rename(state: State, name: str) -> None:
 
 def _refuse_disabled(state: State) -> None:
     if state.disabled:
-        raise PatchError("the adapter cannot be switched while the prefix is disabled")
+        raise PatchError(
+            "the adapter cannot be switched while the prefix is disabled; call set_adapter outside the disabled block"
+        )
 
 
 def refuse_detached(state: State) -> None:

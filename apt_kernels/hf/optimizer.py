@@ -21,6 +21,8 @@ PREFIX_RATE = 1e-2
 GATE_SHARE = 0.1
 # At 1e-3, a new head on MiniLM has an accuracy of 0.69 after 60 steps (4 classes), full fine-tuning 0.84.
 HEAD_RATE = 1e-2
+# The lowest published rate of a prefix, with an MLP: docs/hyperparameters.md.
+LOWEST_RATE = 1e-4
 
 
 def parameter_groups(

@@ -111,7 +111,7 @@ def state_of(model) -> State:
     """The patched model's state; `PatchError` if there is none."""
     model = inner(model)
     if not is_patched(model):
-        fix = "call apt_kernels.patch(model) first" if isinstance(model, nn.Module) else "pass the model there"
+        fix = "call apt_kernels.patch(model) first" if isinstance(model, nn.Module) else "pass a patched model instead"
         raise PatchError(f"the {type(model).__name__} is not patched; {fix}")
     return model._apt_state
 

@@ -115,7 +115,7 @@ def test_a_path_that_is_empty(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", ["adapter", ("a", "b")])
 def test_save_of_what_is_no_model(given, tmp_path):
     """The two arguments swapped, or a tokenizer."""
-    with pytest.raises(PatchError, match=r"the (str|tuple) is not patched; pass the model there"):
+    with pytest.raises(PatchError, match=r"the (str|tuple) is not patched; pass a patched model instead"):
         apt_kernels.save(given, tmp_path)
 
 

@@ -4,6 +4,7 @@ from .. import events
 from .continuous_batching import ContinuousBatching
 from .distributed import Distributed
 from .gradient_checkpointing import GradientCheckpointing
+from .learning_rate import join_trainer
 from .offloading import Offloading
 from .packing import Packing
 from .peft import Peft
@@ -23,5 +24,6 @@ events.subscribe(
     ContinuousBatching(),
 )
 
+join_trainer()
 join_sentence_transformers()
 join_trl()
