@@ -52,7 +52,8 @@ class GateCallback(TrainerCallback):
     Examples:
         >>> from transformers import Trainer, TrainingArguments
         >>> data = [{"input_ids": batch["input_ids"][i], "labels": i} for i in (0, 1)]
-        >>> arguments = TrainingArguments("out", max_steps=2, logging_steps=1, report_to="none", disable_tqdm=True)
+        >>> settings = {"learning_rate": 1e-2, "max_steps": 2, "logging_steps": 1, "report_to": "none"}
+        >>> arguments = TrainingArguments("out", disable_tqdm=True, **settings)
         >>> trainer = Trainer(model, arguments, train_dataset=data)
         >>> trainer.add_callback(apt_kernels.GateCallback(trainer, [batch]))
         >>> result = trainer.train()
