@@ -134,7 +134,9 @@ class AptConfig:
         if frozen is not None and (isinstance(frozen, bool) or not isinstance(frozen, int) or frozen < 0):
             raise ConfigError(f"num_frozen_tokens is {frozen!r}; it needs an int >= 0 or None")
         if frozen and frozen > longest:
-            raise ConfigError(f"num_frozen_tokens is {frozen}; the longest prefix has {longest} tokens, it needs at most {longest}")
+            raise ConfigError(
+                f"num_frozen_tokens is {frozen}; the longest prefix has {longest} tokens, it needs at most {longest}"
+            )
         if frozen and self.reparameterisation is not None:
             raise ConfigError(
                 f"num_frozen_tokens is {frozen}; with reparameterisation, whose MLP makes all tokens, it needs 0"
