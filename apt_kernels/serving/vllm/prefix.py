@@ -62,8 +62,10 @@ class ServedPrefix(nn.Module):
         weights = weights.view(-1, 1, 1, self.key.shape[1])
         tokens, heads, head_dim = query.shape
         rows = query.float().view(tokens, self.key.shape[0], -1, head_dim)
-        scores = torch.einsum("nkgd,kmd->nkgm", rows, self.key) * self.scale * weights
-        logsumexp = torch.logsumexp(scores, dim=-1)
-        probabilities = torch.exp(scores - logsumexp[..., None]) * weights
-        out = torch.einsum("nkgm,kmd->nkgd", probabilities, self.value)
-        return out.reshape(tokens, heads, -1), logsumexp.reshape(tokens, heads)
+        # In place: memory traffic, not arithmetic, is what a long prefix costs.
+        scores = torch.einsum("nkgd,kmd->nkgm", rows, self.key).mul_(weights * self.scale)
+        largest = scores.amax(dim=-1, keepdim=True)
+        exponentials = scores.sub_(largest).exp_()
+        total = exponentials.sum(dim=-1, keepdim=True)
+        out = torch.einsum("nkgm,kmd->nkgd", exponentials.mul_(weights), self.value) / total
+        return out.reshape(tokens, heads, -1), (largest + total.log()).reshape(tokens, heads)
