@@ -90,7 +90,7 @@ def test_a_folder_of_a_run_with_other_settings_is_refused(self_study, tmp_path):
 
 @pytest.mark.slow
 def test_self_study_on_smollm2(self_study, tmp_path):
-    few = "--prefix-length 48 --conversations 16 --held-out 8 --steps 12 --batch-size 4 --new-tokens 20".split()
+    few = "--prefix-length 48 --conversations 8 --held-out 4 --steps 12 --batch-size 4 --new-tokens 16".split()
     options = self_study.arguments([*few, "--output", str(tmp_path / "out"), "--ask", "Who founded the observatory?"])
     result = self_study.run(*pretrained.smollm2(), options)
     start, end = result["prefix at the start"]["divergence"], result["prefix trained"]["divergence"]

@@ -99,7 +99,7 @@ def test_decoding_over_many_tiles(mask):
     hold(case.inputs(DEVICE))
 
 
-@examples(200)
+@examples(100)
 @given(
     cases(
         batch=(1, 1, 1, 2),
