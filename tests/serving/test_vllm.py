@@ -109,8 +109,9 @@ def test_one_of_several_of_another_base_is_refused_by_name(llama, adapted, tmp_p
         pass
 
 
-def test_a_window_is_refused(tmp_path):
-    model = served.base("mistral", tmp_path / "base", sliding_window=32)
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_a_window_is_refused(family, tmp_path):
+    model = served.base(family, tmp_path / "base", sliding_window=32)
     adapter = served.adapter(model, tmp_path / "adapter", prefix_length=4)
     with pytest.raises(ConfigError, match="sliding window"), engine(model, adapter):
         pass
