@@ -11,7 +11,7 @@ PYTEST := $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal
 # user's cache, in a folder named by a checksum of its requirements.
 VLLM = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/apt_kernels/vllm-$(shell cat requirements-vllm.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help demo bench docs test test-vllm lint format fuzz sweep support cuda library report rates flash4 sanitize clean
+.PHONY: help demo bench docs test test-vllm bench-vllm lint format fuzz sweep support cuda library report rates flash4 sanitize clean
 
 help:
 	@echo 'make demo   a real decoder reads a text into a prefix, learns, answers; write demo-output/ (set-up included)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make docs   build the documentation into site/; a warning is an error'
 	@echo 'make test   all tests that run on this machine'
 	@echo 'make test-vllm  adapters served by vLLM on the CPU; an environment of its own in the cache, ten minutes at first'
+	@echo 'make bench-vllm  what an adapter costs in vLLM on the CPU, in the same environment'
 	@echo 'make lint   ruff: rules and formatting; mypy: the types of the package'
 	@echo 'make fuzz   the property-based tests, thousands of examples each'
 	@echo 'make sweep  every architecture of transformers as a tiny model against an oracle'
@@ -50,12 +51,12 @@ test: $(VENV)/stamp $(VENV)/minilm.stamp $(VENV)/smollm2.stamp
 
 # The engines are small and run in the test process. `setup.py egg_info` writes the metadata in which vLLM finds the entry
 # point of this package.
-test-vllm: export HF_HUB_OFFLINE = 1
-test-vllm: export VLLM_NO_USAGE_STATS = 1
+test-vllm bench-vllm: export HF_HUB_OFFLINE = 1
+test-vllm bench-vllm: export VLLM_NO_USAGE_STATS = 1
 test-vllm: export VLLM_ENABLE_V1_MULTIPROCESSING = 0
-test-vllm: export VLLM_CPU_KVCACHE_SPACE = 1
-test-vllm: export VLLM_CPU_OMP_THREADS_BIND = nobind
-test-vllm: export VLLM_LOGGING_LEVEL = WARNING
+test-vllm bench-vllm: export VLLM_CPU_KVCACHE_SPACE = 1
+test-vllm bench-vllm: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test-vllm bench-vllm: export VLLM_LOGGING_LEVEL = WARNING
 test-vllm:
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; then \
 		echo 'make test-vllm: not run, vLLM needs Python 3.11 or newer. Name another: make PYTHON=python3.12'; \
@@ -63,6 +64,10 @@ test-vllm:
 		set -ex; $(MAKE) --no-print-directory $(VLLM)/stamp; $(VLLM)/bin/python setup.py --quiet egg_info; \
 		$(VLLM)/bin/python -m pytest $(or $(ARGS),tests/serving); \
 	fi
+
+bench-vllm: $(VLLM)/stamp
+	$(VLLM)/bin/python setup.py --quiet egg_info
+	$(VLLM)/bin/python -m bench serving $(ARGS)
 
 $(VLLM)/stamp:
 	$(PYTHON) -m venv $(@D)

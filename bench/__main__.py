@@ -4,6 +4,7 @@
     python -m bench speed                          time and memory against every peer on this machine
     python -m bench decoding                       host time that a prefix adds to a decoding step
     python -m bench mixtures                       a batch with an adapter for each row, against one adapter and LoRA
+    python -m bench serving                        what an adapter costs in vLLM on the CPU (make bench-vllm)
     python -m bench compiled                       compile every tile of the Triton kernels, no GPU needed
     python -m bench quality main --task rte ...    the paper's comparisons on labelled data
     python -m bench board                          methods of fine-tuning a decoder: tables over seeds, one figure
@@ -28,6 +29,7 @@ COMMANDS = {
     "speed": "bench.speed.run",
     "decoding": "bench.speed.decoding",
     "mixtures": "bench.speed.mixtures",
+    "serving": "bench.speed.serving",
     "compiled": "bench.compiled.cli",
     "quality": "bench.quality.cli",
     "board": "bench.quality.board.cli",
@@ -35,7 +37,7 @@ COMMANDS = {
     "report": "bench.speed.report",
 }
 # Commands that train or time, for which it matters whether other processes use the cores.
-MEASURED = ("demo", "speed", "decoding", "mixtures", "quality", "board")
+MEASURED = ("demo", "speed", "decoding", "mixtures", "serving", "quality", "board")
 
 
 def main(given: list[str] | None = None) -> int:
