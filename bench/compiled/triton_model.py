@@ -105,9 +105,9 @@ class Triton:
             parts = [(whole, self._count("column_gradients", "tokens"), 1)]
             parts += [(masked, self._count("column_gradients", "tokens, checked"), 1)] if masked else []
             found.append(work_of(shape, 4, parts, 2 * query + 4 * key, self._stretch("key_value")))
-        return [*found, *self._columnsexponentials_of_prefix(), *gate_product(shape, "backward")]
+        return [*found, *self._columns_of_prefix(), *gate_product(shape, "backward")]
 
-    def _columnsexponentials_of_prefix(self) -> list[Work]:
+    def _columns_of_prefix(self) -> list[Work]:
         """The gradients of the prefix and of a gate for each query, and the sum of the programs' partial sums."""
         shape = self.shape
         part = "prefix_by_query" if shape.gate == "query" else "prefix"
