@@ -306,10 +306,12 @@ def test_what_patch_from_text_cannot_read(given, message):
         apt_kernels.patch_from_text(llama(), given)
 
 
-@pytest.mark.parametrize("model", ["llama", None, torch.nn.Linear(2, 2)])
-def test_what_is_no_model_of_transformers(model, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "what"), [("llama", "a str"), (None, "None"), (torch.nn.Linear(2, 2), "a Linear")]
+)
+def test_what_is_no_model_of_transformers(model, what):
     for call in (apt_kernels.patch, lambda model: apt_kernels.patch_from_text(model, [3, 4])):
-        with pytest.raises(apt_kernels.PatchError, match=f"the model is a {type(model).__name__}; patch needs"):
+        with pytest.raises(apt_kernels.PatchError, match=f"the model is {what}; patch needs"):
             call(model)
 
 
