@@ -38,3 +38,8 @@ def its_type(value) -> str:
         return "None"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun, as messages word it: "1 name", "2 names"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -86,6 +86,20 @@ def test_the_table_and_what_is_missing(tmp_path, capsys):
     assert plots.fingerprint_of(tmp_path / "out/report.png") == plots.fingerprint(plots.series(tables.load(folder)))
 
 
+def test_every_peer_has_a_line(tmp_path):
+    shape = {"batch": 4, "heads": 32, "kv_heads": 32, "dim": 128, "length": 16}
+    entries = [
+        _entry("causal", f"t{tokens}", peer, "both", 1e-3, flops=1e9, shape={**shape, "tokens": tokens}, automatic=True)
+        for peer in words.PEERS
+        for tokens in (512, 1024)
+    ]
+    results = tables.load(_write(tmp_path / "results", entries))
+    (panel,) = plots.series(results)["time"]
+    assert set(panel["lines"]) == set(plots._TRAINING)
+    plots.draw(results, tmp_path / "all.png", "all peers")
+    assert (tmp_path / "all.png").stat().st_size
+
+
 def test_targets_are_met_missed_or_not_measured(tmp_path):
     def lines(ours: float, device: str = "NVIDIA H200") -> list[list[str]]:
         text = targets.table([tables.load(_write(tmp_path, _causal(ours), device))])

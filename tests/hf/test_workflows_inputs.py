@@ -306,9 +306,7 @@ def test_what_patch_from_text_cannot_read(given, message):
         apt_kernels.patch_from_text(llama(), given)
 
 
-@pytest.mark.parametrize(
-    ("model", "what"), [("llama", "a str"), (None, "None"), (torch.nn.Linear(2, 2), "a Linear")]
-)
+@pytest.mark.parametrize(("model", "what"), [("llama", "a str"), (None, "None"), (torch.nn.Linear(2, 2), "a Linear")])
 def test_what_is_no_model_of_transformers(model, what):
     for call in (apt_kernels.patch, lambda model: apt_kernels.patch_from_text(model, [3, 4])):
         with pytest.raises(apt_kernels.PatchError, match=f"the model is {what}; patch needs"):

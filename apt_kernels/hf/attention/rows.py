@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...errors import ConfigError, PatchError
+from ...errors import ConfigError, PatchError, counted
 from .. import calls, offload
 from . import subclass
 
@@ -52,8 +52,8 @@ class Mixture:
         times, rest = divmod(batch, len(self.index))
         if rest or (times != 1 and not self.generating):
             raise ConfigError(
-                f"adapter_names has {len(self.index)} names; {self.prefixes[0].name} attends over {batch} rows, and it "
-                "needs one name for each"
+                f"adapter_names has {counted(len(self.index), 'name')}; {self.prefixes[0].name} attends over "
+                f"{counted(batch, 'row')}, and it needs one name for each"
             )
         return [number for number in self.index for _ in range(times)]
 
@@ -257,7 +257,8 @@ def _in_groups(model, generate_batch: Callable, inputs, names, args, kwargs) -> 
     state, local, outer = model.apt_state, calls.local, calls.local.rows
     _check(model, state, names, (), {})
     if len(names) != len(inputs):
-        raise ConfigError(f"adapter_names has {len(names)} names; there are {len(inputs)} requests")
+        given = f"adapter_names has {counted(len(names), 'name')}"
+        raise ConfigError(f"{given}; generate_batch has {counted(len(inputs), 'request')}")
     if kwargs.get("persistent_manager"):
         raise PatchError("persistent_manager=True keeps the cache of one adapter; pass it without adapter_names")
     found: dict[int, list[Any]] = {}
@@ -298,7 +299,7 @@ def _check(module, state, names, args, kwargs) -> None:
             raise ConfigError(f"adapter_names has {name!r}; the model has {', '.join(map(repr, known))}")
     batch = _batch(args, kwargs)
     if batch is not None and batch != len(names):
-        raise ConfigError(f"adapter_names has {len(names)} names; the batch has {batch} rows")
+        raise ConfigError(f"adapter_names has {counted(len(names), 'name')}; the batch has {counted(batch, 'row')}")
     senses = {site.senses for site in state.sites}
     if len(senses) > 1 and any("text" in each for each in senses):
         raise PatchError(

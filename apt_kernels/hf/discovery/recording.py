@@ -201,13 +201,18 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
     """
     with evaluating(model), torch.no_grad():
         recorder, implementation = _recorded(model, set_implementation, example_inputs)
+        if not recorder.calls:
+            raise PatchError(
+                f"{type(model).__name__} has no attention that can be patched: neither through transformers' attention "
+                "interface nor as a softmax over a product of queries and keys, weighing values"
+            )
         found = [(model, recorder, implementation)]
         if not example_inputs:
             _extend(recorder, model, lambda: set_implementation(model, _recording(implementation)))
         for part in () if example_inputs else _not_run(model, recorder.ran):
             parts, error = _recorded_part(part, set_implementation)
             found += parts
-            if not parts and not isinstance(error, _NoAttention):
+            if error is not None:
                 name = next(name for name, module in model.named_modules() if module is part)
                 warnings.warn(f"{name} stays without a prefix. {error}", stacklevel=2)
     # After all passes, since some models replace a module depending on the length of the text.
@@ -235,16 +240,18 @@ def _recording(implementation: str) -> str:
 
 
 def _recorded_part(part, set_implementation) -> tuple[list[tuple], PatchError | None]:
-    """The records of ``part``, or of the models inside it if it cannot run separately."""
+    """The records of ``part``, or of the models inside it if it cannot run separately; if there are none, the error of
+    ``part``, or None where it has no attention."""
+    failure = None
     try:
-        return [(part, *_recorded(part, set_implementation, None))], None
+        recorded = _recorded(part, set_implementation, None)
+        if recorded[0].calls:
+            return [(part, *recorded)], None
     except PatchError as error:
-        inside = [_recorded_part(each, set_implementation)[0] for each in _not_run(part, set())]
-        return [each for parts in inside for each in parts], error
-
-
-class _NoAttention(PatchError):
-    """There is no attention that could get a prefix."""
+        failure = error
+    inside = [_recorded_part(each, set_implementation)[0] for each in _not_run(part, set())]
+    parts = [each for parts in inside for each in parts]
+    return parts, None if parts else failure
 
 
 def _not_run(model, ran: set[nn.Module]) -> Iterator[PreTrainedModel]:
@@ -300,12 +307,7 @@ def _recorded(model, set_implementation, example_inputs: dict | None) -> tuple[_
         body, longer = list(_tries(model, None, 1))[tried]
         other, _ = _pass(model, body, longer, lambda: set_implementation(model, _recording(implementation)))
         recorder.drop_where_unlike(other)
-    if not recorder.calls:
-        raise _NoAttention(
-            f"{name} has no attention that can be patched: neither through transformers' attention interface nor as a "
-            "softmax over a product of queries and keys, weighing values"
-        )
-    if recorder.watch.lost:
+    if recorder.calls and recorder.watch.lost:
         where = next(n for n, module in model.named_modules() if module is recorder.watch.lost[0][-1])
         raise PatchError(f"{name} cannot be patched: {where} attends in a way that apt_kernels does not support")
     return recorder, implementation

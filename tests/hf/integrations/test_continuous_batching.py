@@ -149,7 +149,7 @@ def test_returned_sequences_of_requests_with_names():
 @pytest.mark.parametrize(
     ("names", "options", "error", "message"),
     [
-        (["b"], {}, apt_kernels.ConfigError, "adapter_names has 1 names; there are 4 requests"),
+        (["b"], {}, apt_kernels.ConfigError, "adapter_names has 1 name; generate_batch has 4 requests"),
         (["b", "b", "b", "d"], {}, apt_kernels.ConfigError, "adapter_names has 'd'"),
         (["b", "first", "b", "b"], {}, apt_kernels.PatchError, "gate='first': continuous batching"),
         (["b"] * 4, {"persistent_manager": True}, apt_kernels.PatchError, "pass it without adapter_names"),
