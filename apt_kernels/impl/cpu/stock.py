@@ -202,7 +202,11 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: 
         seen = [] if padding is None or bool(padding.all()) else [padding]
         if x.dense is not None:
             seen.append(part_of(x.dense, slice(None), keys))
-        if prefix and by_position and x.causal:
+        causal = prefix > 0 and by_position and x.causal
+        if causal and not seen and x.bias is None and x.query_offset is None:
+            hidden = x.query.new_full((x.query.shape[2], prefix + high - low), -torch.inf, dtype=x.compute_dtype)
+            return hidden.triu_(prefix + x.offset - low + 1)[None, None]
+        if causal:
             columns = torch.arange(low, high, device=x.query.device)
             seen.append((columns <= x.positions()[..., None])[:, None])
         visible = None
