@@ -220,11 +220,13 @@ def warn_if_changed(state: State, record, path: Path) -> None:
     there = _named(record["name_or_path"], record["revision"])
     here = _named(getattr(config, "name_or_path", None) or None, _revision(config))
     others = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+    advice = f"Both are from {here}."
+    if there != here:
+        advice = f"It was trained on {there}; this model is {here}. Load the former."
     warnings.warn(
         f"{path} was trained on other weights than this model's: {len(differ)} of {len(recorded)} compared differ, "
-        f"{shown(differ[0])}{others}. It was trained on {there}; this model is {here}. Load the former. Weights that "
-        "its checkpoint lacks (transformers lists them as MISSING) are random at every load: patch(..., trainable=...) "
-        "lets them train, and save then writes them",
+        f"{shown(differ[0])}{others}. {advice} Weights that a checkpoint lacks (transformers lists them as MISSING) "
+        "are random at every load: patch(..., trainable=...) lets them train, and save then writes them",
         stacklevel=4,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from functools import cache as memoise
 
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ def parameter_groups(
         PatchError: the model is not patched.
         ArgumentError: a rate or the decay is no number of at least 0.
 
+    Warns if ``lr`` is above 0 and below 1e-4.
+
     Examples:
         >>> optimizer = torch.optim.AdamW(apt_kernels.parameter_groups(model))
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
@@ -68,6 +71,12 @@ def parameter_groups(
         if (number is not None or name == "weight_decay") and not _is_rate(number):
             raise ArgumentError(f"{name} is {number!r}; it needs a finite number of at least 0")
     state, lr = state_of(model), PREFIX_RATE if lr is None else lr
+    if 0 < float(lr) < LOWEST_RATE:
+        warnings.warn(
+            f"lr is {float(lr):g}, at which prefixes hardly change; they need about {PREFIX_RATE:g}. head_lr is the "
+            "rate of other parameters",
+            stacklevel=2,
+        )
     kinds = {}
     for prefix in state.training_prefixes:
         for name, parameter in prefix.named_parameters():
@@ -108,7 +117,7 @@ _KINDS = {"gate_weight": "gate", "gate_logits": "static gate", "layer_scale": "s
 def log_rates() -> None:
     """Log once per process which learning rate prefixes need."""
     logger.warning(
-        "prefixes need a learning rate of about %g, more than the usual default of an optimizer or of Trainer (5e-5): "
-        "use torch.optim.AdamW(apt_kernels.parameter_groups(model))",
+        "apt_kernels: to train, a prefix needs a learning rate of about %g, more than the usual default of an "
+        "optimizer or of Trainer (5e-5). torch.optim.AdamW(apt_kernels.parameter_groups(model)) has such rates",
         PREFIX_RATE,
     )

@@ -33,7 +33,7 @@ from .discovery.selection import lengths_of
 from .optimizer import log_rates
 from .site import Site
 from .state import Model, State, inner, is_patched, remember_start, state_of
-from .trainable import refuse_quantised, trainable_names
+from .trainable import refuse_quantised, trainable_names, warn_of_a_frozen_head
 from .transaction import atomic
 from .vocabulary import vocabulary_tokens
 
@@ -77,7 +77,8 @@ def patch(
         >>> apt_kernels.patch(model, prefix_length=16)
         >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     """
-    return patch_checked(model, make_config(config, settings), example_inputs)
+    config = make_config(config, settings)
+    return patch_checked(model, config, example_inputs, lambda *_: warn_of_a_frozen_head(inner(model), config))
 
 
 @atomic
@@ -99,7 +100,10 @@ def patch_checked(
     if is_patched(base):
         if state_of(base).config == config:
             return model
-        raise PatchError("the model is already patched with other settings; call apt_kernels.unpatch(model) first")
+        raise PatchError(
+            "the model is already patched with other settings; call apt_kernels.unpatch(model) first, or "
+            "apt_kernels.add_adapter(model, name, ...) to keep both"
+        )
     _refuse_second(base)
     _check_example(example_inputs)
     if config.implementation != "auto":

@@ -34,7 +34,7 @@ def draw(probe, path: str | os.PathLike, title: str) -> None:
     within = [abs(layer.layer_scale) * float(np.mean(layer.gate_std_tokens)) for layer in layers]
     profile.errorbar(weights, rows, xerr=np.hypot(spread, within), fmt="none", ecolor="black", capsize=2, linewidth=1)
     profile.axvline(1, color="grey", linewidth=0.8)
-    profile.set(xlabel="mean of |λα|, std over tokens and examples", title="by layer")
+    profile.set(xlabel="mean size of λα", title="by layer, with std over\ntext tokens and examples")
     figure.savefig(path, dpi=130)
 
 

@@ -128,8 +128,8 @@ class Probe:
 
     def table(self) -> str:
         """Markdown, one row for each layer."""
-        rows = ["| layer | gate | tokens | λ | mean α | α: min to max over prefix tokens | std of α over tokens |"]
-        rows[0] += " over examples | mean of \\|λα\\| |"
+        rows = ["| layer | gate | prefix tokens | λ | mean α | α: min to max over prefix tokens "]
+        rows[0] += "| std of α over text tokens | over examples | mean size of λα |"
         rows.append("|" + " --- |" * 9)
         for layer in self.layers:
             cells = (
@@ -372,8 +372,8 @@ def prune(model: Model, lengths: Sequence[int], probe: Probe | None = None) -> M
     Frozen tokens are removed last: only where a length is below their number, from their end.
 
     The other tokens' keys, values and gates are removed from the softmax. A gate of 0 does not do that: it leaves a key
-    of zeros, which still takes softmax mass (docs/method.md shows how much). The shorter prefix is saved and loaded
-    like any other. Parameters are replaced, so create a new optimizer.
+    of zeros, which still takes softmax mass ("Probe and prune" in the documentation has a measurement). The shorter
+    prefix is saved and loaded like any other. Parameters are replaced, so create a new optimizer.
 
     Args:
         model: a patched model.

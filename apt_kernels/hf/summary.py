@@ -41,7 +41,7 @@ class Summary:
         rows = [("attention module", "kind", "length", "gate", "parameters")]
         shown = {x: f"{x.name} ({x.adapter})" if len(names) > 1 and x.adapter else x.name for x in self.layers}
         rows += [(shown[x], x.kind, _length(x), x.gate, f"{x.parameters:,}") for x in self.layers]
-        rows += [(name, "beside the prefix", "", "", f"{size:,}") for name, size in self.beside]
+        rows += [(name, "other parameter", "", "", f"{size:,}") for name, size in self.beside]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         for name, kind, length, gate, size in rows:
             cells = [name.ljust(widths[0]), kind.ljust(widths[1]), length.rjust(widths[2]), gate.ljust(widths[3])]

@@ -473,6 +473,16 @@ def test_rates_that_are_no_numbers_are_named(value):
             apt_kernels.parameter_groups(model, **{name: value})
 
 
+def test_a_rate_at_which_prefixes_hardly_change_is_named(recwarn):
+    model = trained("bert", prefix_length=3)
+    with pytest.warns(UserWarning, match="lr is 5e-05, at which prefixes hardly change; they need about 0.01"):
+        apt_kernels.parameter_groups(model, lr=5e-5)
+    recwarn.clear()
+    for rate in (None, 0.0, 1e-4):
+        apt_kernels.parameter_groups(model, lr=rate, head_lr=1e-5)
+    assert not list(recwarn)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -211,3 +211,14 @@ def test_late_queries_see_the_whole_prefix(family):
     for prefix in apt_kernels.prefixes(model).values():
         assert (prefix.key.grad.abs().amax(dim=(0, 2)) > 0).all()
         assert (prefix.value.grad.abs().amax(dim=(0, 2)) > 0).all()
+
+
+def test_a_new_head_that_trainable_leaves_out_is_named(recwarn):
+    head = "AutoModelForSequenceClassification"
+    with pytest.warns(UserWarning, match=r"trainable leaves out classifier\.bias and 1 more, .* name it in trainable"):
+        apt_kernels.patch(models.build("bert", head), trainable=("pooler",))
+    recwarn.clear()
+    for trainable in (None, (), ("pooler", "classifier")):
+        apt_kernels.patch(models.build("bert", head), trainable=trainable)
+    apt_kernels.patch(models.build("llama"), trainable=("lm_head",))
+    assert not [warning for warning in recwarn if "trainable" in str(warning.message)]

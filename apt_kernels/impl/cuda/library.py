@@ -17,7 +17,7 @@ host = None
 def _load() -> tuple[object | None, str | None]:
     """The operators, or why they are not available."""
     if not PATH.exists():
-        return None, "its library is not built: install with APT_KERNELS_CUDA=1 and nvcc, see docs/installation.md"
+        return None, "its library, for NVIDIA GPUs, is not built: install with APT_KERNELS_CUDA=1 and nvcc"
     try:
         torch.ops.load_library(PATH)
     except OSError as error:
