@@ -152,7 +152,7 @@ def made(call, build, folder):
 
 
 # `make fuzz`: the first and the last time of every line with every model. Else, in a minute of one core, lines drawn by
-# a seed, the first or the last time in turn: half of them with one model, few with the others and of the recording pass.
+# a seed, the first or the last time in turn: half of them with one model, few with the others and in recording.
 EVERY = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 
 
