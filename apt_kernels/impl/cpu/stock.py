@@ -203,7 +203,8 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: 
         if x.dense is not None:
             seen.append(part_of(x.dense, slice(None), keys))
         causal = prefix > 0 and by_position and x.causal
-        if causal and not seen and x.bias is None and x.query_offset is None:
+        # With an offset below -1 the triangle would hide the prefix from the first queries.
+        if causal and not seen and x.bias is None and x.query_offset is None and x.offset >= low - 1:
             hidden = x.query.new_full((x.query.shape[2], prefix + high - low), -torch.inf, dtype=x.compute_dtype)
             return hidden.triu_(prefix + x.offset - low + 1)[None, None]
         if causal:
