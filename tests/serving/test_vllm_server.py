@@ -229,7 +229,7 @@ def run_as_documented(number: int, model, folder, monkeypatch, capsys) -> list[s
     assert f'"{BASE}",' in code
     code = code.replace(f'"{BASE}",', tiny)
     monkeypatch.chdir(folder)
-    namespace = {}
+    namespace = {"__name__": "__main__"}
     try:
         exec(compile(code, "serving.md", "exec"), namespace)
     finally:
