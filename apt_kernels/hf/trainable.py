@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,12 +28,17 @@ def trainable_names(model, config: AptConfig) -> set[str]:
         if unused:
             raise ConfigError(f"trainable has {unused[0]!r}; {_why_unused(model, unused[0])}")
         return {name for name in names if any(patterns.search(pattern, name) for pattern in config.trainable)}
-    return _new_head(model) & set(names)
+    inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
+    # PEFT's `modules_to_save` trains copies of the modules that it names.
+    outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    return {name for name in outside if name in names and ".original_module." not in name}
 
 
 def warn_of_a_frozen_head(model, config: AptConfig) -> None:
-    """Warn if ``trainable`` names parameters, but none of a task head that would train without it."""
-    left_out = sorted(_new_head(model) - trainable_names(model, config)) if config.trainable else []
+    """Warn if ``trainable`` names parameters, but not those of a new task head, which would train without it."""
+    if not config.trainable:
+        return
+    left_out = sorted(trainable_names(model, replace(config, trainable=None)) - trainable_names(model, config))
     if left_out:
         others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         warnings.warn(
@@ -40,14 +46,6 @@ def warn_of_a_frozen_head(model, config: AptConfig) -> None:
             "random, and another from_pretrained has other values: name it in trainable as well",
             stacklevel=6,
         )
-
-
-def _new_head(model) -> set[str]:
-    """The names of the parameters that a checkpoint of the bare model does not hold."""
-    inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
-    # PEFT's `modules_to_save` trains copies of the modules that it names.
-    outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
-    return {name for name in outside if ".original_module." not in name}
 
 
 def _why_unused(model, pattern: str) -> str:
