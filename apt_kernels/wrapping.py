@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,19 +39,16 @@ class _WhenLoaded:
     def find_spec(self, name: str, path=None, target=None):
         if name != self.package:
             return None
-        # Asked of the other finders, since the answer may be to importlib.util.find_spec, which imports nothing.
-        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((each for each in found if each is not None), None)
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
         if spec is None:
+            sys.meta_path.insert(0, self)
             return None
         loader: Any = spec.loader
         execute = loader.exec_module
 
         def exec_module(module):
             execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
             try:
                 self.action()
             except Exception as error:  # an import of another library must not fail because of this package
