@@ -215,7 +215,8 @@ def test_late_queries_see_the_whole_prefix(family):
 
 def test_a_new_head_that_trainable_leaves_out_is_named(recwarn):
     head = "AutoModelForSequenceClassification"
-    with pytest.warns(UserWarning, match=r"trainable leaves out classifier\.bias and 1 more, .* name it in trainable") as found:
+    message = r"trainable leaves out classifier\.bias and 1 more, .* name it in trainable"
+    with pytest.warns(UserWarning, match=message) as found:
         apt_kernels.patch(models.build("bert", head), trainable=("pooler",))
     assert [warning.filename for warning in found] == [__file__]
     recwarn.clear()
