@@ -11,6 +11,7 @@ from .ops.attention import attention, selected
 from .ops.choose import info
 from .prefix.adaptive import AdaptivePrefix
 from .wrapping import when_loaded as _when_loaded
+from .wrapping import wrap as _wrap
 
 if TYPE_CHECKING:
     from .hf.adapters import adapters, add_adapter, delete_adapter, set_adapter
@@ -104,15 +105,18 @@ if not TYPE_CHECKING:  # to a type checker, other names are mistakes
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# PeftModel.from_pretrained has to find a prefix in its folder before any other function of this package is called. The
+# integrations are imported at that call, not at PEFT's import: other libraries may be half imported then.
 def _join_peft() -> None:
+    _wrap(_sys.modules["peft"].PeftModel, "__init__", _with_prefixes)
+
+
+def _with_prefixes(original, *args, **kwargs):
     _import_module(".hf.integrations.peft", __name__).join_peft()
+    return original(*args, **kwargs)
 
 
-# PeftModel.from_pretrained has to find a prefix in its folder before any other function of this package is called.
-if "peft" in _sys.modules:
-    _join_peft()
-else:
-    _when_loaded("peft", _join_peft)
+_when_loaded("peft", _join_peft)
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ConfigError(ValueError):
@@ -38,6 +38,11 @@ def its_type(value) -> str:
         return "None"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of the names and how many follow, as messages word it: "a", "a and 2 more"."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def counted(number: int, noun: str) -> str:

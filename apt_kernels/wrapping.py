@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,31 +23,38 @@ def wrap(owner, name: str, around: Callable) -> None:
     setattr(owner, name, wrapped)
 
 
-def when_loaded(package: str, action: Callable[[], None]) -> None:
-    """Call ``action`` after the package has been imported."""
-    if not any(isinstance(finder, _WhenLoaded) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenLoaded(package, action))
+def when_loaded(module: str, action: Callable[[], None]) -> None:
+    """Call ``action`` after the module has been imported: now, if it is."""
+    if module in sys.modules:
+        action()
+        return
+    waiting = [(each.module, each.action) for each in sys.meta_path if isinstance(each, _WhenLoaded)]
+    if (module, action) not in waiting:
+        sys.meta_path.insert(0, _WhenLoaded(module, action))
 
 
 class _WhenLoaded:
-    """An import hook that calls ``action`` after ``package`` has been imported."""
+    """An import hook that calls ``action`` after ``module`` has been imported."""
 
-    def __init__(self, package: str, action: Callable[[], None]):
-        self.package, self.action = package, action
+    def __init__(self, module: str, action: Callable[[], None]):
+        self.module, self.action = module, action
 
     def find_spec(self, name: str, path=None, target=None):
-        if name != self.package:
+        if name != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # Asked of the finders behind: the question may be importlib.util.find_spec's, after which nothing is imported.
+        others = [each for each in sys.meta_path[sys.meta_path.index(self) + 1 :] if hasattr(each, "find_spec")]
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((each for each in found if each is not None), None)
         if spec is None:
-            sys.meta_path.insert(0, self)
             return None
         loader: Any = spec.loader
         execute = loader.exec_module
 
         def exec_module(module):
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             try:
                 self.action()
             except Exception as error:  # an import of another library must not fail because of this package

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, its_type
+from ..errors import AdapterError, first_of, its_type
 from . import compat, events
 from .state import State, inner, own_name
 from .untrusted import shown
@@ -219,14 +219,13 @@ def warn_if_changed(state: State, record, path: Path) -> None:
     config = state.model.config
     there = _named(record["name_or_path"], record["revision"])
     here = _named(getattr(config, "name_or_path", None) or None, _revision(config))
-    others = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
     advice = f"Both are from {here}."
     if there != here:
         advice = f"It was trained on {there}; this model is {here}. Load the former."
     warnings.warn(
         f"{path} was trained on other weights than this model's: {len(differ)} of {len(recorded)} compared differ, "
-        f"{shown(differ[0])}{others}. {advice} Weights that a checkpoint lacks (transformers lists them as MISSING) "
-        "are random at every load: patch(..., trainable=...) lets them train, and save then writes them",
+        f"{first_of([shown(each) for each in differ])}. {advice} Weights that a checkpoint lacks (transformers lists "
+        "them as MISSING) are random at every load: patch(..., trainable=...) lets them train, and save writes them",
         stacklevel=4,
     )
 

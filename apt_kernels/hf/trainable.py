@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .. import patterns
 from ..config import AptConfig
-from ..errors import ConfigError, PatchError, similar
+from ..errors import ConfigError, PatchError, first_of, similar
 from ..prefix.adaptive import AdaptivePrefix
 from . import events
 
@@ -40,9 +40,8 @@ def warn_of_a_frozen_head(model, config: AptConfig) -> None:
         return
     left_out = sorted(trainable_names(model, replace(config, trainable=None)) - trainable_names(model, config))
     if left_out:
-        others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         warnings.warn(
-            f"trainable leaves out {left_out[0]}{others}, which would train without it. If this head is new, it is "
+            f"trainable leaves out {first_of(left_out)}, which would train without it. If this head is new, it is "
             "random, and another from_pretrained has other values: name it in trainable as well",
             stacklevel=6,
         )

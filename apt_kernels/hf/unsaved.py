@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..errors import first_of
 from . import base_record, events
 from .state import State, inner
 from .transaction import undisturbed
@@ -56,9 +57,8 @@ def warn_of_changes(state: State) -> None:
         if name in state.samples and name not in known | merged and not _same(state.samples[name], now)
     ]
     if changed:
-        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         warnings.warn(
-            f"{changed[0]}{others} changed since the patch and would not be in the adapter. A parameter is saved if it "
+            f"{first_of(changed)} changed since the patch and would not be in the adapter. A parameter is saved if it "
             "is trainable at the save, or if trainable= names it in the patch; for statistics of normalisation layers, "
             "train with these layers in eval mode, or save the base model as well",
             stacklevel=7,
@@ -76,9 +76,8 @@ def warn_of_others(model, state: State) -> None:
         return
     own = getattr(state.model, "_hf_peft_config_loaded", False)
     call = "model.save_pretrained(folder)" if own else "save_pretrained(folder) of the PeftModel around it"
-    others = f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""
     warnings.warn(
-        f"the model holds weights of PEFT ({theirs[0]}{others}), which are not in this adapter: {call} saves them with "
+        f"the model holds weights of PEFT ({first_of(theirs)}), which are not in this adapter: {call} saves them with "
         "the prefixes",
         stacklevel=4,
     )

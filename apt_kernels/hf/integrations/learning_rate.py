@@ -14,10 +14,11 @@ _MODULE = "transformers.trainer"
 
 def join_trainer() -> None:
     """Wrap the method by which Trainer makes its optimizer. Once per process, or at its import."""
-    if _MODULE in sys.modules:
-        wrap(sys.modules[_MODULE].Trainer, "create_optimizer", _create_optimizer)
-    else:
-        when_loaded(_MODULE, join_trainer)
+    when_loaded(_MODULE, _join)
+
+
+def _join() -> None:
+    wrap(sys.modules[_MODULE].Trainer, "create_optimizer", _create_optimizer)
 
 
 def _create_optimizer(original, trainer, *args, **kwargs):

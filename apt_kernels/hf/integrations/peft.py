@@ -78,9 +78,10 @@ def join_peft() -> None:
     each of these, the one method common to all tuners is wrapped: what trained with a prefix stays trainable, and the
     prefix is saved to and loaded from the same folder. If PEFT is not imported yet, this happens at its import.
     """
-    if "peft" not in sys.modules:
-        when_loaded("peft", join_peft)
-        return
+    when_loaded("peft", _join)
+
+
+def _join() -> None:
     tuners, models = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.peft_model")
     if tuners is None or models is None:
         return

@@ -41,9 +41,10 @@ def is_ours(config) -> bool:
 
 def join_sentence_transformers() -> None:
     """Wrap the two methods by which its Transformer module reads a folder. Once per process, or at its import."""
-    if _MODULE not in sys.modules:
-        when_loaded("sentence_transformers", join_sentence_transformers)
-        return
+    when_loaded("sentence_transformers", _join)
+
+
+def _join() -> None:
     if compat.available("sentence-transformers"):
         module = sys.modules[_MODULE].Transformer
         wrap(module, "_load_config", _load_config)

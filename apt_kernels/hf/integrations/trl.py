@@ -26,11 +26,7 @@ _TRAINERS = {"dpo": _WITH_ARGUMENT, "kto": _WITH_ARGUMENT, "grpo": _WITHOUT_ARGU
 def join_trl() -> None:
     """Wrap the two functions by which TRL's trainers get a reference. Once per process, at their import."""
     for name in _TRAINERS:
-        module = f"trl.trainer.{name}_trainer"
-        if module in sys.modules:
-            _join(name)
-        else:
-            when_loaded(module, functools.partial(_join, name))
+        when_loaded(f"trl.trainer.{name}_trainer", functools.partial(_join, name))
 
 
 def _join(name: str) -> None:

@@ -82,12 +82,19 @@ class Cpu(Backend):
             logsumexp = result.logsumexp.masked_fill(torch.isneginf(result.logsumexp), 0.0)
             result = result._replace(logsumexp=logsumexp)
         strategy, (out, logsumexp, _) = _backward_strategy(plan, grad_logsumexp is not None, needs), result
-        if strategy != "blockwise" and _is_masked(x) and not _is_bounded(x):
-            return self._unbounded_backward(x, plan, result, grad_out, needs)
         if strategy == "blockwise":
             return blocks_backward.backward(x, out, logsumexp, grad_out, grad_logsumexp, needs)
+        try:
+            return self._stock_backward(x, strategy, result, grad_out, needs)
+        except stock.NotFinite:
+            return self._overwriting_backward(x, plan, result, grad_out, needs)
+
+    def _stock_backward(
+        self, x: Inputs, strategy: str, result: Result, grad_out: Tensor, needs: list[bool]
+    ) -> list[Tensor | None]:
         if not x.gate_per_query:
             return prefix.backward(x, strategy, result, grad_out, needs)
+        out, logsumexp, _ = result
         of_tokens = None
         if any(needs[:3]):
             tokens = {"query": x.query, "key": x.key, "value": x.value}
@@ -95,7 +102,7 @@ class Cpu(Backend):
             stock.backward_(x, Scratch(x.query, x.query.dtype), out, logsumexp, grad_out, of_tokens)
         return blocks_backward.backward(x, out, logsumexp, grad_out, None, needs, of_tokens)
 
-    def _unbounded_backward(
+    def _overwriting_backward(
         self, x: Inputs, plan: Plan, result: Result, grad_out: Tensor, needs: list[bool]
     ) -> list[Tensor | None]:
         """The blockwise backward, which overwrites hidden logits, with results in the layout of the plan's strategy."""
@@ -126,15 +133,6 @@ class Cpu(Backend):
 def _is_masked(x: Inputs) -> bool:
     """Whether the stock kernel may be given a mask to add."""
     return x.causal or x.key_padding is not None or x.dense is not None or x.bias is not None
-
-
-def _is_bounded(x: Inputs) -> bool:
-    """Whether no product of a query and a key can overflow. (NaN is not below the bound.)"""
-    bound = x.scale * x.query.shape[3]
-    for part in (x.query, x.key):
-        low, high = part.detach().aminmax()
-        bound = bound * max(-float(low), float(high))
-    return bound < 1e38
 
 
 def _backward_strategy(plan: Plan, of_logsumexp: bool, needs: list[bool]) -> str:

@@ -64,6 +64,10 @@ def _mask_grows(x: Inputs) -> bool:
     return math.prod(torch.broadcast_shapes(*[part.shape for part in parts])) > max(part.numel() for part in parts)
 
 
+class NotFinite(Exception):
+    """The gradients of a masked call are not finite."""
+
+
 class Call(NamedTuple):
     """One call of the kernel, on these ``rows`` and ``keys`` of the whole. ``mask`` is additive."""
 
@@ -111,10 +115,17 @@ class Call(NamedTuple):
         return single and not self.causal and (self.mask is None or self.mask.shape[1] == 1)
 
     def backward(self, out: Tensor, logsumexp: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns."""
+        """Gradients of query, key and value; ``out, logsumexp`` may be those of a softmax over more columns.
+
+        Raises `NotFinite` if a hidden logit may be the reason: the kernel adds the mask, and -inf to inf is NaN.
+        """
         tensors = (grad_out[:, :, self.rows], self.query, self.key, self.value, out[:, :, self.rows])
         given = (*map(_rows, tensors), logsumexp[:, :, self.rows], 0.0, self.causal)
-        return _flash_backward(*given, attn_mask=_mask_rows(self.mask), scale=self.scale)
+        found = _flash_backward(*given, attn_mask=_mask_rows(self.mask), scale=self.scale)
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        if self.mask is not None and not math.isfinite(found[0].sum(dtype=wide)):
+            raise NotFinite
+        return found
 
     def merge_(self, out: Tensor, logsumexp: Tensor) -> None:
         """Add these columns to an output and a log-sum-exp over others, in place."""

@@ -51,9 +51,11 @@ def test_peft_imported_after_the_patch(family):
 
 
 LOADED = """
-import torch
-{first}
-{second}
+import torch, warnings
+warnings.simplefilter("error", UserWarning)  # "apt_kernels cannot work beside this ..."
+{imports}
+import peft
+assert ("apt_kernels.hf" in __import__("sys").modules) == ({imports!r}.count("apt_kernels.hf") > 0)
 from helpers import models
 model = models.build("bert")
 given = models.inputs("bert")
@@ -63,20 +65,36 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("order", [("import peft", "import apt_kernels"), ("import apt_kernels", "import peft")])
-def test_a_new_process_loads_the_prefix_beside_a_lora(order, tmp_path):
+# Some ask whether PEFT is installed (importlib.util.find_spec), some import it while they are imported themselves.
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import peft, apt_kernels",
+        "import apt_kernels, importlib.util\nassert importlib.util.find_spec('peft')\nimport transformers.trainer",
+        "import apt_kernels, sentence_transformers",
+        "import apt_kernels.hf, trl.trainer.dpo_trainer",
+    ],
+)
+def test_a_new_process_loads_the_prefix_beside_a_lora(imports, beside_a_lora, tmp_path):
     """Nothing but PEFT's own function is called there."""
-    model = apt_kernels.patch(models.build("bert"), prefix_length=3)
-    both = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
-    randomise(model)
-    both.save_pretrained(tmp_path)
-    with torch.no_grad():
-        expected = model.eval()(**models.inputs("bert"))[0]
+    folder, expected = beside_a_lora
     out = tmp_path / "out.pt"
-    code = LOADED.format(first=order[0], second=order[1], folder=str(tmp_path), out=str(out))
+    code = LOADED.format(imports=imports, folder=str(folder), out=str(out))
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(torch.load(out, weights_only=True), expected)
+
+
+@pytest.fixture(scope="module")
+def beside_a_lora(tmp_path_factory):
+    """A folder with a prefix and a LoRA, and the model's output with both."""
+    folder = tmp_path_factory.mktemp("both")
+    model = apt_kernels.patch(models.build("bert"), prefix_length=3)
+    both = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    randomise(model)
+    both.save_pretrained(folder)
+    with torch.no_grad():
+        return folder, model.eval()(**models.inputs("bert"))[0]
 
 
 def ours_trainable(model) -> bool:
