@@ -6,6 +6,7 @@ import gc
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from helpers import served
 
@@ -80,6 +81,25 @@ def answers_of(model, adapter, prompts, new=NEW):
     found, bare = (served.answers(model, each, prompts, new) for each in (adapter, None))
     assert found.tokens != bare.tokens, "the adapter has no influence"
     return found
+
+
+def answers_by_name(model, adapters, prompts, names, new=NEW):
+    """What transformers answers to each prompt with the adapter of its name; None: the base model."""
+    found = {name: served.answers(model, adapters.get(name), prompts, new) for name in set(names)}
+    each = [found[name].each[i] for i, name in enumerate(names)]
+    return served.Answers(each, max(one.allowed for one in found.values()))
+
+
+def counting_preemptions(monkeypatch) -> list:
+    """A list that grows with each request that an engine preempts."""
+    preempted, plain = [], Scheduler._preempt_request
+
+    def preempt(*args, **kwargs):
+        preempted.append(args)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", preempt)
+    return preempted
 
 
 def check(model, adapter, prompts=None, **options):

@@ -7,7 +7,7 @@ from helpers import served
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm runs this in an environment with it")
 
-from helpers.vllm_engine import LENGTHS, NEW, answers_of, assert_same, check, engine, generate
+from helpers.vllm_engine import LENGTHS, NEW, answers_of, assert_same, check, counting_preemptions, engine, generate
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,7 @@ def test_chunked_prompts_and_cached_prefixes(llama, adapted, caching):
 
 
 def test_preempted_requests(llama, adapted, monkeypatch):
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    preempted, plain = [], Scheduler._preempt_request
-    monkeypatch.setattr(
-        Scheduler, "_preempt_request", lambda *args, **kwargs: (preempted.append(1), plain(*args, **kwargs))[1]
-    )
+    preempted = counting_preemptions(monkeypatch)
     prompts = served.prompts((60, 62, 61, 63, 60, 59))
     answers = answers_of(llama, adapted, prompts, 40)
     with engine(llama, adapted, num_gpu_blocks_override=16) as llm:

@@ -10,7 +10,7 @@ from helpers import served
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm runs this in an environment with it")
 
-from helpers.vllm_engine import LENGTHS, answers_of, assert_same, engine, generate
+from helpers.vllm_engine import LENGTHS, answers_by_name, answers_of, assert_same, engine, generate
 
 FAMILIES = {"llama": "token", "qwen3": "first"}
 
@@ -24,6 +24,13 @@ def answered(tmp_path_factory):
         model = served.base(family, root / "base")
         adapter = served.adapter(model, root / "adapter", prefix_length=12, gate=gate)
         found[family] = model, adapter, answers_of(model, adapter, served.prompts(LENGTHS))
+    model, adapter, _ = found["llama"]
+    named = {
+        "token": str(adapter),
+        "static": str(served.adapter(model, root / "static", 1, prefix_length=5, gate="static")),
+    }
+    names = ["static", None, "token", "token", "static", None]
+    found["several"] = model, named, names, answers_by_name(model, named, served.prompts(LENGTHS), names)
     return found
 
 
@@ -32,3 +39,9 @@ def test_models_of_transformers_in_vllm(family, answered):
     model, adapter, answers = answered[family]
     with engine(model, adapter, model_impl="transformers") as llm:
         assert_same(generate(llm, served.prompts(LENGTHS), prompt_logprobs=2), answers)
+
+
+def test_several_adapters(answered):
+    model, named, names, answers = answered["several"]
+    with engine(model, named, model_impl="transformers") as llm:
+        assert_same(generate(llm, served.prompts(LENGTHS), prompt_logprobs=2, names=names), answers)
