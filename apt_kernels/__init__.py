@@ -15,6 +15,7 @@ from .wrapping import wrap as _wrap
 
 if TYPE_CHECKING:
     from .hf.adapters import adapters, add_adapter, delete_adapter, set_adapter
+    from .hf.attention.cache_export import register_cache_for_export
     from .hf.checkpoint import load, save
     from .hf.composing import compose
     from .hf.export import as_past_key_values, export
@@ -53,6 +54,7 @@ _HUGGING_FACE = {
     "fold": ".hf.folding",
     "export": ".hf.export",
     "as_past_key_values": ".hf.export",
+    "register_cache_for_export": ".hf.attention.cache_export",
     "patch_from_text": ".hf.initialise",
     "patch_from_peft": ".hf.initialise",
 }
@@ -88,6 +90,7 @@ __all__ = [
     "probe",
     "prune",
     "reference_model",
+    "register_cache_for_export",
     "save",
     "selected",
     "set_adapter",

@@ -149,6 +149,22 @@ FEATURES = {
         },
     ),
     "patch_from_peft": Feature("patch_from_peft", "transformers", {"transformers": ("DynamicCache",)}),
+    "exported caches": Feature(
+        "apt_kernels.register_cache_for_export",
+        "transformers",
+        {
+            "transformers": ("DynamicCache",),
+            "transformers.integrations.executorch": ("register_dynamic_cache_export_support",),
+        },
+    ),
+    "exported pytrees": Feature(
+        "apt_kernels.register_cache_for_export",
+        "torch",
+        {
+            "torch.fx._pytree": ("register_pytree_flatten_spec",),
+            "torch.utils._pytree": ("MappingKey", "register_pytree_node"),
+        },
+    ),
     "export": Feature("apt_kernels.export", "transformers", {"transformers": ("DynamicCache",)}),
     "gradient checkpointing": Feature(
         "gradient checkpointing of a patched model",

@@ -1,23 +1,24 @@
 """torch.export, AOTInductor, torch.jit.trace and ONNX: the program gives the model's outputs, also at other sizes."""
 
-import copy
+import itertools
 import shutil
 
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.integrations import executorch
 
 import apt_kernels
+from apt_kernels.hf.attention import cache_export
 from helpers import models
 from helpers.patched import randomise
 
+M = 5
 CASES = [("llama", "token"), ("qwen3", "static"), ("bert", "first"), ("bert", "mean"), ("t5", "auto"), ("gpt2", "none")]
 
 
 def patched(family, gate):
     model = models.build(family)
-    apt_kernels.patch(model, prefix_length=5, gate=gate)
+    apt_kernels.patch(model, prefix_length=M, gate=gate)
     randomise(model)
     return model
 
@@ -65,43 +66,73 @@ def test_torch_export(family, gate, strict):
 
 
 @torch.no_grad()
-def continued(model, batch, past, length):
-    """Arguments that continue a cache of ``past`` tokens; the first row has two tokens of padding in front."""
+def continued(model, batch, past, length, start=None):
+    """Arguments that continue a cache of ``past`` tokens; the first row has two tokens of padding in front.
+
+    ``start``: what computes the cache (None: the model).
+    """
     ids = models.inputs("llama", batch=batch, length=past + length)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    cache = model(ids[:, :past], attention_mask=mask[:, :past], use_cache=True).past_key_values
-    return {"input_ids": ids[:, past:], "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    # torch.export adds guards to the example's views.
+    first, rest = ids[:, :past].clone(), ids[:, past:].clone()
+    cache = (start or model)(input_ids=first, attention_mask=mask[:, :past].clone(), use_cache=True).past_key_values
+    return {"input_ids": rest, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+
+
+def every_size(given):
+    """Every batch size and length of the arguments, and of the cache in them."""
+    sizes = torch.export.ShapesCollection()
+    for tensor in torch.utils._pytree.tree_leaves(given):
+        if isinstance(tensor, torch.Tensor):
+            # [B, T]; keys and values [B, H, S, D]; the gates [B, M] and [B] of a cache.
+            dims = {2: (0, 1), 4: (0, 2)}.get(tensor.ndim, (0,)) if tensor.shape[-1] != M else (0,)
+            sizes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
+    return sizes
+
+
+def exported(model, given):
+    return torch.export.export(model, (), given, dynamic_shapes=every_size(given), strict=False).module()
 
 
 @pytest.fixture
 def caches_as_inputs():
-    """transformers' registration of its cache with torch, for one test: it changes what torch does with caches."""
-    executorch.register_dynamic_cache_export_support()
+    """The registration of caches with torch, for one test: it changes what torch does with caches."""
+    apt_kernels.register_cache_for_export()
+    apt_kernels.register_cache_for_export()
     yield
-    torch.utils._pytree._deregister_pytree_node(DynamicCache)
-    for registered in (torch.fx._pytree.SUPPORTED_NODES, torch.fx._pytree.SUPPORTED_NODES_EXACT_MATCH):
-        registered.pop(DynamicCache, None)
+    for kind in (DynamicCache, cache_export._Kept):
+        torch.utils._pytree._deregister_pytree_node(kind)
+        for registered in (torch.fx._pytree.SUPPORTED_NODES, torch.fx._pytree.SUPPORTED_NODES_EXACT_MATCH):
+            registered.pop(kind, None)
 
 
 @pytest.mark.usefixtures("caches_as_inputs")
-@pytest.mark.parametrize(("family", "gate"), [("llama", "token"), ("qwen3", "static"), ("gpt2", "none")])
+@pytest.mark.parametrize(
+    ("family", "gate"), [("llama", "token"), ("qwen3", "static"), ("gpt2", "none"), ("gpt2", "first")]
+)
 def test_a_program_continues_a_cache(family, gate):
+    """The model's cache, and that of a program; then the program's own, one token at a time."""
     model = patched(family, gate)
-    given, sizes = continued(model, 2, 9, 3), torch.export.ShapesCollection()
-    for name in ("input_ids", "attention_mask"):
-        sizes[given[name]] = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
-    for tensor in torch.utils._pytree.tree_leaves(given["past_key_values"]):
-        sizes[tensor] = dict.fromkeys((0, 2), torch.export.Dim.AUTO)
-    exported = torch.export.export(model, (), given, dynamic_shapes=sizes, strict=False).module()
-    for each in ((2, 9, 3), (3, 5, 4), (2, 12, 1)):
-        given = continued(model, *each)
-        with torch.no_grad():
-            expected, found = model(**copy.deepcopy(given)), exported(**given)
-        # The orders of summation differ, in float32; logits reach some tens.
-        torch.testing.assert_close(found.logits[1:], expected.logits[1:], rtol=1e-4, atol=1e-4)
-        layers = zip(found.past_key_values.layers, expected.past_key_values.layers)
-        assert all(ours.keys.shape == theirs.keys.shape for ours, theirs in layers)
+    step, starts = exported(model, continued(model, 2, 9, 3)), [None]
+    if gate == "first":
+        prompt = continued(model, 2, 9, 3)
+        del prompt["past_key_values"]
+        starts.append(exported(model, {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}))
+    for start, each in itertools.product(starts, ((2, 9, 3), (3, 5, 4), (2, 12, 1))):
+        ours, theirs = continued(model, *each, start), continued(model, *each)
+        for _ in range(2):
+            with torch.no_grad():
+                expected, found = model(**theirs), step(**ours)
+            # The orders of summation differ, in float32; logits reach some tens.
+            torch.testing.assert_close(found.logits[1:], expected.logits[1:], rtol=1e-4, atol=1e-4)
+            layers = zip(found.past_key_values.layers, expected.past_key_values.layers)
+            assert all(ours.keys.shape == theirs.keys.shape for ours, theirs in layers)
+            ids, mask = ours["input_ids"][:, :1], torch.nn.functional.pad(ours["attention_mask"], (0, 1), value=1)
+            ours, theirs = (
+                {**given, "input_ids": ids, "attention_mask": mask, "past_key_values": results.past_key_values}
+                for given, results in ((ours, found), (theirs, expected))
+            )
 
 
 @pytest.mark.slow

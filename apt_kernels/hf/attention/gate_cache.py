@@ -13,13 +13,14 @@ from ...prefix import gates
 
 
 class Kept(NamedTuple):
-    """The gate of one module, and the rows that had a real token so far (None: all); the others have no gate yet."""
+    """The gate of one module, and the rows that had a real token so far; the others have no gate yet."""
 
     gate: Tensor  # [B, M]
-    begun: Tensor | None  # [B] bool
+    begun: Tensor  # [B] bool
+    waits: bool  # whether a row may have had no real token yet
 
     def map(self, change) -> Kept:
-        return Kept(change(self.gate), None if self.begun is None else change(self.begun))
+        return Kept(change(self.gate), change(self.begun), self.waits)
 
 
 class _KeepsGates:
@@ -55,12 +56,13 @@ class _KeepsGates:
 
 
 @memoise
-def _keeping(base):
-    return type(base.__name__, (_KeepsGates, base), {})
+def keeping(base):
+    """The class of caches that keep gates, of a cache's class."""
+    return type(base.__name__, (_KeepsGates, base), {"__module__": __name__})
 
 
 def _restore(base: type, state: dict):
-    kept = _keeping(base)
+    kept = keeping(base)
     cache = kept.__new__(kept)
     cache.__dict__.update(state)
     return cache
@@ -74,16 +76,16 @@ def keep(cache, owner: tuple[str, str], gate: Tensor, begun: Tensor | None, add:
     """
     if not isinstance(cache, _KeepsGates):
         kind: Any = type(cache)
-        cache.__class__ = _keeping(kind)
+        cache.__class__ = keeping(kind)
         cache.apt_gates = {}
     if add:
         earlier = cache.apt_gates[owner]
         gate = torch.where(earlier.begun[:, None], earlier.gate, gate)
         begun = None if begun is None else earlier.begun | begun
     # Checked only if that needs no synchronisation with a device.
-    if begun is not None and _is_here(begun) and bool(begun.all()):
-        begun = None
-    cache.apt_gates[owner] = Kept(gate, begun)
+    waits = begun is not None and not (_is_here(begun) and bool(begun.all()))
+    begun = gate.new_ones(gate.shape[0], dtype=torch.bool) if begun is None else begun
+    cache.apt_gates[owner] = Kept(gate, begun, waits)
     return gate
 
 
@@ -93,7 +95,7 @@ def _is_here(tensor: Tensor) -> bool:
 
 def waits(cache, owner: tuple[str, str]) -> bool:
     """Whether some row of ``cache`` may have had no real token yet."""
-    return _kept(cache, owner).begun is not None
+    return _kept(cache, owner).waits
 
 
 def has(cache, owner: tuple[str, str]) -> bool:
