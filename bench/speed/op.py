@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -38,6 +38,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: flo
 
     ``only``: peers by name; ``"no_prefix"`` and ``"ours"`` include their variants. Empty: all.
     """
+    dtype = shape.dtype_in(dtype)
     deadline, problem, found = time.perf_counter() + seconds, Problem(shape, device, dtype), Measured()
     chosen = [peer for peer in peers() if not only or any(is_called(peer.name, name) for name in only)]
     right, ready = {}, {}
@@ -46,7 +47,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, seconds: flo
         if reason is None and peer.name == "flex" and time.perf_counter() > deadline - seconds / 2:
             reason = "no time was left to compile it"
         if reason is None:
-            reason = _prepare(peer, problem, right, found, ready)
+            reason = _prepare(peer, peer.problem(problem), right, found, ready)
         if reason is not None:
             found.skipped[peer.name] = reason
     right.clear()
@@ -83,25 +84,28 @@ def _prepare(peer: Peer, problem: Problem, right: dict, found: Measured, ready: 
     ) as error:  # a stock kernel that does not support these inputs
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     found.figures[peer.name] = {"error": worst, "note": peer.note(problem), "automatic": peer.automatic(problem)}
-    ready[peer.name] = (*steps, peer.has_prefix)
+    ready[peer.name] = (*steps, peer.has_prefix, problem.dtype)
     return None
 
 
-def check(peer: Peer, steps: tuple[Callable, Callable], problem: Problem, right: dict[bool, Expected]) -> float:
+def check(peer: Peer, steps: tuple[Callable, Callable], problem: Problem, right: dict[tuple, Expected]) -> float:
     """The largest error of a peer's output and gradients divided by the allowed one."""
     gradients = "both" in problem.shape.passes
     given, grad_out = operands(problem.leaves(0)), problem.grad_out(0)
-    if peer.has_prefix not in right:
-        right[peer.has_prefix] = expected(problem.shape, given, grad_out, peer.has_prefix, gradients)
+    key = peer.has_prefix, problem.dtype
+    if key not in right:
+        right[key] = expected(problem.shape, given, grad_out, peer.has_prefix, gradients)
     forward, backward = steps
     out = forward(given)
-    return right[peer.has_prefix].check(results(out, given, grad_out, peer.has_prefix, gradients, backward))
+    return right[key].check(results(out, given, grad_out, peer.has_prefix, gradients, backward))
 
 
 def _runners(ready: dict, problem: Problem, sets: int, found: Measured) -> dict[str, Callable]:
-    data = [(problem.leaves(seed), problem.grad_out(seed)) for seed in range(sets)]
+    own = {dtype: replace(problem, dtype=dtype) for *_, dtype in ready.values()}
+    inputs = {dtype: [(p.leaves(seed), p.grad_out(seed)) for seed in range(sets)] for dtype, p in own.items()}
     clock, runners = Clock(problem.device), {}
-    for name, (forward, backward, has_prefix) in ready.items():
+    for name, (forward, backward, has_prefix, dtype) in ready.items():
+        data = inputs[dtype]
         if "both" in problem.shape.passes:
             runners[name] = _training_runner(forward, backward, has_prefix, data, clock)
             continue

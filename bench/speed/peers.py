@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -64,7 +64,10 @@ def backward(out: Tensor, wanted: list[Tensor], grad_out: Tensor) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Peer:
-    """``attend(problem)`` returns the forward; ``note(problem)`` is kept with the figures (the strategy taken)."""
+    """``attend(problem)`` returns the forward; ``note(problem)`` is kept with the figures (the strategy taken).
+
+    ``dtype``: of its inputs; None: the problem's.
+    """
 
     name: str
     attend: Callable[[Problem], Callable[[Operands], Tensor]]
@@ -72,6 +75,11 @@ class Peer:
     has_prefix: bool = True
     note: Callable[[Problem], str] = lambda problem: ""
     around: Callable[[], AbstractContextManager] = nullcontext
+    dtype: torch.dtype | None = None
+
+    def problem(self, problem: Problem) -> Problem:
+        """The problem with the inputs of this peer."""
+        return replace(problem, dtype=self.dtype or problem.dtype)
 
     def automatic(self, problem: Problem) -> bool:
         """Whether the op chooses this implementation by itself here."""
@@ -294,6 +302,10 @@ def _own_peers() -> list[Peer]:
     return found
 
 
+def _float32_obstacle(problem: Problem) -> str | None:
+    return None if problem.shape.dtype else "beside the cases of the stage half only"
+
+
 def _whole_model(problem: Problem) -> str:
     return "whole models only: see the stages training and generation"
 
@@ -312,5 +324,6 @@ def peers() -> list[Peer]:
     found += [Peer("concat_efficient", efficient, _concat_efficient_obstacle)]
     found += [Peer("in_cache", _in_cache, _in_cache_obstacle)]
     found += _own_peers()
+    found.append(Peer("float32", partial(_ours, "auto"), _float32_obstacle, dtype=torch.float32))
     found.append(Peer("flex", _flex, _flex_obstacle))  # last: it compiles, and a stage's time may be over
     return [*found, Peer("peft", _naive, _whole_model)]

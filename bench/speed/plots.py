@@ -14,7 +14,7 @@ from .tables import Entry, Results, Row, main_rows
 from .words import PEERS, case_in_words, setting_in_words
 
 FIGURES = {"time": "Time by length", "memory": "Peak memory by length", "decoding": "Time of a decoding step"}
-_COLOURS = dict(zip(PEERS, ("C0", "C1", "C3", "C2", "C6", "C4", "C5", "0.5"), strict=True))
+_COLOURS = dict(zip(PEERS, ("C0", "C1", "C3", "C2", "C6", "C4", "C5", "C7", "0.5"), strict=True))
 _TRAINING, _DECODING = (
     ("ours", "naive", "peft", "concat_flash", "flex", "no_prefix"),
     ("ours", "naive", "in_cache", "no_prefix"),

@@ -104,13 +104,14 @@ class Stage:
 
 # All stages in the order in which they run; bench/gpu.sh, the runner and the reports take them from here.
 STAGES = {
-    "encoder": Stage("test_op.py", gpu=40, cpu=65),
-    "causal": Stage("test_op.py", gpu=75, cpu=70),
+    "encoder": Stage("test_op.py", gpu=40, cpu=60),
+    "causal": Stage("test_op.py", gpu=75, cpu=65),
     "query": Stage("test_op.py", gpu=20, cpu=30),
     "long": Stage("test_op.py", gpu=30, cpu=35),
     "decode": Stage("test_op.py", gpu=25, cpu=15),
+    "half": Stage("test_op.py", gpu=0, cpu=25),  # in bfloat16, where other stages are in float32
     "training": Stage("test_training.py", gpu=90, cpu=45),
-    "compiled": Stage("test_training.py", gpu=60, cpu=60),
+    "compiled": Stage("test_training.py", gpu=60, cpu=50),
     "generation": Stage("test_generation.py", gpu=30, cpu=20),
     "compilation": Stage("test_compilation.py", gpu=40, cpu=50),
 }

@@ -82,7 +82,9 @@ def section(found: dict[str, Results]) -> str:
 def _summary(name: str, results: Results, folder: str) -> list[str]:
     """The machine, ours against PEFT, every case in one table, and the figures in ``folder``."""
     images = [f"![{plots.FIGURES[kind]}]({folder}bench-{name}-{kind}.png)" for kind in plots.FIGURES]
-    return [heading(results), "Whole models against PEFT:", _peft(results), "All cases:", _cases(results), *images]
+    parts = ["Whole models against PEFT:", _peft(results), "All cases:", _cases(results)]
+    parts += ["Targets, each with its worst case:", targets.measured(results)]
+    return [heading(results), *parts, *images]
 
 
 def _peft(results: Results) -> str:

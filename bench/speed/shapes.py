@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -21,6 +21,7 @@ class Shape:
     ``kind``: ``"causal"``, ``"encoder"`` (bidirectional) or ``"decode"`` (one query a row, forward only).
     ``gate``: one of `GATES`; ``"row"`` and ``"query"`` come from hidden states of width ``heads * dim``, and their
     product with the gate's weight is timed too. ``padded``: the last keys of a row are padding, none to half.
+    ``dtype``: of the activations; None: the run's.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Shape:
     length: int
     gate: str = "row"
     padded: bool = False
+    dtype: str | None = None
 
     @property
     def causal(self) -> bool:
@@ -51,7 +53,12 @@ class Shape:
     @property
     def name(self) -> str:
         size = f"b{self.batch}-h{self.heads}.{self.kv_heads}-t{self.tokens}-s{self.keys}-d{self.dim}-m{self.length}"
-        return f"{self.kind}-{size}-{self.gate}" + ("-padded" if self.padded else "")
+        options = [*(["padded"] if self.padded else []), *([self.dtype] if self.dtype else [])]
+        return "-".join([self.kind, size, self.gate, *options])
+
+    def dtype_in(self, default: torch.dtype) -> torch.dtype:
+        """The dtype of the activations in a run of ``default``."""
+        return getattr(torch, self.dtype) if self.dtype else default
 
     def key_padding(self, device) -> Tensor | None:
         """bool ``[B, S]``, True where a key may be seen; None: everywhere."""
@@ -120,6 +127,10 @@ def decode(batch, heads, kv_heads, keys, dim, length, gate="query") -> Shape:
     return Shape("decode", batch, heads, kv_heads, 1, keys, dim, length, gate)
 
 
+def _in_bfloat16(*shapes: Shape) -> list[Shape]:
+    return [replace(shape, dtype="bfloat16") for shape in shapes]
+
+
 _GPU = {
     "encoder": [
         *[encoder(b, 16, t, m) for (b, t), m in product(((64, 64), (32, 128), (16, 256), (16, 512)), (16, 128))],
@@ -142,6 +153,7 @@ _GPU = {
         *[decode(b, 32, 8, s, 128, 64) for b in (1, 16, 64) for s in (1024, 8192, 32768) if b * s <= 1 << 19],
         *[decode(16, 32, 8, 8192, 128, 64, "none"), decode(16, 32, 8, 8192, 128, 4096, "none")],
     ],
+    "half": [],  # as all other stages
 }
 # For GPUs of less than `registry.LARGE` memory, such as a T4, an A10 or an RTX 4090.
 _SMALL_GPU = {
@@ -157,6 +169,7 @@ _SMALL_GPU = {
     "query": [causal(4, 32, 8, 1024, 64, 64, "query"), causal(2, 32, 8, 2048, 128, 64, "query")],
     "long": [causal(4, 32, 8, 512, 64, 4096, "none"), causal(4, 32, 8, 512, 64, 1024)],
     "decode": [decode(b, 32, 8, s, 64, 64) for b in (1, 16) for s in (1024, 8192)],
+    "half": [],
 }
 _CPU = {
     "encoder": [
@@ -173,6 +186,7 @@ _CPU = {
     "query": [causal(8, 12, 12, 128, 64, 16, "query"), causal(1, 8, 4, 1024, 64, 64, "query")],
     "long": [causal(8, 8, 4, 128, 64, 1024), causal(2, 8, 4, 256, 64, 4096, "none")],
     "decode": [decode(1, 8, 4, 1024, 64, 16), decode(16, 8, 4, 1024, 64, 64), decode(4, 8, 4, 8192, 64, 64, "static")],
+    "half": _in_bfloat16(encoder(16, 12, 128, 16), causal(2, 8, 8, 512, 64, 16), causal(1, 16, 4, 1024, 64, 128)),
 }
 _TINY = {
     "encoder": [Shape("encoder", 2, 2, 2, 16, 16, 16, 4, padded=True)],
@@ -180,6 +194,7 @@ _TINY = {
     "query": [causal(1, 4, 2, 24, 16, 4, "query")],
     "long": [causal(2, 4, 2, 8, 16, 40, "none")],
     "decode": [decode(2, 4, 2, 24, 16, 4)],
+    "half": _in_bfloat16(causal(1, 4, 2, 32, 16, 4, "static")),
 }
 
 

@@ -17,7 +17,7 @@ from .registry import STAGES
 
 # The pass that represents a case in the tables.
 MAIN = {"both", "step", "token", "graph", "first"}
-ORDER = ("naive", "concat_flash", "concat_efficient", "flex", "peft", "cartridge", "in_cache")
+ORDER = ("naive", "concat_flash", "concat_efficient", "flex", "peft", "cartridge", "in_cache", "float32")
 
 
 def statistics_of(samples: list[float]) -> dict:

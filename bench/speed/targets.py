@@ -5,12 +5,13 @@ A target is met or missed only if it would be so at every value within the quart
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from bench.common.markdown import markdown
 
 from .tables import Results, Row
+from .words import case_in_words
 
 NOT_MEASURED = "not measured"
 H200, CPU = "H200", "CPU"
@@ -28,10 +29,10 @@ class Target:
     at_most: bool
     subject: str = "ours"  # the peer whose time the target is about
 
-    def worst(self, results: list[Results]) -> tuple[float, str, int] | None:
+    def worst(self, results: list[Results]) -> tuple[float, Row, int] | None:
         """The worst figure, its case, and how many cases there are."""
-        found = [(value, row.case) for row in self._rows(results) if (value := self.figure(row)) is not None]
-        return (*(max if self.at_most else min)(found), len(found)) if found else None
+        found = [(value, row) for row in self._rows(results) if (value := self.figure(row)) is not None]
+        return (*(max if self.at_most else min)(found, key=lambda pair: pair[0]), len(found)) if found else None
 
     def verdict(self, results: list[Results]) -> str:
         """``"met"``, ``"missed"``, or ``"undecided"`` where the quartiles include both."""
@@ -104,8 +105,26 @@ def _any_both(row: Row) -> bool:
     return row.which == "both"
 
 
+def _main(row: Row) -> bool:
+    """One row of every case, in the dtype of the run."""
+    whole = row.which in ("both", "step", "token") or (row.stage, row.which) == ("decode", "forward")
+    return whole and row.stage != "half"
+
+
+def _from_1k(row: Row) -> bool:
+    return _main(row) and row.stage in ("causal", "query") and row.shape["tokens"] >= 1024
+
+
 def _causal_1k(row: Row) -> bool:
-    return row.stage == "causal" and row.which == "both" and row.shape["tokens"] >= 1024
+    return _from_1k(row) and row.stage == "causal"
+
+
+def _from_128(row: Row) -> bool:
+    return row.which == "both" and row.stage in ("encoder", "causal") and row.shape["tokens"] >= 128
+
+
+def _folded(row: Row) -> bool:
+    return (row.stage, row.which) == ("generation", "token") and row.shape["gate"] == "none"
 
 
 def _every_shape(row: Row) -> bool:
@@ -149,10 +168,25 @@ _ON_H200 = (
         "ours:cuda",
     ),
 )
+_ON_CPU = (
+    ("all cases: naive / ours", _main, _against("naive"), 1.0, False),
+    ("causal, from 1,024 tokens: naive / ours", _causal_1k, _against("naive"), 1.3, False),
+    (
+        "all cases: concat_flash, in_cache, peft / ours",
+        _main,
+        _against("concat_flash", "in_cache", "peft"),
+        0.97,
+        False,
+    ),
+    ("encoder and causal, from 128 tokens: time / no prefix - FLOP overhead", _from_128, _beyond_flops, 1.05, True),
+    ("generation, no gate: time / no prefix", _folded, lambda row: row.over_no_prefix, 1.05, True),
+    ("all cases: memory / naive", _main, _memory("naive"), 1.0, True),
+    ("causal, from 1,024 tokens: memory / naive", _from_1k, _memory("naive"), 0.8, True),
+    ("bfloat16: float32 / ours", _is("half", "both"), _against("float32"), 1.0, False),
+)
 TARGETS = (
     *(Target(text, H200, *rest) for text, *rest in _ON_H200),
-    Target("two cores, float32, all shapes: naive / ours", CPU, _any_both, _against("naive"), 0.95, False),
-    Target("two cores, float32, causal, T >= 1024: naive / ours", CPU, _causal_1k, _against("naive"), 1.15, False),
+    *(Target(text, CPU, *rest) for text, *rest in _ON_CPU),
 )
 
 
@@ -177,16 +211,26 @@ def _counted(record: dict) -> list[list[str]]:
     return lines
 
 
+def measured(results: Results) -> str:
+    """The targets of which a machine has a figure."""
+    return _table([target for target in TARGETS if target.worst([results])], [results], case_in_words)
+
+
 def table(results: list[Results], counted: dict | None = None) -> str:
     """Every target with its worst measured figure; ``counted``: what `python -m bench compiled launches` recorded."""
+    return _table(TARGETS, results, lambda row: row.case, _counted(counted) if counted else [])
+
+
+def _table(
+    targets: Iterable[Target], results: list[Results], name: Callable[[Row], str], more: Sequence[list[str]] = ()
+) -> str:
     lines = []
-    for target in TARGETS:
+    for target in targets:
         worst, sign = target.worst(results), "at most" if target.at_most else "at least"
         cells = [target.machine, target.text, f"{sign} {target.limit:.2f}"]
         if worst is None:
             lines.append([*cells, NOT_MEASURED, "", ""])
             continue
-        value, case, count = worst
-        lines.append([*cells, f"{value:.2f}", target.verdict(results), f"{case} (worst of {count})"])
-    lines += _counted(counted) if counted else []
-    return markdown(["machine", "figure", "target", "measured", "verdict", "case"], lines)
+        value, row, count = worst
+        lines.append([*cells, f"{value:.2f}", target.verdict(results), f"{name(row)} (worst of {count})"])
+    return markdown(["machine", "figure", "target", "measured", "verdict", "case"], [*lines, *more])

@@ -12,6 +12,7 @@ PEERS = {
     "concat_efficient": "concatenated, memory-efficient kernel",
     "flex": "FlexAttention",
     "in_cache": "prefix in the KV cache",
+    "float32": "apt-kernels in float32",
     "no_prefix": "no prefix",
 }
 # Fewer rounds have no quartiles worth a verdict.
@@ -43,7 +44,8 @@ def setting_in_words(row: Row) -> tuple[str, str]:
     )
     subject = f"{_KINDS.get(shape.get('kind'), 'Causal')}, {heads} of {shape['dim']}"
     more = [_GATES[shape["gate"]]] if "gate" in shape else []
-    return subject, ", ".join([_prefix(shape, *more), *(["padded"] if shape.get("padded") else [])])
+    options = [*(["padded"] if shape.get("padded") else []), *([shape["dtype"]] if shape.get("dtype") else [])]
+    return subject, ", ".join([_prefix(shape, *more), *options])
 
 
 def _prefix(shape: dict, *more: str) -> str:

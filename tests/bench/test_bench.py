@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,29 @@ def test_every_shape_times_its_peers_or_says_why_not(name, monkeypatch):
         assert found.figures[peer]["peak_bytes"] > 0
         assert 0 < found.figures[peer]["error"] <= 1
     assert [peer for peer, figures in found.figures.items() if figures["automatic"]] == ["ours:cpu"]
+    assert ("float32" in found.samples) == (shape.dtype is not None)
+
+
+def test_beside_a_case_in_bfloat16_ours_is_timed_in_float32(monkeypatch):
+    seen: dict[str, set] = {"naive": set(), "float32": set()}
+
+    def watched(peer):
+        def attend(problem):
+            call = peer.attend(problem)
+
+            def forward(given):
+                seen[peer.name].add(given["query"].dtype)
+                return call(given)
+
+            return forward
+
+        return replace(peer, attend=attend)
+
+    chosen = [watched(peer) for peer in peers.peers() if peer.name in seen]
+    monkeypatch.setattr(op, "peers", lambda: chosen)
+    found = op.measure(REGISTRIES["tiny"]["half"][0], CPU, torch.float32, seconds=0)
+    assert set(found.samples) == set(seen)
+    assert seen == {"naive": {torch.bfloat16}, "float32": {torch.float32}}
 
 
 def _wrong_mask(problem):

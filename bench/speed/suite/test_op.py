@@ -23,7 +23,7 @@ def test_op(stage, case, peer, which, settings, enter):
     extra = {
         "shape": vars(case),
         "flops": flops,
-        "fewest_bytes": counts.fewest_bytes(case, settings.dtype, counted, has_prefix),
+        "fewest_bytes": counts.fewest_bytes(case, case.dtype_in(settings.dtype), counted, has_prefix),
         "flop_overhead": counts.flop_overhead(case, counted),
     }
     enter(stage, case, peer, which, measure, extra)
