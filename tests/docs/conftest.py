@@ -16,12 +16,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from helpers import documentation
+from helpers import documentation, exported_caches
 
 _SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
 SMALL_CACHE = f"__import__('transformers').ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, {_SIZE}=8)"
 
 SLOTS = 1 << 15  # tokens of the tiny models
+
+
+@pytest.fixture(autouse=True)
+def caches_as_before():
+    """An example registers transformers' caches with torch, for the whole process."""
+    yield
+    exported_caches.forget()
 
 
 @pytest.fixture(scope="session")

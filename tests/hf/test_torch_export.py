@@ -1,15 +1,13 @@
-"""torch.export, AOTInductor, torch.jit.trace and ONNX: the program gives the model's outputs, also at other sizes."""
+"""torch.export, AOTInductor, torch.jit.trace, ONNX, ExecuTorch: the model's outputs, also at other sizes."""
 
 import itertools
 import shutil
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import apt_kernels
-from apt_kernels.hf.attention import cache_export
-from helpers import models
+from helpers import exported_caches, models
 from helpers.patched import randomise
 
 M = 5
@@ -101,10 +99,7 @@ def caches_as_inputs():
     apt_kernels.register_cache_for_export()
     apt_kernels.register_cache_for_export()
     yield
-    for kind in (DynamicCache, cache_export._Kept):
-        torch.utils._pytree._deregister_pytree_node(kind)
-        for registered in (torch.fx._pytree.SUPPORTED_NODES, torch.fx._pytree.SUPPORTED_NODES_EXACT_MATCH):
-            registered.pop(kind, None)
+    exported_caches.forget()
 
 
 @pytest.mark.usefixtures("caches_as_inputs")
@@ -186,3 +181,16 @@ def test_onnx(family, gate, tmp_path):
         return torch.from_numpy(session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})[0])
 
     check(run, model, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "gate"), [("bert", "first"), ("llama", "token")])
+def test_executorch(family, gate):
+    pytest.importorskip("executorch.exir", reason="executorch is not installed")
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    model, given = patched(family, gate), arguments(family)
+    program = to_edge_transform_and_lower(export(model, given)).to_executorch()
+    method = Runtime.get().load_program(program.buffer).load_method("forward")
+    check(lambda **given: method.execute([*given.values()])[0], model, family)

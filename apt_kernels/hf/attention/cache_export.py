@@ -23,10 +23,13 @@ def register_cache_for_export() -> None:
         PatchError: transformers or torch lack a name that it needs.
 
     Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B")
+        >>> model = apt_kernels.patch(model, prefix_length=16, gate="first")
         >>> apt_kernels.register_cache_for_export()
         >>> prompt = torch.tensor([[1, 2, 3, 4]])
         >>> given = {"input_ids": prompt, "past_key_values": model(prompt[:, :3]).past_key_values}
-        >>> given["input_ids"] = prompt[:, 3:]
+        >>> given["input_ids"] = prompt[:, 3:]  # this example has one size; see dynamic_shapes of torch.export
         >>> program = torch.export.export(model, (), given, strict=False)
         >>> program.module()(**given).past_key_values.get_seq_length()
         4
