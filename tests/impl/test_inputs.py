@@ -152,6 +152,15 @@ def test_hidden_keys_of_any_size_are_hidden(backend, name, value):
         torch.testing.assert_close(ours[part], exact[part], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("broadcast", [(0, 3), (0, 1, 3), (0, 1, 2), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", ["dense_keys", "causal_gate_query"])
+def test_a_dense_mask_that_broadcasts(backend, name, broadcast):
+    x = small(name).inputs(place(backend))
+    size = [1 if i in broadcast else n for i, n in enumerate((x.sizes[0], x.sizes[1], x.sizes[3], x.sizes[4]))]
+    dense = torch.rand(size, generator=GENERATOR().manual_seed(1)).to(x.query.device) > 0.4
+    accuracy.check(serves(backend, replace(x, dense=dense)), backend.name, generator=GENERATOR().manual_seed(0))
+
+
 @pytest.mark.parametrize("value", [1e30, torch.inf, torch.nan])
 @pytest.mark.parametrize("name", ["causal", "causal_gate_query", "causal_more_keys"])
 def test_a_large_key_is_hidden_from_the_queries_before_it(backend, name, value):

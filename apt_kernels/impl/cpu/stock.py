@@ -215,9 +215,10 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: 
             seen.append(part_of(x.dense, slice(None), keys))
         causal = prefix > 0 and by_position and x.causal
         # With an offset below -1 the triangle would hide the prefix from the first queries.
-        if causal and not seen and x.bias is None and x.query_offset is None and x.offset >= low - 1:
+        if causal and x.dense is None and x.bias is None and x.query_offset is None and x.offset >= low - 1:
             hidden = x.query.new_full((x.query.shape[2], prefix + high - low), -torch.inf, dtype=x.compute_dtype)
-            return hidden.triu_(prefix + x.offset - low + 1)[None, None]
+            hidden = hidden.triu_(prefix + x.offset - low + 1)[None, None]
+            return hidden + _additive(x, seen[0], prefix, high - low) if seen else hidden
         if causal:
             columns = torch.arange(low, high, device=x.query.device)
             seen.append((columns <= x.positions()[..., None])[:, None])
@@ -227,13 +228,18 @@ def additive_mask(x: Inputs, low: int, high: int, prefix: int = 0, by_position: 
     if visible is None and x.bias is None:
         return None
     if x.bias is None:
-        added = x.query.new_zeros((*visible.shape[:3], prefix + high - low), dtype=x.compute_dtype)
-        added[..., prefix:].masked_fill_(~visible, -torch.inf)
-        return added
+        return _additive(x, visible, prefix, high - low)
     tokens = part_of(x.bias, slice(None), keys).to(x.compute_dtype)
     tokens = tokens if visible is None else torch.where(visible, tokens, -torch.inf)
     tokens = tokens.expand(*tokens.shape[:3], high - low)
     return torch.nn.functional.pad(tokens, (prefix, 0)) if prefix else tokens
+
+
+def _additive(x: Inputs, visible: Tensor, prefix: int, keys: int) -> Tensor:
+    """Zero on prefix columns and where ``visible``, else -inf."""
+    added = x.query.new_zeros((*visible.shape[:3], prefix + keys), dtype=x.compute_dtype)
+    added[..., prefix:].masked_fill_(~visible, -torch.inf)
+    return added
 
 
 def prefix_mask(x: Inputs) -> Tensor | None:
