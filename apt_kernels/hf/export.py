@@ -28,6 +28,7 @@ from .state import State, refuse_several, state_of
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+_INSTEAD = ". Use as_past_key_values(model, first_position=0) and pass position_ids that start at 0"
 _FORMATS = {"peft": "PREFIX_TUNING", "cartridge": "CARTRIDGE"}
 
 
@@ -150,7 +151,7 @@ def as_past_key_values(
 
     Args:
         model: a patched causal language model whose layers all have a prefix of one length.
-        batch_size: rows of the cache.
+        batch_size: rows of the cache; with beam search, the number of prompts times ``num_beams``.
         first_position: the position of the first token. None: M, transformers' default, for which rotary keys are
             rotated. 0: the caller passes ``position_ids`` that start at 0; exact for learned absolute positions, too.
         max_length: as for `export`.
@@ -196,8 +197,8 @@ def _layers(
     refuse_no_decoder(base)
     ids = _probe_ids(base)
     if first is None:
-        refuse_lengths(base)
-        here, there = at_positions(base, ids, length)
+        refuse_lengths(base, _INSTEAD)
+        here, there = at_positions(base, ids, length, _INSTEAD)
     else:
         here = there = capture(base, ids.reshape(-1, 1), torch.zeros_like(ids.reshape(-1, 1)))
     layers = []
