@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .config import AptConfig
 from .errors import AdapterError, ArgumentError, ConfigError, ImplementationError, PatchError
 from .mask import Mask
+from .onnx import OnnxFunctions
 from .ops.attention import attention, selected
 from .ops.choose import info
 from .prefix.adaptive import AdaptivePrefix
@@ -69,6 +70,7 @@ __all__ = [
     "ImplementationError",
     "LayerProbe",
     "Mask",
+    "OnnxFunctions",
     "PatchError",
     "Probe",
     "adapters",

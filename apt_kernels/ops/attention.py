@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, overload
 
 import torch
@@ -171,8 +172,10 @@ def attention(
     )
     plan, tensors = choose.choose(x, implementation), x.tensors()
     results: tuple
-    if transforms.active() or _decomposes(plan):
+    if transforms.active():
         results = choose.load(plan.name).attend(x)
+    elif _decomposes(plan):
+        results = COMPOSITE(*x.flat()) if _exports_to_onnx() else choose.load(plan.name).attend(x)
     elif _is_plain(tensors):
         # Fast path: the same result as the registered operator's without about 20 us of dispatch.
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -189,6 +192,10 @@ def attention(
 def _decomposes(plan: Plan) -> bool:
     """Whether `torch.export` records torch's own operators, which every runtime has, in place of the registered one."""
     return torch.compiler.is_exporting() and choose.load(plan.name).composite
+
+
+def _exports_to_onnx() -> bool:
+    return "torch.onnx" in sys.modules and sys.modules["torch.onnx"].is_in_onnx_export()
 
 
 def _is_plain(tensors: list[Tensor]) -> bool:
@@ -229,6 +236,16 @@ torch.library.define(
 )
 _FORWARD = getattr(torch.ops, _NAMESPACE).attention.default
 _BACKWARD = getattr(torch.ops, _NAMESPACE).attention_backward.default
+
+
+# The same in torch's own operators. An ONNX exporter decomposes it, or translates it as a whole.
+torch.library.define(f"{_NAMESPACE}::composite_attention", f"({_ARGUMENTS.rpartition(',')[0]}) -> (Tensor, Tensor)")
+COMPOSITE = getattr(torch.ops, _NAMESPACE).composite_attention.default
+
+
+@torch.library.impl(f"{_NAMESPACE}::composite_attention", "CompositeImplicitAutograd")
+def _composite(*arguments):
+    return choose.load("reference").attend(Inputs(*arguments))
 
 
 @torch.library.impl(f"{_NAMESPACE}::attention", "default")

@@ -21,6 +21,7 @@ LAYERS = {
     "config": ("errors", "prefix"),
     "impl": ("errors", "mask"),
     "ops": ("errors", "mask", "transforms", "impl"),
+    "onnx": ("errors", "ops", "impl"),
     "prefix": ("errors", "transforms"),
     "hf": ("errors", "mask", "patterns", "wrapping", "config", "ops", "prefix"),
     "serving": ("errors", "config", "prefix", "hf"),

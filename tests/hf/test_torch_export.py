@@ -166,15 +166,36 @@ def test_torch_jit_trace(family, gate, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "gate"), [("llama", "token"), ("bert", "first"), ("t5", "auto"), ("gpt2", "none")])
-def test_onnx(family, gate, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "gate", "whole"),
+    [
+        ("llama", "token", False),
+        ("llama", "token", True),
+        ("bert", "first", True),
+        ("t5", "auto", True),
+        ("gpt2", "none", False),
+    ],
+)
+def test_onnx(family, gate, whole, tmp_path):
+    """In standard operators, and with ``whole`` each attention as one node of the function."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     import onnxruntime
 
-    model, given = patched(family, gate), arguments(family)
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (), kwargs=given, dynamic_shapes=dynamic(given), dynamo=True).save(path)
+    model, given, functions = patched(family, gate), arguments(family), apt_kernels.OnnxFunctions()
+    path, table = tmp_path / "model.onnx", functions if whole else None
+    program = torch.onnx.export(
+        model, (), kwargs=given, dynamic_shapes=dynamic(given), dynamo=True, custom_translation_table=table
+    )
+    if whole:
+        functions.define(program)
+    else:
+        with pytest.raises(apt_kernels.ArgumentError, match="has no attention of this table"):
+            functions.define(program)
+    named = [node.op_identifier()[:2] for node in program.model.graph if node.domain]
+    assert named == [("apt_kernels", "attention")] * len(apt_kernels.prefixes(model)) * whole
+    assert {function.name for function in program.model.functions.values()} == ({"attention"} if whole else set())
+    program.save(path)
     session = onnxruntime.InferenceSession(path)
 
     def run(**given):
