@@ -63,6 +63,18 @@ def test_inspect_names_what_is_wrong(folders, capsys):
     assert "its contents do not match its checksum" in capsys.readouterr().err
 
 
+def test_a_base_that_is_no_model_is_named(folders, capsys):
+    root, _ = folders
+    (root / "empty").mkdir()
+    empty, adapter, out = str(root / "empty"), str(root / "adapter"), str(root / "out")
+    for given in (["check", empty, adapter], ["convert", "--to", "peft", "--base", empty, adapter, out]):
+        assert main(given) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert empty in said
+    assert not (root / "out").exists()
+
+
 def test_check_tells_what_differs(folders, capsys):
     root, _ = folders
     assert main(["check", str(root / "base"), str(root / "adapter")]) == 0

@@ -40,7 +40,7 @@ def check(base: str, folder: Path, *, model_class: str | None = None, revision: 
     The base model and the adapter are loaded. Raises `AdapterError` or `PatchError` if the adapter does not fit.
     """
     with open_adapter(folder) as file:
-        config = transformers.AutoConfig.from_pretrained(base, revision=revision)
+        config = _pretrained(transformers.AutoConfig, base, revision)
         base_record.refuse_other(_OnlyConfig(config), file.settings.get("base"), file.path)
         recorded = file.settings.get("model")
     model = _model(base, model_class or recorded, revision)
@@ -120,10 +120,18 @@ def _model(base: str, name: str | None, revision: str | None):
     kind = getattr(transformers, name or "", None)
     if not hasattr(kind, "from_pretrained"):
         raise AdapterError(f"transformers has no model class {name!r}; name one (--model-class)")
-    return kind.from_pretrained(base, revision=revision, dtype="auto").eval()
+    return _pretrained(kind, base, revision, dtype="auto").eval()
+
+
+def _pretrained(kind, base: str, revision: str | None, **options):
+    """``kind.from_pretrained``; `ArgumentError` where ``base`` is none of transformers' models."""
+    try:
+        return kind.from_pretrained(base, revision=revision, **options)
+    except ValueError as error:
+        raise ArgumentError(f"{base} cannot be read by transformers' {kind.__name__}: {error}") from error
 
 
 def _batches(base: str, revision: str | None, texts: Path) -> Iterable[dict]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base, revision=revision)
+    tokenizer = _pretrained(transformers.AutoTokenizer, base, revision)
     lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [dict(tokenizer(line, return_tensors="pt")) for line in lines]
