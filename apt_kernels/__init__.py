@@ -110,18 +110,22 @@ if not TYPE_CHECKING:  # to a type checker, other names are mistakes
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# PeftModel.from_pretrained has to find a prefix in its folder before any other function of this package is called. The
-# integrations are imported at that call, not at PEFT's import: other libraries may be half imported then.
-def _join_peft() -> None:
-    _wrap(_sys.modules["peft"].PeftModel, "__init__", _with_prefixes)
+# These libraries read a folder that may hold a prefix before any function of this package is called. What joins them is
+# imported when their class is first used, not at their own import: other libraries may be half imported then.
+def _join_at_first_use(module: str, owner: str, integration: str) -> None:
+    def created(original, *args, **kwargs):
+        getattr(_import_module(f".hf.integrations.{integration}", __name__), f"join_{integration}")()
+        return original(*args, **kwargs)
+
+    def loaded() -> None:
+        if hasattr(_sys.modules[module], owner):
+            _wrap(getattr(_sys.modules[module], owner), "__init__", created)
+
+    _when_loaded(module, loaded)
 
 
-def _with_prefixes(original, *args, **kwargs):
-    _import_module(".hf.integrations.peft", __name__).join_peft()
-    return original(*args, **kwargs)
-
-
-_when_loaded("peft", _join_peft)
+_join_at_first_use("peft", "PeftModel", "peft")
+_join_at_first_use("sentence_transformers.base.modules.transformer", "Transformer", "sentence_transformers")
 
 
 def __dir__() -> list[str]:

@@ -113,7 +113,9 @@ def test_what_cannot_be_converted(folders, capsys):
     assert main(given) == 1
     assert "does not record the name of its base model" in capsys.readouterr().err
     assert main([*given, "--base", str(root / "base")]) == 1
-    assert "whose weights depend on the input" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "whose weights depend on the input" in said
+    assert "On the command line: --texts FILE" in said
     assert not (root / "out").exists()
 
 

@@ -110,7 +110,7 @@ def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
     weights = {
         plain(name): p
         for name, p in state.model.named_parameters()
-        if id(p) not in ours and plain(name) not in trained and is_whole(p)
+        if id(p) not in ours and plain(name) not in trained and is_whole(p) and not _replaced(name)
     }
     wide = [name for name, p in weights.items() if p.ndim > 1]
     narrow = [name for name, p in weights.items() if p.ndim == 1]
@@ -121,6 +121,11 @@ def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
 def plain(name: str) -> str:
     """A parameter's name without the parts that PEFT and FullyShardedDataParallel add."""
     return own_name(name).replace(".base_layer.", ".")
+
+
+def _replaced(name: str) -> bool:
+    """Whether it is the original of a module that PEFT's `modules_to_save` has copied: the copy is what is used."""
+    return ".original_module." in name
 
 
 def is_whole(parameter: nn.Parameter) -> bool:
@@ -208,7 +213,7 @@ def warn_if_changed(state: State, record, path: Path) -> None:
     differ = []
     for name, hashes in recorded.items():
         parameter = names.get(name)
-        if parameter is None or not is_whole(parameter) or name in state.start:
+        if parameter is None or not is_whole(parameter) or name in state.start or _replaced(name):
             continue
         now = _hashes(parameter)
         common = hashes.keys() & now.keys()

@@ -15,7 +15,6 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .. import patterns
 from ..config import AptConfig
@@ -28,7 +27,18 @@ from .adapters import adapters, add_checked, refuse_detached, rename, set_adapte
 from .discovery.selection import lengths_of
 from .model_card import card
 from .patching import patch_checked
-from .state import Model, State, inner, is_as_made, is_patched, named_parameters, own_name, remember_saved, state_of
+from .state import (
+    Model,
+    State,
+    inner,
+    is_as_made,
+    is_patched,
+    named_parameters,
+    own_name,
+    remember_saved,
+    require_model,
+    state_of,
+)
 from .trainable import trainable_names
 from .transaction import atomic, undisturbed
 from .untrusted import shown
@@ -407,8 +417,7 @@ def load(
     check_flag("allow_non_finite", allow_non_finite)
     if not isinstance(revision, (str, type(None))):
         raise ArgumentError(f"revision is {revision!r}; it needs a string or None")
-    if not isinstance(inner(model), PreTrainedModel):
-        raise PatchError(f"the model is {its_type(model)}; load needs a transformers.PreTrainedModel")
+    require_model(model, "load")
     if hub.is_repository(folder):
         folder = hub.fetch(str(folder), [WEIGHTS, CONFIG], revision, subfolder)
     else:

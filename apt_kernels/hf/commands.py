@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import AdapterError, ArgumentError, its_type
+from ..errors import AdapterError, ArgumentError, ConfigError, PatchError, its_type
 from . import base_record
 from .adapter_file import AdapterFile, open_adapter
 from .checkpoint import load, save
@@ -70,7 +70,9 @@ def convert(
     """
     if to == "apt":
         if base is None:
-            raise ArgumentError("base is None; to convert a PEFT checkpoint, it needs the base model")
+            raise ArgumentError(
+                "--base is missing; a PEFT checkpoint is converted with its base model, a name or folder"
+            )
         model: Any = _model(base, model_class or "AutoModelForCausalLM", revision)
         save(patch_from_peft(model, folder, gate="none", layer_scale=False), out)
         return f"apt, written to {out}: exact"
@@ -78,12 +80,17 @@ def convert(
         record, recorded = file.settings.get("base") or {}, file.settings.get("model")
     base = base or record.get("name_or_path")
     if base is None:
-        raise ArgumentError(f"base is None, and {folder} does not record the name of its base model")
+        raise ArgumentError(f"--base is missing, and {folder} does not record the name of its base model")
     model = _model(base, model_class or recorded, revision)
     load(model, folder)
     batches = None if texts is None else _batches(base, revision, texts)
     how: Any = to, None if texts is None else "mean"
-    return str(export(model, out, how[0], max_length=max_length, approximate=how[1], batches=batches))
+    try:
+        return str(export(model, out, how[0], max_length=max_length, approximate=how[1], batches=batches))
+    except (ConfigError, PatchError) as error:
+        if texts is None and "approximate=" in str(error):
+            raise type(error)(f"{error}. On the command line: --texts FILE, with one text in each line") from error
+        raise
 
 
 class _OnlyConfig:

@@ -36,7 +36,7 @@ from .capture import (
 )
 from .discovery import dummy_inputs
 from .discovery.recording import evaluating
-from .state import Model, inner, is_patched, prefixes
+from .state import Model, is_patched, prefixes, require_model
 from .transaction import atomic
 from .untrusted import read_json_file, shown
 
@@ -244,8 +244,7 @@ def _starting_config(
         raise ConfigError("prefix_length is given; the source determines it")
     if "init" in settings:
         raise ConfigError("init is given; the source determines the initial values")
-    if not isinstance(inner(model), transformers.PreTrainedModel):
-        raise PatchError(f"the model is {its_type(model)}; patch needs a transformers.PreTrainedModel")
+    require_model(model, "patch")
     if is_patched(model):
         raise PatchError("the model is already patched; call apt_kernels.unpatch(model) first")
     config = patching.make_config(config, {**settings, "prefix_length": length})

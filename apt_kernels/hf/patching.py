@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..config import AptConfig, Settings
 from ..errors import ArgumentError, ConfigError, PatchError, its_type, similar
@@ -32,7 +31,7 @@ from .discovery.recording import record
 from .discovery.selection import lengths_of
 from .optimizer import log_rates
 from .site import Site
-from .state import Model, State, inner, is_patched, remember_start, state_of
+from .state import Model, State, inner, is_patched, remember_start, require_model, state_of
 from .trainable import refuse_quantised, trainable_names, warn_of_a_frozen_head
 from .transaction import atomic
 from .vocabulary import vocabulary_tokens
@@ -95,8 +94,7 @@ def patch_checked(
     Without ``initialise`` the caller overwrites the prefixes, and no vocabulary is read for them.
     """
     base = inner(model)
-    if not isinstance(base, PreTrainedModel):
-        raise PatchError(f"the model is {its_type(base)}; patch needs a transformers.PreTrainedModel")
+    require_model(base, "patch")
     if is_patched(base):
         if state_of(base).config == config:
             return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import AptConfig
-from ..errors import PatchError
+from ..errors import PatchError, its_type
 from ..prefix.adaptive import AdaptivePrefix
 from . import calls, compat, events, offload
 from .site import Site
@@ -90,6 +90,19 @@ def inner(model):
         if found is None:
             return model
         model = found
+
+
+def require_model(model, call: str) -> None:
+    """Raise `PatchError` if there is no transformers model in ``model``'s wrappers, for the function ``call``."""
+    model = inner(model)
+    if isinstance(model, PreTrainedModel):
+        return
+    parts = model.named_modules() if isinstance(model, nn.Module) else [("model", getattr(model, "model", None))]
+    path = next((name for name, part in parts if isinstance(part, PreTrainedModel)), None)
+    held = ""
+    if path is not None:
+        held = "; it holds one: model." + (f"get_submodule({path!r})" if isinstance(model, nn.Module) else path)
+    raise PatchError(f"the model is {its_type(model)}; {call} needs a transformers.PreTrainedModel{held}")
 
 
 def own_name(name: str) -> str:

@@ -313,6 +313,16 @@ def test_what_is_no_model_of_transformers(model, what):
             call(model)
 
 
+def test_what_holds_a_model_of_transformers():
+    class Pipeline:
+        model = llama()
+
+    nested = torch.nn.Sequential(torch.nn.Sequential(llama()))
+    for given, where in ((nested, "model.get_submodule('0.0')"), (Pipeline(), "model.model")):
+        with pytest.raises(apt_kernels.PatchError, match=re.escape(f"PreTrainedModel; it holds one: {where}")):
+            apt_kernels.patch(given)
+
+
 def test_a_peft_model_in_the_place_of_its_folder():
     model = peft.get_peft_model(llama(), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(ArgumentError, match=r"folder is a PeftModelForCausalLM; .*save_pretrained\(folder\) first"):

@@ -63,7 +63,8 @@ def _forward(module, forward, args, kwargs):
     if not call.served:
         raise PatchError(
             f"{prefix.name} attended without its prefix: the model's attention implementation was switched away "
-            f"from {NAME!r}. Switch it back, or call apt_kernels.unpatch(model) first"
+            f"from {NAME!r}. Switch it back with model.set_attn_implementation({NAME!r}), or call "
+            "apt_kernels.unpatch(model) first"
         )
     return output
 

@@ -34,7 +34,9 @@ def lengths_of(config: AptConfig, sites: list[Site]) -> list[int]:
         meant = _meant(entry, sites)
         if not meant:
             names = ", ".join(site.name for site in sites)
-            raise ConfigError(f"layers has {entry!r}; the model has no such attention module (it has {names})")
+            kinds = ", ".join(repr(kind) for kind, matches in KINDS.items() if any(map(matches, sites)))
+            known = f"{names}; of the kinds {kinds}"
+            raise ConfigError(f"layers has {entry!r}; the model has no such attention module (it has {known})")
         chosen |= meant
     lengths = [length if i in chosen else 0 for i, length in enumerate(lengths)]
     if not any(lengths):

@@ -1,4 +1,4 @@
-"""Trainer: warn if the optimizer that it makes has a rate at which a prefix hardly changes, such as its default."""
+"""Trainer: warn of an optimizer that does not hold the prefixes, or whose rate hardly changes them, as its default."""
 
 from __future__ import annotations
 
@@ -24,14 +24,24 @@ def _join() -> None:
 def _create_optimizer(original, trainer, *args, **kwargs):
     given = trainer.optimizer  # by the user: Trainer makes none
     made = original(trainer, *args, **kwargs)
-    if given is None and is_patched(trainer.model):
-        _warn_of_low_rates(trainer)
+    if is_patched(trainer.model):
+        state = state_of(trainer.model)
+        ours = {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
+        (_warn_of_low_rates if given is None else _warn_without_prefixes)(trainer, state, ours)
     return made
 
 
-def _warn_of_low_rates(trainer) -> None:
-    state = state_of(trainer.model)
-    ours = {id(parameter) for prefix in state.training_prefixes for parameter in prefix.parameters()}
+def _warn_without_prefixes(trainer, state, ours: set[int]) -> None:
+    groups = getattr(trainer.optimizer, "param_groups", None)
+    if groups and ours and not any(id(parameter) in ours for group in groups for parameter in group["params"]):
+        warnings.warn(
+            f"the optimizer given to Trainer has no parameter of the adapter {state.adapter!r}: its prefixes would not "
+            "train. Create it after patch: torch.optim.AdamW(apt_kernels.parameter_groups(model))",
+            stacklevel=4,
+        )
+
+
+def _warn_of_low_rates(trainer, state, ours: set[int]) -> None:
     rates = [
         float(group["lr"])
         for group in getattr(trainer.optimizer, "param_groups", ())

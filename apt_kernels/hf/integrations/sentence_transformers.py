@@ -3,7 +3,7 @@
 `SentenceTransformer.save_pretrained` calls ``save_pretrained`` of the transformers model inside, which writes the
 adapter. When sentence-transformers reads such a folder, the base model is loaded from the name or path in the adapter's
 record, as PEFT does it, and the adapter is loaded into it. This package has to be imported
-(``import apt_kernels.hf``); without it, transformers refuses the folder.
+(``import apt_kernels``); without it, transformers refuses the folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..state import state_of
 from ..untrusted import read_json_file, shown
 
 # The config.json beside an adapter. With a model's config, from_pretrained would create a model with random weights.
-# transformers quotes the type where it refuses the folder.
+# transformers quotes the type where it refuses the folder, and where it reads a tokenizer from it.
 _TYPE = "apt_kernels adapter"
 NO_MODEL = {
-    "model_type": f"{_TYPE} (apt_kernels.load loads it into a model; for SentenceTransformer(folder), "
-    "`import apt_kernels.hf` has to come first)",
+    "model_type": f"{_TYPE} (prefixes without a model: apt_kernels.load loads them into one, as does "
+    "SentenceTransformer(folder) after `import apt_kernels`)",
     "transformers_weights": "an apt_kernels adapter holds no model, apt_kernels.load loads it into one.safetensors",
 }
 _MODULE = "sentence_transformers.base.modules.transformer"

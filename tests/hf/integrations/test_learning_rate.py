@@ -25,6 +25,15 @@ def warned(tmp_path, learning_rate=None, optimizer=False, patched=True) -> list[
     return [str(each.message) for each in found if "learning rate" in str(each.message)]
 
 
+def test_an_optimizer_that_was_made_before_the_patch_is_named(tmp_path):
+    model = models.build("bert")
+    given = torch.optim.AdamW(model.parameters())
+    apt_kernels.patch(model, prefix_length=4)
+    arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    with pytest.warns(UserWarning, match=r"has no parameter of the adapter 'default'.*Create it after patch"):
+        Trainer(model, arguments, optimizers=(given, None)).create_optimizer()
+
+
 def test_the_default_rate_is_named_with_what_to_do(tmp_path):
     (message,) = warned(tmp_path)
     for part in ("'default' is 5e-05", "parameter_groups(model)", "learning_rate=0.01"):

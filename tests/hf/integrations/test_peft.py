@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import apt_kernels
-from helpers import models
+from helpers import models, workflows
 from helpers.patched import assert_unchanged, randomise, snapshot
 from helpers.training import trainer
 
@@ -193,3 +193,19 @@ def test_weights_that_peft_merged_are_saved_and_unpatch_gives_the_base_back(way,
     apt_kernels.load(base, tmp_path)
     assert torch.equal(base(**given).logits, expected)
     assert_unchanged(apt_kernels.unpatch(base), before)
+
+
+def test_a_head_that_peft_replaced_is_not_compared(tmp_path, recwarn):
+    """`modules_to_save`, which task_type="SEQ_CLS" sets: the copy is loaded, the original is new in every process."""
+    model = apt_kernels.patch(workflows.bert(), prefix_length=3)
+    lora_too = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2, init_lora_weights=False)
+    saved = peft.get_peft_model(model, lora_too)
+    randomise(model)
+    saved.save_pretrained(tmp_path)
+    fresh = workflows.bert()
+    for parameter in fresh.classifier.parameters():
+        torch.nn.init.normal_(parameter)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    assert not [each for each in recwarn if "other weights" in str(each.message)]
+    given = {"input_ids": torch.arange(3, 12)[None]}
+    torch.testing.assert_close(loaded.eval()(**given).logits, saved.eval()(**given).logits)

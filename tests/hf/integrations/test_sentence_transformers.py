@@ -87,25 +87,31 @@ def test_an_unpatched_model_is_saved_as_a_whole(sentences, model, tmp_path):
 FRESH = """
 import sys
 {imports}
-from sentence_transformers import SentenceTransformer
 
 try:
     model = SentenceTransformer(sys.argv[1], device="cpu")
 except ValueError as error:
-    said = "`import apt_kernels.hf` has to come first" in str(error)
+    said = "SentenceTransformer(folder) after `import apt_kernels`" in str(error)
     sys.exit(0 if said and not {imported} else f"refused: {{error}}")
 sys.exit(0 if {imported} and hasattr(model[0].model, "_apt_state") else "there is no prefix")
 """
 
 
-@pytest.mark.parametrize("imports", ["import apt_kernels.hf", ""])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import apt_kernels\nfrom sentence_transformers import SentenceTransformer",
+        "from sentence_transformers import SentenceTransformer\nimport apt_kernels",
+        "from sentence_transformers import SentenceTransformer",
+    ],
+)
 def test_a_fresh_process(imports, sentences, model, tmp_path):
     """It has to import this package; without it, the folder is refused and the message says so.
 
     A class of ours in modules.json would be imported by sentence-transformers, but only with trust_remote_code=True.
     """
     model.save_pretrained(str(tmp_path / "saved"))
-    code = FRESH.format(imports=imports, imported=bool(imports))
+    code = FRESH.format(imports=imports, imported="apt_kernels" in imports)
     arguments = [sys.executable, "-c", code, str(tmp_path / "saved")]
     root = Path(__file__).parents[3]
     done = subprocess.run(arguments, cwd=root, capture_output=True, text=True)
