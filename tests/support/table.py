@@ -107,7 +107,7 @@ situation, from the same run.
 
 | word | meaning |
 | --- | --- |
-| yes | every test passed; each compares with recomputation or an oracle and checks that the prefix has an effect |
+| yes | every test passed; each compares with a second computation (oracle) and checks that the prefix has an effect |
 | refused | it raises an error with the reason, which a test checks |
 | not run | the test was skipped on that machine, for the reason given |
 | not tried | no test covers this for that family |
