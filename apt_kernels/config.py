@@ -13,7 +13,7 @@ from .prefix import gates
 GATES = ("auto", *gates.names())
 Init = Literal["auto", "normal", "zero", "vocabulary"]
 INITS: tuple[str, ...] = get_args(Init)
-# What `to_json` writes. Format 1 (release 0.1) had no base, save id or names of trained weights in its files.
+# What `to_json` writes. Format 1 had no base, save id or names of trained weights in its files.
 FORMAT = 2
 # Keys that `apt_kernels.save` writes beside the settings: what is saved, and for which model.
 RECORD = ("model", "lengths", "save_id", "adapter", "trained", "base")

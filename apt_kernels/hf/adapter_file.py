@@ -44,7 +44,7 @@ _SETTINGS, _CHECKSUM = "apt_kernels", "apt_kernels.checksum"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TEMPORARY = ".tmp"
-# Temporary files of a save or of `save_pretrained`; those without the suffix are of release 0.1.
+# Temporary files of a save or of `save_pretrained`; those without the suffix are older than format 2.
 _OURS = re.compile(
     r"\.((adapter|model)\.safetensors|(apt_)?config\.json)\.\w+\.tmp|\.(adapter\.safetensors|apt_config\.json)\.\w{8}"
 )
@@ -82,7 +82,7 @@ class AdapterFile:
 
     @property
     def has_checksum(self) -> bool:
-        """False for files of release 0.1."""
+        """False for files of format 1."""
         return self._checksum is not None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def _read(folder: Path, path: Path, file) -> AdapterFile:
 
 
 def _old_settings(path: Path) -> dict:
-    """The settings beside weights of release 0.1, which contain none."""
+    """The settings beside weights of format 1, which contain none."""
     try:
         settings = read_json_file(path)
     except FileNotFoundError:

@@ -169,7 +169,6 @@ def test_torch_jit_trace(family, gate, tmp_path):
 @pytest.mark.parametrize(
     ("family", "gate", "whole"),
     [
-        ("llama", "token", False),
         ("llama", "token", True),
         ("bert", "first", True),
         ("t5", "auto", True),
