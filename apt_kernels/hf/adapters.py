@@ -14,7 +14,7 @@ from .attention import attach as attaching
 from .attention.rows import BASE
 from .discovery.selection import lengths_of
 from .patching import attach, build, detach, make_config
-from .state import Model, Parked, State, own_name, state_of
+from .state import Model, Parked, State, module_at, moved, state_of
 from .trainable import refuse_quantised, trainable_names
 from .transaction import atomic
 
@@ -156,7 +156,7 @@ def _add_others(state: State, names: Sequence[str]) -> None:
     """Add the prefixes of further adapters to the model, as parameters that train."""
     for name in names:
         for site, prefix in state.parked[name].prefixes.items():
-            module = state.model.get_submodule(site)
+            module = module_at(state.model, site)
             _place(prefix, module)
             attaching.attach_other(module, prefix.train(module.training))
     state.others = tuple(names)
@@ -197,15 +197,10 @@ def _refuse_disabled(state: State) -> None:
 
 
 def refuse_detached(state: State) -> None:
-    """Raise `PatchError` if an attention module was replaced or removed since the patch, its prefix with it."""
-    found, modules = state.prefixes, {own_name(name) for name, _ in state.model.named_modules()}
+    """Raise `PatchError` if an attention module was replaced, removed or moved since the patch, its prefix with it."""
     for site, length in zip(state.sites, lengths_of(state.config, state.sites)):
-        if site.name not in modules or (length and site.name not in found):
-            what = "has no prefix any more: it was replaced" if site.name in modules else "is no longer there: removed"
-            raise PatchError(
-                f"{site.name} {what} since the patch. Put the old module back, or call apt_kernels.unpatch(model), "
-                "change the model, and patch it then"
-            )
+        if length and "apt" not in module_at(state.model, site.name)._modules:
+            raise moved(site.name, "has no prefix any more: it was replaced")
 
 
 def _refuse_exchanged(state: State) -> None:
@@ -239,7 +234,7 @@ def _switch(state: State, name: str) -> None:
     _restore(state)
     incoming = state.parked.pop(name)
     for site, prefix in incoming.prefixes.items():
-        _place(prefix, state.model.get_submodule(site))
+        _place(prefix, module_at(state.model, site))
     attach(state, incoming.prefixes)
     _write(state, incoming.values)
     parameters = state.parameters

@@ -119,7 +119,7 @@ def _fingerprint(state: State) -> dict[str, dict[str, str]] | None:
 
 
 def plain(name: str) -> str:
-    """A parameter's name without the parts that PEFT and FullyShardedDataParallel add."""
+    """A parameter's name without the parts that PEFT and wrappers add."""
     return own_name(name).replace(".base_layer.", ".")
 
 

@@ -24,7 +24,7 @@ from .attention import function
 from .attention.implementations import implementations, restore_implementations, set_implementation
 from .attention.masks import AttentionMask, describe
 from .discovery.recording import evaluating
-from .state import is_patched, state_of
+from .state import is_patched, named_modules, state_of
 
 _CAPTURE = "apt_kernels_capture"
 # A larger difference of outputs, relative to the prefix's influence, is not rounding, not even in bfloat16.
@@ -221,7 +221,7 @@ def _captured(model, run: Callable[[], Any]) -> dict[str, Captured]:
             handle.remove()
     if not active.found:
         raise PatchError(f"{type(model).__name__} attends inline; its keys and values cannot be read")
-    return {name: active.found[module] for name, module in model.named_modules() if module in active.found}
+    return {name: active.found[module] for name, module in named_modules(model).items() if module in active.found}
 
 
 def window_of(name: str, mask) -> int | None:

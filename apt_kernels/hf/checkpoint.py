@@ -34,7 +34,6 @@ from .state import (
     is_as_made,
     is_patched,
     named_parameters,
-    own_name,
     remember_saved,
     require_model,
     state_of,
@@ -200,7 +199,7 @@ def _adapter(state: State, name: str | None = None) -> _Adapter:
     ours = {id(parameter) for parameter in own.values()}
     added |= {id(p) for prefix in state.training_prefixes for p in prefix.parameters() if id(p) not in ours}
     own = {name: p for name, p in parameters.items() if id(p) in ours}
-    named = {own_name(name) for name in trainable_names(state.model, state.config)}
+    named = trainable_names(state.model, state.config)
     beside = {name: p for name, p in parameters.items() if name in named}
     others = {
         name: p
@@ -472,7 +471,7 @@ def _make_room(model, name: str, config: AptConfig, file: AdapterFile, example_i
             f"the model's adapter {name!r} has other settings than {file.path.parent}; load it under another name "
             "(adapter=...), or call apt_kernels.unpatch(model) first"
         )
-    if name != state.adapter:
+    if (name, ()) != (state.adapter, state.others):
         set_adapter(model, name)
     if not all(is_as_made(prefix) for prefix in state.prefixes.values()):
         warnings.warn(

@@ -16,7 +16,7 @@ from ..prefix import gates
 from .adapters import adapters, add_checked
 from .checkpoint import adapter_weights, fill
 from .site import Site
-from .state import Model, State, state_of
+from .state import Model, State, same_values, state_of
 from .transaction import atomic
 
 # Settings on which adapters may differ without a difference in what they compute after training.
@@ -101,11 +101,14 @@ class _Part(NamedTuple):
 def _beside(state: State, found: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """What the adapters train beside their prefixes, by name; `PatchError` where their values differ."""
     values: dict[str, Tensor] = {}
+    parameters = state.parameters
     for adapter, tensors in found.items():
         for each in state.start:
             value = tensors.get(each, state.start[each])
             first = values.setdefault(each, value)
-            if not torch.equal(value.cpu(), first.cpu()):
+            # In the dtype of the model's parameter, which may have been cast since one of them was stored.
+            held = first.to("cpu", parameters[each].dtype)
+            if not same_values(held, value):
                 raise PatchError(
                     f"the adapters {next(iter(found))!r} and {adapter!r} have different values of {each}; a composed "
                     "adapter has one task head. Train one of them with the other's head, frozen"

@@ -23,7 +23,7 @@ from .discovery import dummy_inputs
 from .discovery.recording import evaluating
 from .folding import folded, refuse_gates
 from .probing import probe
-from .state import State, refuse_several, state_of
+from .state import State, module_at, refuse_several, state_of
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -203,7 +203,7 @@ def _layers(
         here = there = capture(base, ids.reshape(-1, 1), torch.zeros_like(ids.reshape(-1, 1)))
     layers = []
     for number, (name, (key, value)) in enumerate(folded(model, _widest(base), weights).items()):
-        module, own = base.get_submodule(name), here[name]
+        module, own = module_at(base, name), here[name]
         _check_window(name, own, length, max_length)
         key, value = (part.to(own.key.device, own.key.dtype) for part in (key, value))
         if first is None:

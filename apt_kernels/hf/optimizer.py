@@ -106,7 +106,9 @@ def parameter_groups(
 
 def _is_rate(number) -> bool:
     if isinstance(number, Tensor):  # for optimizers in a CUDA graph
-        return number.numel() == 1 and number.is_floating_point()
+        if number.numel() != 1 or not number.is_floating_point():
+            return False
+        number = number.item()
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number < math.inf
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ from .discovery.recording import record
 from .discovery.selection import lengths_of
 from .optimizer import log_rates
 from .site import Site
-from .state import Model, State, inner, is_patched, remember_start, require_model, state_of
+from .state import Model, State, inner, is_patched, module_at, remember_start, require_model, state_of
 from .trainable import refuse_quantised, trainable_names, warn_of_a_frozen_head
 from .transaction import atomic
 from .vocabulary import vocabulary_tokens
@@ -252,7 +253,8 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
     remember(model, state.token)
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable or (id(parameter) in added and parameter.requires_grad))
-    for module in (model.get_submodule(site.name) for site in state.sites):
+    for site in state.sites:
+        module: Any = module_at(model, site.name)
         module.apt_before = getattr(getattr(module, "config", model.config), "_attn_implementation", None) or "sdpa"
     attach(state, built)
     for part, implementation in needed.items():
@@ -265,13 +267,13 @@ def _commit(state: State, built: dict[str, AdaptivePrefix], needed: dict[str, st
 def attach(state: State, built: dict[str, AdaptivePrefix]) -> None:
     """Add the prefixes to their attention modules."""
     sites = [site for site in state.sites if site.name in built]
-    replaced.check(sites, state.model.get_submodule)
+    replaced.check(sites, partial(module_at, state.model))
     for site in sites:
-        module = state.model.get_submodule(site.name)
+        module = module_at(state.model, site.name)
         attaching.attach(module, built[site.name].train(module.training), state.token, site.inline)
     for site in state.sites:
         if site.name not in built and any(site.name in parked.prefixes for parked in state.parked.values()):
-            attaching.attach(state.model.get_submodule(site.name), None, state.token, site.inline)
+            attaching.attach(module_at(state.model, site.name), None, state.token, site.inline)
 
 
 def detach(state: State) -> None:
@@ -301,7 +303,7 @@ def unpatch(model: Model) -> Model:
     precision.put_back(state.model, state.originals)
     _restore_values(state)
     offload.put_back(state.loaded)
-    parameters = dict(state.model.named_parameters())
+    parameters = state.parameters
     if parameters.keys() == state.requires_grad.keys():
         for name, parameter in parameters.items():
             parameter.requires_grad_(state.requires_grad[name])
@@ -323,4 +325,4 @@ def _restore_values(state: State) -> None:
 
 def remove_prefix(state: State, name: str) -> None:
     """Remove the prefix from one attention module, which then computes as before the patch."""
-    attaching.detach(state.model.get_submodule(name))
+    attaching.detach(module_at(state.model, name))

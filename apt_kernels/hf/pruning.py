@@ -9,7 +9,7 @@ from torch import nn
 
 from . import events
 from .patching import remove_prefix
-from .state import State
+from .state import State, named_modules
 
 # The dimension of each parameter of an `AdaptivePrefix` that counts tokens.
 _TOKEN_DIM = {"frozen_key": 1, "frozen_value": 1, "key": 1, "value": 1, "gate_weight": 0, "gate_logits": 0}
@@ -18,7 +18,9 @@ _TOKEN_DIM = {"frozen_key": 1, "frozen_value": 1, "key": 1, "value": 1, "gate_we
 def modules(state: State) -> list[str]:
     """Names of all attention modules that the patch found, with a prefix or without, in model order."""
     found = state.prefixes
-    return [name for name, module in state.model.named_modules() if name in found or "apt_before" in module.__dict__]
+    return [
+        name for name, module in named_modules(state.model).items() if name in found or "apt_before" in module.__dict__
+    ]
 
 
 def keep_tokens(state: State, keep: dict[str, tuple[int, ...]], lengths: tuple[int, ...]) -> None:

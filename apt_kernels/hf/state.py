@@ -61,7 +61,7 @@ class State:
     @property
     def prefixes(self) -> dict[str, AdaptivePrefix]:
         """The active adapter's prefixes by the name of their attention module, in model order."""
-        found = {own_name(name): module._modules.get("apt") for name, module in self.model.named_modules()}
+        found = {name: module._modules.get("apt") for name, module in named_modules(self.model).items()}
         return {name: prefix for name, prefix in found.items() if isinstance(prefix, AdaptivePrefix)}
 
     @property
@@ -105,9 +105,25 @@ def require_model(model, call: str) -> None:
     raise PatchError(f"the model is {its_type(model)}; {call} needs a transformers.PreTrainedModel{held}")
 
 
+# In what modules inside the model may have been wrapped: FSDP's, activation checkpointing's, torch.compile's attribute.
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
 def own_name(name: str) -> str:
-    """A module's or parameter's name without the FullyShardedDataParallel wrappers inside the model."""
-    return name.replace("_fsdp_wrapped_module.", "")
+    """A module's or parameter's name without the wrappers inside the model."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def own_module(module: nn.Module) -> nn.Module:
+    """The module inside its wrappers."""
+    while (inside := next(filter(None, map(module._modules.get, _WRAPPED)), None)) is not None:
+        module = inside
+    return module
+
+
+def named_modules(model) -> dict[str, nn.Module]:
+    """The modules of the transformers model inside ``model`` by their names without wrappers, in order."""
+    return {own_name(name): own_module(module) for name, module in inner(model).named_modules()}
 
 
 def named_parameters(model) -> dict[str, nn.Parameter]:
@@ -127,6 +143,31 @@ def state_of(model) -> State:
         fix = "call apt_kernels.patch(model) first" if isinstance(model, nn.Module) else "pass a patched model instead"
         raise PatchError(f"the {type(model).__name__} is not patched; {fix}")
     return model._apt_state
+
+
+def moved(site: str, how: str) -> PatchError:
+    """The error for an attention module that is not where `patch` found it; ``how``: what happened to it."""
+    return PatchError(
+        f"{site} {how} since the patch. Put the old module back, or call apt_kernels.unpatch(model), change the model, "
+        "and patch it then"
+    )
+
+
+def module_at(model: nn.Module, site: str) -> nn.Module:
+    """The attention module at ``site``; `PatchError` if it was removed since the patch, or is one of another site."""
+    try:
+        module = own_module(model.get_submodule(site))  # wrappers on the way pass attributes on
+    except AttributeError:
+        raise moved(site, "is no longer there: it was removed") from None
+    prefix = module._modules.get("apt")
+    if isinstance(prefix, AdaptivePrefix) and prefix.name != site:
+        raise moved(site, f"has the prefix of {prefix.name}: it was moved")
+    return module
+
+
+def same_values(now: Tensor, stored: Tensor) -> bool:
+    """Whether writing ``stored`` into the parameter ``now``, whose dtype may be another, would leave it as it is."""
+    return torch.equal(now.detach(), stored.to(now.device, now.dtype))
 
 
 def refuse_several(state: State, purpose: str) -> None:

@@ -14,6 +14,7 @@ from ..config import AptConfig
 from ..errors import ConfigError, PatchError, first_of, similar
 from ..prefix.adaptive import AdaptivePrefix
 from . import events
+from .state import named_parameters
 
 _NAMED_FOR_A_TASK = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
 
@@ -22,7 +23,8 @@ def trainable_names(model, config: AptConfig) -> set[str]:
     """Which parameters train beside the prefixes, by name."""
     owned = {id(p) for prefix in model.modules() if isinstance(prefix, AdaptivePrefix) for p in prefix.parameters()}
     owned |= events.added_parameters(model)
-    names = [name for name, parameter in model.named_parameters() if id(parameter) not in owned]
+    parameters = named_parameters(model)
+    names = [name for name, parameter in parameters.items() if id(parameter) not in owned]
     if config.trainable is not None:
         unused = [pattern for pattern in config.trainable if not any(patterns.search(pattern, name) for name in names)]
         if unused:
@@ -30,7 +32,7 @@ def trainable_names(model, config: AptConfig) -> set[str]:
         return {name for name in names if any(patterns.search(pattern, name) for pattern in config.trainable)}
     inside = {id(parameter) for part in _pretrained_parts(model) for parameter in part.parameters()}
     # PEFT's `modules_to_save` trains copies of the modules that it names.
-    outside = {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    outside = {name for name, parameter in parameters.items() if id(parameter) not in inside}
     return {name for name in outside if name in names and ".original_module." not in name}
 
 

@@ -465,7 +465,9 @@ def test_what_is_no_flag_is_refused_and_not_taken_for_true(value, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("value", ["1e-2", True, -1.0, float("nan"), [1e-2]], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["1e-2", True, -1.0, float("nan"), [1e-2], torch.tensor(-1.0), torch.tensor(float("inf"))], ids=repr
+)
 def test_rates_that_are_no_numbers_are_named(value):
     model = trained("bert", prefix_length=3)
     for name in ("lr", "gate_lr", "scale_lr", "head_lr", "weight_decay"):

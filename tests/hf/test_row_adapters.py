@@ -318,6 +318,25 @@ def test_task_heads_that_differ_are_refused_by_name():
     model.bert(**given, adapter_names=["default", "b"])  # the body has no head
 
 
+def test_a_cast_since_the_patch_makes_no_difference_between_task_heads():
+    model = apt_kernels.patch(models.build("bert", "AutoModelForSequenceClassification"), prefix_length=3)
+    apt_kernels.add_adapter(model, "b", prefix_length=2)
+    apt_kernels.add_adapter(model, "c", prefix_length=2, trainable=[])
+    given = models.inputs("bert", batch=3)
+    model.to(torch.bfloat16)
+    model(**given, adapter_names=["default", "b", BASE])
+    apt_kernels.compose(model, ["b", "c"], "both")
+
+
+def test_a_head_that_trains_in_float32_on_a_half_precision_base_is_compared_in_float32():
+    base = models.build("bert", "AutoModelForSequenceClassification").to(torch.bfloat16)
+    model = apt_kernels.patch(base, prefix_length=3)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1 + 1e-4)  # less than bfloat16 resolves
+    with pytest.raises(PatchError, match=r"values of classifier\.weight differ"):
+        model(**models.inputs("bert", batch=2), adapter_names=["default", BASE])
+
+
 def test_an_adapter_cannot_have_the_name_of_no_adapter():
     _, patched = several("llama")
     with pytest.raises(ConfigError, match="'__base__'"):

@@ -203,6 +203,32 @@ def test_save_names_the_adapter(tmp_path):
             assert torch.equal(loaded(**given).logits, alone(**given).logits)
 
 
+@pytest.mark.parametrize("name", ["..", ".", "up/down", "adapter.safetensors", "config.json", "model.safetensors"])
+def test_a_name_that_no_folder_can_have_is_refused_before_anything_is_written(name, tmp_path):
+    patched = several("llama")
+    apt_kernels.add_adapter(patched, name, prefix_length=2)
+    apt_kernels.set_adapter(patched, ["a", name])
+    with pytest.raises(PatchError, match=f"the adapter {name!r} would be saved in a subfolder of its name"):
+        patched.save_pretrained(tmp_path / "inside")
+    assert not list(tmp_path.rglob("*"))
+    apt_kernels.save(patched, tmp_path, adapter=name)
+
+
+@torch.no_grad()
+def test_load_into_one_of_several_active_adapters(tmp_path):
+    patched = several("llama")
+    apt_kernels.save(patched, tmp_path, adapter="b")
+    for names in (["b", "c"], ["c", "b"]):
+        apt_kernels.set_adapter(patched, names)
+        for parameter in patched.parameters():
+            parameter.add_(parameter.requires_grad)
+        with pytest.warns(UserWarning, match="the adapter 'b' is replaced"):
+            apt_kernels.load(patched, tmp_path, adapter="b")
+        assert next(iter(apt_kernels.adapters(patched))) == "b"
+        given, loaded = models.inputs("llama"), apt_kernels.load(models.build("llama").double(), tmp_path)
+        assert torch.equal(patched(**given).logits, loaded(**given).logits)
+
+
 def test_what_needs_one_adapter_is_refused(tmp_path):
     patched = apt_kernels.set_adapter(several("llama"), ["b", "c"])
     for call in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ...errors import PatchError
+from ..state import moved
 
 
 class Places:
@@ -29,10 +29,7 @@ class Places:
         for name, module in self.modules.items():
             there = now.get(name)
             if id(module) not in names and there is not None and not any(map(_has_prefix, there.modules())):
-                raise PatchError(
-                    f"{name} has no prefix any more: it was replaced since the patch. Put the old module back, or call "
-                    "apt_kernels.unpatch(model), change the model, and patch it then"
-                )
+                raise moved(name, "has no prefix any more: it was replaced")
         self.steps = _steps(self.model, [names[id(m)] for m in self.modules.values() if id(m) in names])
 
 

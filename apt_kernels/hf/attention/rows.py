@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from ...errors import ConfigError, PatchError, counted
 from .. import calls, offload
+from ..state import module_at, same_values
 from . import subclass
 
 BASE = "__base__"
@@ -121,7 +122,7 @@ class Rows:
         self.names, self.places = names, {}
         used = [name for name in dict.fromkeys(names) if name != BASE]
         for site in state.sites:
-            module = state.model.get_submodule(site.name)
+            module = module_at(state.model, site.name)
             here: dict[str, Any] = {}
             for name in used:
                 prefix = _prefix_of(state, name, module, site.name)
@@ -326,7 +327,7 @@ def _refuse_heads(module, state, names) -> None:
             now, value = parameters.get(each), own.get(each, start)
             if now is None or id(now) not in within or "meta" in (now.device.type, value.device.type):
                 continue
-            if not torch.equal(now.detach().to(value.device, value.dtype), value):
+            if not same_values(now, value):
                 raise PatchError(
                     f"adapter_names has {name!r} and the active adapter is {state.adapter!r}, whose values of {each} "
                     "differ; a batch has one task head. Run the rows of each adapter alone, after set_adapter"

@@ -20,6 +20,7 @@ from ..attention import function, inline
 from ..attention.lazy_scores import Deferring
 from ..attention.masks import AttentionMask, describe, trust_tracing_only_where_it_agrees
 from ..site import Inline, Site
+from ..state import own_name
 from . import dummy_inputs
 
 RECORDER = "apt_kernels_record"
@@ -216,7 +217,7 @@ def record(model, set_implementation, example_inputs: dict | None = None) -> tup
                 name = next(name for name, module in model.named_modules() if module is part)
                 warnings.warn(f"{name} stays without a prefix. {error}", stacklevel=2)
     # After all passes, since some models replace a module depending on the length of the text.
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: own_name(name) for name, module in model.named_modules()}
     calls = {module: call for _, recorder, _ in found for module, call in recorder.calls.items()}
     senses = _senses(model)
     sites = [Site(names[module], **calls[module], senses=senses[module]) for module in names if module in calls]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import AdapterError, PatchError
 from .. import compat, events, offload, weights
-from ..adapter_file import refuse_file, replacing, write_tensors, writing
+from ..adapter_file import CONFIG, refuse_file, replacing, write_tensors, writing
 from ..adapters import adapters, set_adapter
 from ..checkpoint import WEIGHTS, Upload, check_path, save_adapter, save_unfolded, weights_to_write, whole
 from ..state import State, is_saved, named_parameters, state_of
@@ -25,6 +25,8 @@ from .sentence_transformers import NO_MODEL, is_ours
 # The files that Trainer needs when it resumes, and when it loads the best model.
 TRAINER_WEIGHTS = "model.safetensors"
 _MODEL_WEIGHTS = (TRAINER_WEIGHTS, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What an adapter's subfolder cannot be named: the folder above, and the files beside it.
+_NOT_FOR_A_FOLDER = ("..", WEIGHTS, CONFIG, TRAINER_WEIGHTS, "config.json")
 # Beside an adapter of another name than "default", an empty tensor of this name and the adapter's.
 _ADAPTER = "apt_kernels.adapter."
 # The attributes that `_install` sets on the model and `_remove` restores.
@@ -116,9 +118,10 @@ def _save_several(state, folder: Path, is_main_process: bool, more: bool) -> Non
             "Call apt_kernels.save(model, folder, adapter=...) for each"
         )
     for name in state.others:
-        if Path(name).name != name:
+        if Path(name).name != name or name in _NOT_FOR_A_FOLDER:
             raise PatchError(
-                f"the adapter {name!r} would be saved in a subfolder of its name, which no folder can have"
+                f"the adapter {name!r} would be saved in a subfolder of its name, which no folder there can have; "
+                "call apt_kernels.save(model, folder, adapter=...) for each adapter"
             )
     if not is_main_process:
         return

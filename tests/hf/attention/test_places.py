@@ -82,10 +82,14 @@ def test_a_foreign_module_without_a_prefix_in_the_place_of_one_without():
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
-def checkpointed(model):
+def checkpointed(model, kind=LlamaAttention):
     apply_activation_checkpointing(
-        model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: isinstance(module, LlamaAttention)
+        model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: isinstance(module, kind)
     )
+
+
+def checkpointed_layers(model):
+    checkpointed(model, LlamaDecoderLayer)
 
 
 def compiled(model):
@@ -101,6 +105,57 @@ def test_wrapped_modules_keep_their_prefix(wrap):
     wrap(model)
     for _ in range(2):
         torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+
+
+def two(model):
+    """The adapters "default" and "b", which is active."""
+    stir(apt_kernels.patch(model, prefix_length=4, gate="static", init_seed=0))
+    return stir(apt_kernels.add_adapter(model, "b", prefix_length=3, gate="static", init_seed=0), seed=2)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "first"),
+    [(checkpointed, "wrap"), (checkpointed, "patch"), (checkpointed_layers, "patch"), (compiled, "patch")],
+)
+@torch.no_grad()
+def test_wrapped_modules_keep_their_names(wrap, first, tmp_path):
+    model, bare = llama(), two(llama())
+    if first == "wrap":
+        wrap(model)
+    two(model)
+    if first == "patch":
+        wrap(model)
+    assert list(apt_kernels.prefixes(model)) == list(apt_kernels.prefixes(bare))
+    names = ["default", "b", "__base__"]
+    rows = IDS[:1].expand(3, -1)
+    expected = bare(input_ids=rows, adapter_names=names).logits
+    assert torch.equal(model(input_ids=rows, adapter_names=names).logits, expected)
+    for name in ("default", "b"):
+        apt_kernels.set_adapter(model, name)
+        assert torch.equal(model(input_ids=rows).logits, apt_kernels.set_adapter(bare, name)(input_ids=rows).logits)
+        apt_kernels.save(model, tmp_path / name)
+        loaded = apt_kernels.load(llama(), tmp_path / name)
+        assert torch.equal(loaded(input_ids=rows).logits, model(input_ids=rows).logits)
+    assert all(parameter.requires_grad for parameter in apt_kernels.unpatch(model).parameters())
+
+
+@torch.no_grad()
+def test_layers_in_another_order_are_refused_where_adapters_go_by_their_names(tmp_path):
+    model = two(llama())
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    for call in (
+        lambda: model(input_ids=IDS, adapter_names=["default"] * len(IDS)),
+        lambda: apt_kernels.save(model, tmp_path),
+        lambda: apt_kernels.set_adapter(model, "default"),
+    ):
+        with pytest.raises(apt_kernels.PatchError, match=r"0\.self_attn has the prefix of model\.layers\.1\.self_attn"):
+            call()
+    layers[0], layers[1] = layers[1], layers[0]
+    apt_kernels.set_adapter(model, "default")
+    model.model.layers = layers[:2]
+    with pytest.raises(apt_kernels.PatchError, match=r"layers\.2\.self_attn is no longer there: it was removed"):
+        model(input_ids=IDS, adapter_names=["b"] * len(IDS), use_cache=False)
 
 
 @torch.no_grad()
