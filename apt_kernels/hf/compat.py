@@ -236,6 +236,11 @@ FEATURES = {
     "compiled models": Feature(
         "models that torch.compile wraps", "torch", instances={"torch._dynamo.eval_frame": ("_orig_mod",)}
     ),
+    "checkpointed modules": Feature(
+        "modules that PyTorch's activation checkpointing wraps",
+        "torch",
+        instances={"torch.distributed.algorithms._checkpoint.checkpoint_wrapper": ("_checkpoint_wrapped_module",)},
+    ),
     "offloading": Feature(
         "a model that accelerate offloads",
         "accelerate",

@@ -105,8 +105,12 @@ def require_model(model, call: str) -> None:
     raise PatchError(f"the model is {its_type(model)}; {call} needs a transformers.PreTrainedModel{held}")
 
 
-# In what modules inside the model may have been wrapped: FSDP's, activation checkpointing's, torch.compile's attribute.
-_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+# Where wrappers of modules inside the model hold these, by the feature of `compat` that needs the name.
+_WRAPPED = {
+    "_fsdp_wrapped_module": "fsdp",
+    "_checkpoint_wrapped_module": "checkpointed modules",
+    "_orig_mod": "compiled models",
+}
 
 
 def own_name(name: str) -> str:
@@ -116,8 +120,9 @@ def own_name(name: str) -> str:
 
 def own_module(module: nn.Module) -> nn.Module:
     """The module inside its wrappers."""
-    while (inside := next(filter(None, map(module._modules.get, _WRAPPED)), None)) is not None:
-        module = inside
+    while (inside := next((name for name in _WRAPPED if module._modules.get(name) is not None), None)) is not None:
+        compat.require(_WRAPPED[inside])
+        module = module._modules[inside]
     return module
 
 
