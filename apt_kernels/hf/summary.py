@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -41,7 +42,7 @@ class Summary:
         rows = [("attention module", "kind", "length", "gate", "parameters")]
         shown = {x: f"{x.name} ({x.adapter})" if len(names) > 1 and x.adapter else x.name for x in self.layers}
         rows += [(shown[x], x.kind, _length(x), x.gate, f"{x.parameters:,}") for x in self.layers]
-        rows += [(name, "other parameter", "", "", f"{size:,}") for name, size in self.beside]
+        rows += [(name, "other parameter", "", "", f"{size:,}") for name, size in _grouped(self.beside)]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         for name, kind, length, gate, size in rows:
             cells = [name.ljust(widths[0]), kind.ljust(widths[1]), length.rjust(widths[2]), gate.ljust(widths[3])]
@@ -78,6 +79,17 @@ def summary(model: nn.Module) -> Summary:
         tuple(layers),
         tuple(beside),
     )
+
+
+def _grouped(beside: tuple[tuple[str, int], ...]) -> list[tuple[str, int]]:
+    """Names that differ in the number of a layer alone as one, with how many they are, and their size in all."""
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for name, size in beside:
+        groups.setdefault(re.sub(r"\b\d+\b", "*", name), []).append((name, size))
+    return [
+        found[0] if len(found) == 1 else (f"{pattern} (x {len(found)})", sum(size for _, size in found))
+        for pattern, found in groups.items()
+    ]
 
 
 def _length(layer: Layer) -> str:

@@ -209,3 +209,17 @@ def test_a_head_that_peft_replaced_is_not_compared(tmp_path, recwarn):
     assert not [each for each in recwarn if "other weights" in str(each.message)]
     given = {"input_ids": torch.arange(3, 12)[None]}
     torch.testing.assert_close(loaded.eval()(**given).logits, saved.eval()(**given).logits)
+
+
+def test_the_summary_names_parameters_of_all_layers_together():
+    model = apt_kernels.patch(workflows.llama(), prefix_length=4)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    found = apt_kernels.summary(model)
+    layers, sizes = len(found.layers), dict(found.beside)
+    assert len(sizes) == 2 * layers
+    lines = [line.split() for line in str(found).splitlines() if "other parameter" in line]
+    for line, matrix in zip(lines, "AB", strict=True):
+        name = f"model.layers.*.self_attn.q_proj.lora_{matrix}.default.weight"
+        assert line[:3] == [name, "(x", f"{layers})"]
+        size = sum(size for each, size in sizes.items() if f"lora_{matrix}" in each)
+        assert line[-1] == f"{size:,}"
