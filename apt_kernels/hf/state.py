@@ -120,9 +120,9 @@ def own_name(name: str) -> str:
 
 def own_module(module: nn.Module) -> nn.Module:
     """The module inside its wrappers."""
-    while (inside := next((name for name in _WRAPPED if module._modules.get(name) is not None), None)) is not None:
-        compat.require(_WRAPPED[inside])
-        module = module._modules[inside]
+    while inside := [(name, part) for name in _WRAPPED if (part := module._modules.get(name)) is not None]:
+        name, module = inside[0]
+        compat.require(_WRAPPED[name])
     return module
 
 
