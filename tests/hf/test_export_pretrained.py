@@ -2,11 +2,12 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 
 import apt_kernels
-from helpers import pretrained
+from helpers import onnx_models, pretrained
 from helpers.patched import randomise
 
 TEXTS = ["Return the sum of two numbers.", "Open a file and read all of its lines into a list."]
@@ -42,14 +43,11 @@ def test_a_program_of_minilm(encoder):
 
 
 def test_onnx_of_minilm(encoder, tmp_path):
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx_models.require()
     model, given, _, program = encoder
     torch.onnx.export(program, (), dynamo=True, verbose=False).save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    found = session.run(None, {each.name: given[each.name].numpy() for each in session.get_inputs()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), states(model, given), **CLOSE)
+    found = onnx_models.runner(tmp_path / "model.onnx")(**given)
+    torch.testing.assert_close(found, states(model, given), **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -72,7 +70,6 @@ def test_a_trace_of_minilm(encoder):
 
 @torch.no_grad()
 def test_smollm2_as_a_cache_and_as_a_checkpoint_of_peft(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
     base, tokenizer = pretrained.smollm2()
     ids = tokenizer(TEXTS[1], return_tensors="pt").input_ids
     bare = base(ids).logits

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import apt_kernels
-from helpers import exported_caches, models
+from helpers import exported_caches, models, onnx_models
 from helpers.patched import randomise
 
 M = 5
@@ -177,10 +177,7 @@ def test_torch_jit_trace(family, gate, tmp_path):
 )
 def test_onnx(family, gate, whole, tmp_path):
     """In standard operators, and with ``whole`` each attention as one node of the function."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    import onnxruntime
-
+    onnx_models.require()
     model, given, functions = patched(family, gate), arguments(family), apt_kernels.OnnxFunctions()
     path, table = tmp_path / "model.onnx", functions if whole else None
     program = torch.onnx.export(
@@ -195,18 +192,14 @@ def test_onnx(family, gate, whole, tmp_path):
     assert named == [("apt_kernels", "attention")] * len(apt_kernels.prefixes(model)) * whole
     assert {function.name for function in program.model.functions.values()} == ({"attention"} if whole else set())
     program.save(path)
-    session = onnxruntime.InferenceSession(path)
-
-    def run(**given):
-        return torch.from_numpy(session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})[0])
-
-    check(run, model, family)
+    check(onnx_models.runner(path), model, family)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "gate"), [("bert", "first"), ("llama", "token")])
 def test_executorch(family, gate):
-    pytest.importorskip("executorch.exir", reason="executorch is not installed")
+    # pyproject.toml does not ask for it: each case takes a minute, and the model is exported in other tests too.
+    pytest.importorskip("executorch.exir", reason="executorch is not installed; pip install executorch")
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
